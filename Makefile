@@ -1,0 +1,40 @@
+# Everything runs in .venv, made from setup.cfg with the exact versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test quality style clean
+
+help:  ## say what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## make .venv and install the package into it, editable
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,eval,test]'
+	@touch $@
+
+demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each: a few minutes on two cores
+	$(BIN)/python prepare_imagenet64.py --source mnist --output_dir $(DEMO)/data
+	$(BIN)/accelerate launch --config_file configs/accelerate_cpu.yaml train_imagenet64.py configs/demo.json --train_data_dir $(DEMO)/data --output_dir $(DEMO)
+	$(BIN)/python generate_images.py --model $(DEMO)/model --output_dir $(DEMO)/samples
+
+test: $(INSTALLED)  ## run every test
+	$(BIN)/python -m pytest -n 2
+
+quality: $(INSTALLED)  ## check style, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(INSTALLED)  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what make made, .venv included
+	rm -rf $(VENV) build dist *.egg-info outputs .pytest_cache .ruff_cache

@@ -1,0 +1,666 @@
+"""A class-conditional U-Net for pixel-space diffusion, in the manner of ``diffusers.UNet2DModel``.
+
+The file imports torch and diffusers only, so that a repository on the Hub can carry it beside its weights.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+
+TIME_EMBEDDING_TYPES = ("sinusoidal", "original_interleaved", "original_sine", "original_alternating")
+CLASS_ATTENTION_TYPES = ("channel", "identity")
+OUTPUT_HEAD_TYPES = ("conv", "original")
+
+# How the original program calls the layer types.
+LAYER_TYPE_ALIASES = {
+    "res": "resnet",
+    "conv": "convnext",
+    "clsAtn": "class_attention",
+    "atn": "self_attention",
+    "chnAtn": "channel_attention",
+}
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What every layer of one network has in common."""
+
+    time_embed_dim: int
+    class_embed_dim: int | None
+    attention_patch_size: int
+    dropout: float
+    class_attention_type: str
+
+
+def _quarter_groups(channels: int) -> int:
+    """The number of GroupNorm groups for groups of four channels, or the next larger size that divides."""
+    return next(groups for groups in range(max(channels // 4, 1), 0, -1) if channels % groups == 0)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(_quarter_groups(channels), channels)
+
+
+def _modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """``hidden_states * scale + shift`` with one scale and one shift per image and channel."""
+    scale = scale[:, :, None, None]
+    if shift is None:
+        return hidden_states * scale
+    return torch.addcmul(shift[:, :, None, None], hidden_states, scale)
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose filters are brought to mean 0 and variance 1 before use.
+
+    Weight standardisation: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.
+    """
+
+    epsilon = 1e-5
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # in float32 whatever the dtype of the model: the variance of a filter is often below what half precision holds
+        weight = self.weight.float()
+        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        weight = (weight - mean) * torch.rsqrt(variance + self.epsilon)
+        return self._conv_forward(hidden_states, weight.to(self.weight.dtype), self.bias)
+
+
+class ResnetLayer(nn.Module):
+    """Two standardised convolutions with GroupNorm; time scales and class shifts what lies between them."""
+
+    changes_width = True
+    needs_classes = False
+
+    def __init__(self, in_channels: int, out_channels: int, config: LayerConfig):
+        super().__init__()
+        first_groups = 8 if in_channels > 4 and in_channels % 8 == 0 and out_channels % 8 == 0 else 1
+        second_groups = 8 if out_channels > 4 and out_channels % 8 == 0 else 1
+
+        self.time_projection = nn.Linear(config.time_embed_dim, out_channels)
+        self.class_projection = nn.Linear(config.class_embed_dim, out_channels) if config.class_embed_dim else None
+        self.conv1 = StandardizedConv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(first_groups, out_channels)
+        self.conv2 = StandardizedConv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(second_groups, out_channels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(
+        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
+    ) -> torch.Tensor:
+        scale = self.time_projection(F.silu(time_embedding))
+        shift = self.class_projection(F.silu(class_embedding)) if self.class_projection is not None else None
+
+        residual = self.shortcut(hidden_states)
+        hidden_states = self.norm1(self.conv1(hidden_states))
+        hidden_states = self.dropout(F.silu(_modulate(hidden_states, scale, shift)))
+        hidden_states = F.silu(self.norm2(self.conv2(hidden_states)))
+        return hidden_states + residual
+
+
+class ConvNextLayer(nn.Module):
+    """A ConvNeXt block (Liu et al. 2022, https://arxiv.org/abs/2201.03545) with GroupNorm, modulated."""
+
+    changes_width = True
+    needs_classes = False
+
+    def __init__(self, in_channels: int, out_channels: int, config: LayerConfig | None):
+        super().__init__()
+        self.depthwise_conv = nn.Conv2d(in_channels, in_channels, 7, padding=3, groups=in_channels)
+        self.norm = _group_norm(in_channels)
+        self.expand_conv = nn.Conv2d(in_channels, 2 * in_channels, 1)
+        self.project_conv = nn.Conv2d(2 * in_channels, out_channels, 1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout if config else 0.0)
+        # without a config the block is a plain one, as the original's output head uses it
+        has_classes = config is not None and config.class_embed_dim is not None
+        self.time_projection = nn.Linear(config.time_embed_dim, in_channels) if config else None
+        self.class_projection = nn.Linear(config.class_embed_dim, in_channels) if has_classes else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        time_embedding: torch.Tensor | None = None,
+        class_embedding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        residual = self.shortcut(hidden_states)
+        hidden_states = self.norm(self.depthwise_conv(hidden_states))
+        if self.time_projection is not None:
+            shift = self.class_projection(class_embedding) if self.class_projection is not None else None
+            hidden_states = _modulate(hidden_states, self.time_projection(time_embedding), shift)
+        hidden_states = self.dropout(F.gelu(self.expand_conv(hidden_states)))
+        return self.project_conv(hidden_states) + residual
+
+
+class ClassAttentionLayer(nn.Module):
+    """Mixes the channels of an image by an attention matrix made from its class alone.
+
+    Query and key have one entry per channel, A = softmax(key query^T / sqrt(channels)) has one row per input channel,
+    and output channel d is the sum over c of A[c, d] x[c]. With ``class_attention_type="identity"`` A is the identity:
+    that is what the original program computes, which contracts A with itself alone.
+    """
+
+    changes_width = False
+    needs_classes = True
+
+    def __init__(self, in_channels: int, out_channels: int, config: LayerConfig):
+        super().__init__()
+        attends = config.class_attention_type == "channel"
+        self.norm = _group_norm(in_channels)
+        self.query = nn.Linear(config.class_embed_dim, in_channels) if attends else None
+        self.key = nn.Linear(config.class_embed_dim, in_channels) if attends else None
+        self.out_conv = nn.Conv2d(in_channels, in_channels, 1)
+        self.out_norm = _group_norm(in_channels)
+
+    def forward(
+        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.norm(hidden_states)
+        if self.query is not None:
+            channels = hidden_states.shape[1]
+            query = self.query(class_embedding)  # (batch, channels)
+            key = self.key(class_embedding)  # (batch, channels)
+            scores = key[:, :, None] * query[:, None, :] / math.sqrt(channels)  # (batch, channels in, channels out)
+            attention = scores.softmax(dim=-1).to(hidden_states.dtype)
+            mixed = attention.transpose(1, 2) @ hidden_states.flatten(2)  # (batch, channels out, height * width)
+            hidden_states = mixed.view_as(hidden_states)
+        return self.out_norm(self.out_conv(hidden_states)) + residual
+
+
+class SelfAttentionLayer(nn.Module):
+    """Dot-product attention among the positions inside square patches, scaled by 1 / sqrt(patch size).
+
+    A map not larger than the patch is one patch. A larger one is cut into P patches of r x r, whose (channels,
+    patches) axes are then read in this order as (patches, channels): head p attends over the r x r positions with the
+    features of the p-th P-th of the channels, taken from every patch at once. It is a grouped, dilated attention, and
+    the original's checkpoints need exactly this one.
+    """
+
+    changes_width = False
+    needs_classes = False
+
+    def __init__(self, in_channels: int, out_channels: int, config: LayerConfig):
+        super().__init__()
+        self.patch_size = config.attention_patch_size
+        self.norm = _group_norm(in_channels)
+        self.key_query_value = nn.Conv2d(in_channels, 3 * in_channels, 1)
+        self.out_conv = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(
+        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
+    ) -> torch.Tensor:
+        height, width = hidden_states.shape[2:]
+        key, query, value = (
+            self._to_tokens(part) for part in self.key_query_value(self.norm(hidden_states)).chunk(3, dim=1)
+        )  # each (batch, patches, positions, channels)
+        attended = F.scaled_dot_product_attention(query, key, value, scale=self.patch_size**-0.5)
+        return self.out_conv(self._from_tokens(attended, height, width)) + hidden_states
+
+    def _patch_of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of one patch in a map of this size."""
+        patch = self.patch_size
+        if patch >= max(height, width):
+            return height, width
+        if height % patch or width % patch:
+            raise ValueError(
+                f"attention_patch_size {patch} does not divide a feature map of {height}x{width}: take a patch size"
+                " that divides it, or one at least as large as the map"
+            )
+        return patch, patch
+
+    def _to_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = hidden_states.shape
+        rows, columns = self._patch_of(height, width)
+        patches = (height // rows) * (width // columns)
+        cut = hidden_states.reshape(batch, channels, height // rows, rows, width // columns, columns)
+        cut = cut.transpose(3, 4)  # (batch, channels, patch rows, patch columns, rows, columns)
+        # read (channels, patches) as (patches, channels): see the docstring of the class
+        return cut.reshape(batch, patches, channels, rows * columns).transpose(2, 3)
+
+    def _from_tokens(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """The image that the tokens fill in memory order, (batch, channels, height, width), as the original does."""
+        batch, _, _, channels = tokens.shape
+        return tokens.transpose(2, 3).reshape(batch, channels, height, width)
+
+
+class ChannelAttentionLayer(nn.Module):
+    """Efficient channel attention: Wang et al. 2020, https://arxiv.org/abs/1910.03151, equations 5 and 12."""
+
+    changes_width = False
+    needs_classes = False
+
+    def __init__(self, in_channels: int, out_channels: int, config: LayerConfig | None = None):
+        super().__init__()
+        kernel_size = int(abs(math.log2(in_channels) / 2 + 1 / 2))
+        kernel_size += 1 - kernel_size % 2
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        time_embedding: torch.Tensor | None = None,
+        class_embedding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        pooled = hidden_states.mean(dim=(2, 3))  # (batch, channels)
+        weight = self.conv(pooled[:, None, :]).sigmoid().transpose(1, 2)  # (batch, channels, 1)
+        return hidden_states * weight[..., None]
+
+
+# A layer type is a class with the signature of these. Adding one: write the class, name it here.
+LAYER_TYPES: dict[str, type[nn.Module]] = {
+    "resnet": ResnetLayer,
+    "convnext": ConvNextLayer,
+    "class_attention": ClassAttentionLayer,
+    "self_attention": SelfAttentionLayer,
+    "channel_attention": ChannelAttentionLayer,
+}
+
+
+class LayerStack(nn.Module):
+    """The layers of one resolution, in order; the first one makes ``out_channels`` of ``in_channels``."""
+
+    def __init__(self, in_channels: int, out_channels: int, layer_types: Sequence[str], config: LayerConfig):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (len(layer_types) - 1)
+        self.layers = nn.ModuleList(
+            LAYER_TYPES[layer_type](width, out_channels, config)
+            for layer_type, width in zip(layer_types, widths, strict=True)
+        )
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
+    ) -> torch.Tensor:
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(
+                    layer, hidden_states, time_embedding, class_embedding
+                )
+            else:
+                hidden_states = layer(hidden_states, time_embedding, class_embedding)
+        return hidden_states
+
+
+class DownBlock(nn.Module):
+    """One level on the way down. Returns what goes on, at half the resolution, and the skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, layer_types: Sequence[str], config: LayerConfig):
+        super().__init__()
+        self.stack = LayerStack(in_channels, out_channels, layer_types, config)
+        self.downsample = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+
+    def forward(
+        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        skip = self.stack(hidden_states, time_embedding, class_embedding)
+        return self.downsample(skip), skip
+
+
+class MidBlock(nn.Module):
+    """The lowest resolution: two stacks with a channel attention between them."""
+
+    def __init__(self, channels: int, layer_types: Sequence[str], config: LayerConfig):
+        super().__init__()
+        self.stack1 = LayerStack(channels, channels, layer_types, config)
+        self.channel_attention = ChannelAttentionLayer(channels, channels)
+        self.stack2 = LayerStack(channels, channels, layer_types, config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
+    ) -> torch.Tensor:
+        hidden_states = self.stack1(hidden_states, time_embedding, class_embedding)
+        hidden_states = self.channel_attention(hidden_states)
+        return self.stack2(hidden_states, time_embedding, class_embedding)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: doubles the resolution, then joins the skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, layer_types: Sequence[str], config: LayerConfig):
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1)
+        self.stack = LayerStack(2 * in_channels, out_channels, layer_types, config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        skip: torch.Tensor,
+        time_embedding: torch.Tensor,
+        class_embedding: torch.Tensor | None,
+    ) -> torch.Tensor:
+        hidden_states = torch.cat([self.upsample(hidden_states), skip], dim=1)
+        return self.stack(hidden_states, time_embedding, class_embedding)
+
+
+class ConvHead(nn.Module):
+    """A stack at the stem's width, then GroupNorm, SiLU and a 3x3 convolution that starts at zero."""
+
+    def __init__(self, channels: int, image_channels: int, layer_types: Sequence[str], config: LayerConfig):
+        super().__init__()
+        self.stack = LayerStack(channels, channels, layer_types, config)
+        self.norm = _group_norm(channels)
+        self.conv = nn.Conv2d(channels, 2 * image_channels, 3, padding=1)
+
+    def forward(
+        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
+    ) -> torch.Tensor:
+        hidden_states = self.stack(hidden_states, time_embedding, class_embedding)
+        return self.conv(F.silu(self.norm(hidden_states)))
+
+
+class OriginalHead(nn.Module):
+    """The original's head, which passes the image through stacks of only ``2 * image_channels`` channels.
+
+    Its features hold the variance first and the noise second, and its variance v is a fraction in [0, 1]; what is
+    returned has the noise first and 2 v - 1, which is how diffusers reads ``learned_range``.
+    """
+
+    def __init__(self, channels: int, image_channels: int, layer_types: Sequence[str], config: LayerConfig):
+        super().__init__()
+        self.stack1 = LayerStack(channels, channels, layer_types, config)
+        self.stack2 = LayerStack(channels, 2 * image_channels, layer_types, config)
+        self.conv = nn.Conv2d(2 * image_channels, 2 * image_channels, 7, padding=3)
+        self.noise_layer = ConvNextLayer(image_channels, image_channels, None)
+        self.variance_layer = ConvNextLayer(image_channels, image_channels, None)
+
+    def forward(
+        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
+    ) -> torch.Tensor:
+        hidden_states = self.stack1(hidden_states, time_embedding, class_embedding)
+        hidden_states = self.stack2(hidden_states, time_embedding, class_embedding)
+        variance, noise = self.conv(hidden_states).chunk(2, dim=1)
+        return torch.cat([self.noise_layer(noise), 2 * self.variance_layer(variance) - 1], dim=1)
+
+
+class OriginalTimesteps(nn.Module):
+    """The original's encodings of t = timestep + 1: phase d is t * 10000^(2 d / dim), for d = 0..dim-1.
+
+    The frequencies reach 1e8, where only whole t have a meaning and where float32 rounding decides the value, so the
+    encodings are tables, computed once in float32 on the CPU. ``interleaved`` is sine for even and cosine for odd d.
+    The released checkpoints were trained with sine for even and cosine for odd rows of the batch (``alternating``); a
+    batch of one, which is how the original draws, is all sine (``sine``).
+    """
+
+    def __init__(self, dim: int, num_train_timesteps: int, kind: str):
+        super().__init__()
+        self.kind = kind
+        frequencies = 10000.0 ** (2 * torch.arange(dim, dtype=torch.float32) / dim)
+        phases = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32)[:, None] * frequencies
+        if kind == "original_interleaved":
+            tables = [torch.where(torch.arange(dim) % 2 == 0, phases.sin(), phases.cos())]
+        elif kind == "original_sine":
+            tables = [phases.sin()]
+        else:
+            tables = [phases.sin(), phases.cos()]
+        # Kept as bit patterns: a module cast to half precision and back must not lose digits of its tables.
+        table = torch.stack(tables).view(torch.int32)  # (1 or 2, timesteps, dim)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        """(batch,) timesteps counted from 0, rounded to whole ones -> (batch, dim) float32."""
+        index = timestep.round().long() if timestep.is_floating_point() else timestep.long()
+        encodings = self.table.view(torch.float32)[:, index]  # (1 or 2, batch, dim)
+        if self.kind != "original_alternating":
+            return encodings[0]
+        even_row = torch.arange(len(index), device=index.device)[:, None] % 2 == 0
+        return torch.where(even_row, encodings[0], encodings[1])
+
+
+class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
+    r"""A U-Net that predicts the noise (or velocity, or image) and the reverse variance, given timestep and class.
+
+    Every resolution runs the same list of layer types. There is a stride-2 convolution after each level, so with three
+    levels a 64x64 image meets in the middle at 8x8.
+
+    Args:
+        sample_size: Height and width of the images, one int or (height, width), in pixels.
+        in_channels: Channels of the images.
+        stem_channels: Width of the first convolution and of the last level on the way up.
+        block_out_channels: Width of each level, from the highest resolution to the lowest.
+        layer_types: The layers of every resolution in order: ``"resnet"``, ``"convnext"``, ``"class_attention"``,
+            ``"self_attention"``, ``"channel_attention"``, or the original's names ``res``, ``conv``, ``clsAtn``,
+            ``atn``, ``chnAtn``. The first must be ``"resnet"`` or ``"convnext"``, the two that can change the width.
+        num_class_embeds: Number of classes, or None for a network without classes.
+        time_embed_dim: Width of the time embedding.
+        class_embed_dim: Width of the class embedding.
+        attention_patch_size: Side of the patches that self-attention looks at, in cells of the feature map.
+        dropout: Probability of dropping a feature inside ``resnet`` and ``convnext`` layers, in [0, 1).
+        time_embedding_type: ``"sinusoidal"`` (Vaswani et al. 2017), or one of the original's encodings
+            ``"original_interleaved"``, ``"original_sine"``, ``"original_alternating"``, see [`OriginalTimesteps`].
+        class_attention_type: ``"channel"``, or ``"identity"`` for the original's, in which the class has no effect.
+        output_head_type: ``"conv"``, or ``"original"`` for the original's narrow head.
+        num_train_timesteps: How many timesteps the tables of the original's encodings hold; the other encoding needs
+            none.
+
+    Raises:
+        ValueError: If the options do not fit together; the message says which value was found and what would be right.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("DownBlock", "MidBlock", "UpBlock", "ConvHead", "OriginalHead")
+    _repeated_blocks = ("LayerStack",)
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 64,
+        in_channels: int = 3,
+        stem_channels: int = 128,
+        block_out_channels: tuple[int, ...] = (256, 512, 1024),
+        layer_types: tuple[str, ...] = ("resnet", "class_attention", "channel_attention"),
+        num_class_embeds: int | None = 1000,
+        time_embed_dim: int = 512,
+        class_embed_dim: int = 512,
+        attention_patch_size: int = 16,
+        dropout: float = 0.0,
+        time_embedding_type: str = "sinusoidal",
+        class_attention_type: str = "channel",
+        output_head_type: str = "conv",
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        layer_types = tuple(LAYER_TYPE_ALIASES.get(name, name) for name in layer_types)
+        self.register_to_config(layer_types=layer_types, block_out_channels=tuple(block_out_channels))
+        self._check_config()
+
+        config = LayerConfig(
+            time_embed_dim=time_embed_dim,
+            class_embed_dim=class_embed_dim if num_class_embeds is not None else None,
+            attention_patch_size=attention_patch_size,
+            dropout=dropout,
+            class_attention_type=class_attention_type,
+        )
+
+        self.time_encoding = (
+            None
+            if time_embedding_type == "sinusoidal"
+            else OriginalTimesteps(time_embed_dim, num_train_timesteps, time_embedding_type)
+        )
+        self.time_embedding = TimestepEmbedding(time_embed_dim, time_embed_dim, act_fn="gelu")
+        # the last row is the null class: zero, and kept so because padding_idx gets no gradient
+        self.class_embedding = (
+            nn.Embedding(num_class_embeds + 1, class_embed_dim, padding_idx=num_class_embeds)
+            if num_class_embeds is not None
+            else None
+        )
+
+        widths = [stem_channels, *block_out_channels]
+        levels = list(itertools.pairwise(widths))
+        self.conv_in = nn.Conv2d(in_channels, stem_channels, 7, padding=3)
+        self.down_blocks = nn.ModuleList(DownBlock(lower, upper, layer_types, config) for lower, upper in levels)
+        self.mid_block = MidBlock(widths[-1], layer_types, config)
+        self.up_blocks = nn.ModuleList(UpBlock(upper, lower, layer_types, config) for lower, upper in reversed(levels))
+        head = ConvHead if output_head_type == "conv" else OriginalHead
+        self.head = head(stem_channels, in_channels, layer_types, config)
+
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Starts as torch does, but for the two places where that would slow the training down."""
+        for module in self.modules():
+            if isinstance(module, ConvHead):
+                # the first prediction is zero, the best constant guess of noise and of velocity
+                nn.init.zeros_(module.conv.weight)
+                nn.init.zeros_(module.conv.bias)
+            elif isinstance(module, (ResnetLayer, ConvNextLayer)) and module.time_projection is not None:
+                # time multiplies the features as they are: around 1 they pass, around 0 they would vanish
+                nn.init.ones_(module.time_projection.bias)
+
+    def _check_config(self) -> None:
+        """Raises ValueError when the options of the constructor do not fit together."""
+        config = self.config
+        for option, choices in (
+            ("time_embedding_type", TIME_EMBEDDING_TYPES),
+            ("class_attention_type", CLASS_ATTENTION_TYPES),
+            ("output_head_type", OUTPUT_HEAD_TYPES),
+        ):
+            if config[option] not in choices:
+                raise ValueError(f"{option} is {config[option]!r}, but must be one of {', '.join(choices)}")
+        if not config.layer_types:
+            raise ValueError("layer_types is empty, but must name at least one layer, resnet or convnext")
+        for name in config.layer_types:
+            if name not in LAYER_TYPES:
+                aliases = ", ".join(LAYER_TYPE_ALIASES)
+                raise ValueError(
+                    f"layer_types names {name!r}, but must be made of {', '.join(LAYER_TYPES)} (the original's names"
+                    f" {aliases} are taken too)"
+                )
+        first = config.layer_types[0]
+        if not LAYER_TYPES[first].changes_width:
+            able = " or ".join(name for name, layer in LAYER_TYPES.items() if layer.changes_width)
+            raise ValueError(f"layer_types begins with {first!r}, which cannot change the width: begin with {able}")
+        if not config.block_out_channels:
+            raise ValueError("block_out_channels is empty, but must give the width of at least one level")
+        for option in ("in_channels", "stem_channels", "time_embed_dim", "class_embed_dim", "attention_patch_size"):
+            if not isinstance(config[option], int) or config[option] < 1:
+                raise ValueError(f"{option} is {config[option]!r}, but must be a whole number of at least 1")
+        if any(not isinstance(width, int) or width < 1 for width in config.block_out_channels):
+            raise ValueError(
+                f"block_out_channels is {config.block_out_channels}, but must hold positive whole numbers"
+            )
+        if config.num_class_embeds is None:
+            needy = [name for name in config.layer_types if LAYER_TYPES[name].needs_classes]
+            if needy:
+                raise ValueError(
+                    f"layer_types names {needy[0]!r}, which needs classes, but num_class_embeds is None: set"
+                    " num_class_embeds to the number of classes, or leave the layer out"
+                )
+        elif config.num_class_embeds < 1:
+            raise ValueError(
+                f"num_class_embeds is {config.num_class_embeds}, but must be at least 1, or None for no classes"
+            )
+        if not 0.0 <= config.dropout < 1.0:
+            raise ValueError(f"dropout is {config.dropout}, but must be in [0, 1)")
+
+        height, width = self._sample_height_width()
+        self._check_size(height, width, "sample_size")
+        if "self_attention" in config.layer_types:
+            patch = config.attention_patch_size
+            for level in range(len(config.block_out_channels) + 1):
+                rows, columns = height >> level, width >> level
+                if patch < max(rows, columns) and (rows % patch or columns % patch):
+                    raise ValueError(
+                        f"attention_patch_size is {patch}, which does not divide the feature map of {rows}x{columns}"
+                        f" that sample_size {config.sample_size} gives at level {level}: take a patch size that"
+                        " divides it, or one at least as large as the map"
+                    )
+
+    def _sample_height_width(self) -> tuple[int, int]:
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def _check_size(self, height: int, width: int, what: str) -> None:
+        levels = len(self.config.block_out_channels)
+        factor = 2**levels
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise ValueError(
+                f"{what} is {height}x{width}, which {levels} levels cannot halve: height and width must be multiples"
+                f" of {factor}"
+            )
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """Predicts noise (or what the network was trained to predict) and variance of the noisy images.
+
+        Args:
+            sample: Noisy images, (batch, in_channels, height, width), height and width multiples of 2^levels.
+            timestep: Counted from 0, one for all images or one each, (batch,). Fractions are allowed; the original's
+                encodings round them to the nearest whole timestep.
+            class_labels: int64 (batch,) in 0..num_class_embeds; num_class_embeds itself is the null class. None is
+                the null class for all images.
+            return_dict: Whether to return a `UNet2DOutput` instead of a tuple.
+
+        Returns:
+            `UNet2DOutput` whose ``sample`` is (batch, 2 * in_channels, height, width): first the prediction, then
+            the interpolation between the two fixed log-variances, -1 for the smaller and 1 for the larger one
+            (Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672, equation 15, read as diffusers'
+            ``learned_range``).
+
+        Raises:
+            ValueError: If channels, size or labels do not fit the network.
+        """
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}, but must be"
+                f" (batch, {self.config.in_channels}, height, width)"
+            )
+        self._check_size(sample.shape[2], sample.shape[3], "sample")
+
+        time_embedding = self._embed_timestep(timestep, sample)  # (batch, time_embed_dim)
+        class_embedding = self._embed_class(class_labels, sample)  # (batch, class_embed_dim) or None
+
+        hidden_states = self.conv_in(sample)  # (batch, stem_channels, height, width)
+        skips = []
+        for block in self.down_blocks:  # (batch, block_out_channels[i], height / 2^(i+1), width / 2^(i+1))
+            hidden_states, skip = block(hidden_states, time_embedding, class_embedding)
+            skips.append(skip)
+        hidden_states = self.mid_block(hidden_states, time_embedding, class_embedding)
+        for block in self.up_blocks:
+            hidden_states = block(hidden_states, skips.pop(), time_embedding, class_embedding)
+        prediction = self.head(
+            hidden_states, time_embedding, class_embedding
+        )  # (batch, 2 * in_channels, height, width)
+
+        return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _embed_timestep(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        if timestep.numel() not in (1, len(sample)):
+            raise ValueError(
+                f"timestep has {timestep.numel()} entries, but must be one, or one for each of {len(sample)} images"
+            )
+        timestep = timestep.reshape(-1).expand(len(sample))
+        if self.time_encoding is None:
+            encoding = get_timestep_embedding(
+                timestep, self.config.time_embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0
+            )
+        else:
+            encoding = self.time_encoding(timestep)
+        return self.time_embedding(encoding.to(sample.dtype))
+
+    def _embed_class(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor | None:
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels were given, but the network has no classes: num_class_embeds is None")
+            return None
+        if class_labels is None:
+            class_labels = torch.full((len(sample),), self.config.num_class_embeds, device=sample.device)
+        elif class_labels.shape != (len(sample),):
+            raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, but must be ({len(sample)},)")
+        return self.class_embedding(class_labels)
