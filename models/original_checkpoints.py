@@ -9,8 +9,8 @@ import torch
 from .unet_class_conditional import LAYER_TYPE_ALIASES
 
 
-# The original's names inside each of its layer types -> ours. None marks weights that have no effect on its output: its
-# class attention contracts the attention matrix with itself alone, so queries and keys do nothing.
+# The original's names inside each of its layer types -> ours. None marks weights that have no effect on its output:
+# its class attention contracts the attention matrix with itself alone, so queries and keys do nothing.
 _LAYER_WEIGHTS: dict[str, dict[str, str | None]] = {
     "resnet": {
         "t_mlp.1": "time_projection",
@@ -54,8 +54,8 @@ def original_unet_config(params: Mapping[str, Any], time_embedding_type: str = "
 
     Args:
         params: The content of a ``model_params_*.json`` file.
-        time_embedding_type: The released checkpoints were trained with ``"original_alternating"`` and drawn, one image at
-            a time, with ``"original_sine"``; checkpoints of the corrected code need ``"original_interleaved"``.
+        time_embedding_type: The released checkpoints were trained with ``"original_alternating"`` and drawn, one image
+            at a time, with ``"original_sine"``; checkpoints of the corrected code need ``"original_interleaved"``.
     """
     levels = range(1, params["num_blocks"] + 1)
     has_classes = params["c_dim"] is not None and params["c_dim"] > 0

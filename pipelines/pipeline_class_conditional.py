@@ -1,0 +1,433 @@
+"""Class-conditional image generation in pixel space, with classifier-free guidance and any diffusers scheduler.
+
+The file imports torch and diffusers only, so that a repository on the Hub can carry it beside its weights.
+"""
+
+import difflib
+import importlib
+import importlib.machinery
+import inspect
+import json
+import shutil
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def _register_component_names() -> None:
+    """Makes ``from_pretrained(repository, unet=my_unet)`` work for a repository that carries this file.
+
+    diffusers checks a component that is passed in against the class that the repository names, which it imports by the
+    name of its file. There is no such top-level module, so stand-ins with the right base classes are put in its place;
+    what is loaded from the repository itself comes from its own files, never from these.
+    """
+    for module_name, class_name, bases in (
+        ("unet_class_conditional", "ClassConditionalUNet2DModel", (ModelMixin, ConfigMixin)),
+        ("scheduling_ddpm_learned", "LearnedVarianceDDPMScheduler", (SchedulerMixin, ConfigMixin)),
+        ("scheduling_ddim_eta", "EtaDDIMScheduler", (SchedulerMixin, ConfigMixin)),
+    ):
+        if module_name not in sys.modules:
+            module = types.ModuleType(module_name)
+            module.__spec__ = importlib.machinery.ModuleSpec(module_name, loader=None)
+            # diffusers looks in the module for the base classes that it knows, too
+            for base in bases:
+                setattr(module, base.__name__, base)
+            setattr(module, class_name, type(class_name, bases, {}))
+            sys.modules[module_name] = module
+
+
+_register_component_names()
+
+
+def _unwrap_compiled(module: Any) -> Any:
+    return getattr(module, "_orig_mod", module)
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    r"""Draws images of given classes with a `ClassConditionalUNet2DModel` and any scheduler.
+
+    Args:
+        unet: The denoising network, (batch, channels, height, width) -> (batch, 2 * channels, height, width): the
+            prediction, then the interpolation of the variance.
+        scheduler: One of this project's schedulers or a stock one. Those that use the learned variance are given both
+            halves of the network's output, the others the prediction alone.
+        id2label: The name of each class id, several names of one class separated by commas; None for a network without
+            named classes.
+        guide_variance: Whether guidance extrapolates the variance too, as the original program does. By default the
+            variance is that of the conditional branch.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "model_output", "pred_original_sample"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        guide_variance: bool = False,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        # JSON has string keys; inside they are ints
+        id2label = None if id2label is None else {int(key): str(label) for key, label in id2label.items()}
+        self.register_to_config(id2label=id2label, guide_variance=guide_variance)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._ids_by_name: dict[str, list[int]] = {}
+        for index, label in sorted((id2label or {}).items()):
+            # "tabby, tabby cat" is found under the whole and under each part
+            for name in dict.fromkeys([label, *(part.strip() for part in label.split(","))]):
+                self._ids_by_name.setdefault(name, []).append(index)
+
+    # ------------------------------------------------------------------ classes
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Every class name that stands for exactly one class -> its id."""
+        return {name: ids[0] for name, ids in self._ids_by_name.items() if len(ids) == 1}
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Class ids of class names, one name or several.
+
+        Raises:
+            ValueError: If a name is unknown (the message suggests close ones) or stands for more than one class.
+        """
+        return [self._label_id(name) for name in ([label] if isinstance(label, str) else label)]
+
+    def _label_id(self, name: str) -> int:
+        if not self._ids_by_name:
+            raise ValueError(f"class label {name!r} is a name, but this pipeline has no class names: give an id")
+        ids = self._ids_by_name.get(name)
+        if ids is None:
+            close = difflib.get_close_matches(name, self._ids_by_name, n=3)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "pipeline.labels lists all names"
+            raise ValueError(f"there is no class named {name!r}; {hint}")
+        if len(ids) > 1:
+            whole = " or ".join(f"{index} ({self.config.id2label[index]})" for index in ids)
+            raise ValueError(f"the name {name!r} stands for several classes: give the id, {whole}")
+        return ids[0]
+
+    def _class_ids(self, class_labels: int | str | Sequence[int | str | None] | torch.Tensor | None) -> list[int]:
+        """One class id for each label, the null class for None. For a network without classes they only count."""
+        num_classes = self.unet.config.num_class_embeds
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        labels = [class_labels] if class_labels is None or isinstance(class_labels, (int, str)) else list(class_labels)
+        if not labels:
+            raise ValueError("class_labels is empty: give at least one class, or None for an image without class")
+        if num_classes is None:
+            if any(label is not None for label in labels):
+                raise ValueError("class_labels were given, but the network has no classes: leave them None")
+            return [0] * len(labels)  # counted, never used
+        ids = []
+        for label in labels:
+            index = num_classes if label is None else self._label_id(label) if isinstance(label, str) else int(label)
+            if not 0 <= index <= num_classes:
+                raise ValueError(
+                    f"class label {label} is out of range: ids go from 0 to {num_classes - 1}, and {num_classes} or"
+                    " None is the null class"
+                )
+            ids.append(index)
+        return ids
+
+    # ------------------------------------------------------------------ sampling
+
+    @property
+    def interrupt(self) -> bool:
+        """Set ``pipeline._interrupt = True`` in a callback to leave out the remaining steps."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the last or current call takes."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the last or current call."""
+        return self._guidance_scale
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str | None] | torch.Tensor | None = None,
+        num_images_per_label: int = 1,
+        guidance_scale: float = 5.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 100,
+        timesteps: Sequence[int] | None = None,
+        eta: float = 0.0,
+        clip_sample: bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws images.
+
+        Args:
+            class_labels: Class ids or names, one or several. None, as a whole or for single images, is the null
+                class: an image without class.
+            num_images_per_label: How many images of each; those of one label follow one another.
+            guidance_scale: g in null + g (conditional - null) (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598,
+                equation 6, with g = 1 + w). Up to 1 the conditional branch runs alone.
+            guidance_interval: First and last moment of guidance as fractions of the steps, 0 the noisy begin and 1
+                the end (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724). Outside it a step costs one
+                branch.
+            num_inference_steps: Number of denoising steps.
+            timesteps: The timesteps themselves, descending, instead of ``num_inference_steps``.
+            eta: From 0, deterministic, to 1, as random as DDPM (Song et al. 2020, https://arxiv.org/abs/2010.02502,
+                equation 16), for schedulers that take it.
+            clip_sample: Whether the predicted image is clipped at every step; None leaves it to the scheduler's
+                config.
+            generator: One for all images, or a list of one per image. With a list each image depends on its own
+                generator alone, not on the batch it is drawn in.
+            latents: The starting noise, (images, channels, height, width), instead of noise drawn from ``generator``.
+            output_type: ``"pil"``, ``"np"`` (images, height, width, channels) in [0, 1], ``"pt"`` (images, channels,
+                height, width) in [0, 1], or ``"latent"``, the last sample as it is, about [-1, 1].
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: Called as ``callback(pipeline, step, timestep, tensors)`` after each step. It may
+                return ``{"latents": ...}`` to replace the sample.
+            callback_on_step_end_tensor_inputs: What ``tensors`` holds: ``"latents"``, ``"model_output"`` (after
+                guidance), ``"pred_original_sample"`` (None for schedulers that do not tell it).
+
+        Raises:
+            ValueError: If an argument does not fit; the message says which value was found and what would be right.
+        """
+        # 1. check and lay out the arguments
+        class_ids = self._class_ids(class_labels)
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label is {num_images_per_label}, but must be at least 1")
+        class_ids = [index for index in class_ids for _ in range(num_images_per_label)]
+        self._check_arguments(len(class_ids), guidance_interval, output_type, generator)
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise ValueError(
+                    f"callback_on_step_end_tensor_inputs names {name!r}, but must be made of"
+                    f" {', '.join(self._callback_tensor_inputs)}"
+                )
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. timesteps
+        scheduler = self.scheduler if clip_sample is None else self._scheduler_with_clipping(clip_sample)
+        self._set_timesteps(scheduler, num_inference_steps, timesteps, device)
+        step_arguments = self._step_arguments(scheduler, eta, generator)
+        self._num_timesteps = len(scheduler.timesteps)
+        guided_steps = range(
+            int(guidance_interval[0] * self._num_timesteps), int(guidance_interval[1] * self._num_timesteps)
+        )
+
+        # 3. starting noise, kept in at least float32 whatever the network computes in
+        latents = self._prepare_latents(len(class_ids), generator, latents, device)
+        latents = latents * scheduler.init_noise_sigma
+
+        # 4. labels of both branches; an image of the null class has no other branch to be guided away from
+        num_classes = self.unet.config.num_class_embeds
+        labels = labels_of_both = None
+        guides = False
+        if num_classes is not None:
+            guides = guidance_scale > 1 and any(index != num_classes for index in class_ids)
+            labels = torch.tensor(class_ids, device=device)
+            labels_of_both = torch.cat([torch.full_like(labels, num_classes), labels]) if guides else None
+
+        # 5. denoise
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for step, timestep in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    break
+                model_input = scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
+                if guides and step in guided_steps:
+                    output = self.unet(model_input.repeat(2, 1, 1, 1), timestep, labels_of_both, return_dict=False)[0]
+                    model_output = self._guide(output.to(latents.dtype), guidance_scale)
+                else:
+                    model_output = self.unet(model_input, timestep, labels, return_dict=False)[0].to(latents.dtype)
+                if not self._takes_variance(scheduler):
+                    model_output = model_output.chunk(2, dim=1)[0]
+
+                output = scheduler.step(model_output, timestep, latents, **step_arguments)
+                latents = output.prev_sample
+
+                if callback_on_step_end is not None:
+                    tensors = {
+                        "latents": latents,
+                        "model_output": model_output,
+                        "pred_original_sample": getattr(output, "pred_original_sample", None),
+                    }
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
+                progress_bar.update()
+
+        # 6. to images
+        images = self.image_processor.postprocess(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_arguments(
+        self, num_images: int, guidance_interval: tuple[float, float], output_type: str, generator: Any
+    ) -> None:
+        if len(guidance_interval) != 2 or not 0.0 <= guidance_interval[0] <= guidance_interval[1] <= 1.0:
+            raise ValueError(
+                f"guidance_interval is {guidance_interval}, but must be two fractions of the steps,"
+                " 0 <= begin <= end <= 1"
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}")
+        channels = self.unet.config.in_channels
+        if output_type == "pil" and channels not in (1, 3, 4):
+            raise ValueError(f"output_type 'pil' cannot hold images of {channels} channels: take 'np' or 'pt'")
+        if isinstance(generator, (list, tuple)) and len(generator) != num_images:
+            raise ValueError(
+                f"generator is a list of {len(generator)}, but must be one generator, or one for each of {num_images}"
+                " images"
+            )
+
+    def _guide(self, output: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """(2 * images, 2 * channels, ...), the null branch first -> (images, 2 * channels, ...)."""
+        null, conditional = output.chunk(2)
+        guided = torch.lerp(null, conditional, guidance_scale)  # null + g (conditional - null)
+        if self.config.guide_variance:
+            return guided
+        channels = guided.shape[1] // 2
+        return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
+
+    def _prepare_latents(
+        self, num_images: int, generator: Any, latents: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (num_images, self.unet.config.in_channels, height, width)
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        # other sizes are for the network to take or refuse
+        if latents.ndim != 4 or latents.shape[:2] != shape[:2]:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}, but must be {shape}")
+        return latents.to(device=device, dtype=dtype)
+
+    # ------------------------------------------------------------------ schedulers
+
+    @staticmethod
+    def _takes_variance(scheduler: SchedulerMixin) -> bool:
+        """Whether a scheduler's step takes (batch, 2 * channels, ...): a matter of its class, not of its config alone.
+
+        from_config carries variance_type into schedulers that have no use for it.
+        """
+        if getattr(scheduler, "accepts_learned_variance", False):
+            return True
+        if not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
+            return False
+        if scheduler.config.variance_type == "learned":
+            raise ValueError(
+                "the scheduler's variance_type is 'learned', but the network predicts 'learned_range': change its"
+                " config"
+            )
+        return scheduler.config.variance_type == "learned_range"
+
+    def _scheduler_with_clipping(self, clip_sample: bool) -> SchedulerMixin:
+        if "clip_sample" not in self.scheduler.config:
+            raise ValueError(
+                f"clip_sample is {clip_sample}, but {type(self.scheduler).__name__} has no such option: leave it None"
+            )
+        return type(self.scheduler).from_config(self.scheduler.config, clip_sample=clip_sample)
+
+    @staticmethod
+    def _set_timesteps(
+        scheduler: SchedulerMixin, num_inference_steps: int, timesteps: Sequence[int] | None, device: torch.device
+    ) -> None:
+        if timesteps is None:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+        else:
+            raise ValueError(
+                f"timesteps were given, but {type(scheduler).__name__} chooses its own: give num_inference_steps"
+                " instead"
+            )
+
+    @staticmethod
+    def _step_arguments(scheduler: SchedulerMixin, eta: float, generator: Any) -> dict[str, Any]:
+        """Those of eta and generator that the scheduler's step takes."""
+        accepted = inspect.signature(scheduler.step).parameters
+        arguments = {}
+        if "generator" in accepted:
+            arguments["generator"] = generator
+        if "eta" in accepted:
+            arguments["eta"] = eta
+        elif eta != 0.0:
+            logger.warning(f"eta is {eta}, but {type(scheduler).__name__} takes no eta: it has no effect")
+        return arguments
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes a folder that `DiffusionPipeline.from_pretrained` loads where this package is not installed.
+
+        Beside what every pipeline writes it holds the source files of the pipeline and of the components that are not
+        diffusers' own, and a ``model_index.json`` that names them. Arguments are those of
+        `DiffusionPipeline.save_pretrained`.
+        """
+        hub_arguments = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub_arguments = {name: kwargs.pop(name) for name in hub_arguments if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+        folder = Path(save_directory)
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["_class_name"] = self._carry_source(type(self), folder)
+        for name, component in self.components.items():
+            component_class = type(_unwrap_compiled(component))
+            if not component_class.__module__.startswith("diffusers."):
+                index[name] = self._carry_source(component_class, folder / name)
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+        if push_to_hub:
+            # goes through save_pretrained once more, so that what is uploaded is complete
+            self.push_to_hub(hub_arguments.pop("repo_id", folder.name), **hub_arguments)
+
+    @staticmethod
+    def _carry_source(component_class: type, folder: Path) -> list[str]:
+        """Copies the file that defines a class; what model_index.json then says of it."""
+        source = Path(inspect.getfile(component_class))
+        if source.resolve() != (folder / source.name).resolve():
+            shutil.copyfile(source, folder / source.name)
+        return [source.stem, component_class.__name__]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ClassConditionalPipeline":
+        """Loads a pipeline from a folder or from the Hub.
+
+        With the package installed its own classes are used, whatever source files the repository carries, so that no
+        code is loaded and ``trust_remote_code`` is not needed. Arguments are those of `load_pipeline` then, and those
+        of `DiffusionPipeline.from_pretrained` otherwise.
+        """
+        package = cls.__module__.rpartition(".")[0]
+        if package == "imagenet64_diffusion.pipelines":
+            # by name, because diffusers would look for what is imported relatively in the repository
+            return importlib.import_module(f"{package}.loading").load_pipeline(
+                pretrained_model_name_or_path, pipeline_class=cls, **kwargs
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
