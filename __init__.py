@@ -1,6 +1,6 @@
 """Class-conditional pixel diffusion on ImageNet 64x64, at home in diffusers and accelerate.
 
-Everything public is importable from here and loaded on first use, so that ``import imagenet64_diffusion`` costs nothing.
+Everything public is importable from here and loaded on first use, so that ``import imagenet64_diffusion`` is quick.
 """
 
 import importlib
@@ -17,7 +17,13 @@ _EXPORTS = {
     "LearnedVarianceDDPMScheduler": "schedulers.scheduling_ddpm_learned",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "ClassConditionalPipeline",
+    "ClassConditionalUNet2DModel",
+    "EtaDDIMScheduler",
+    "LearnedVarianceDDPMScheduler",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

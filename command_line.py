@@ -1,0 +1,96 @@
+"""What the command lines have in common: options from a dataclass, a file of options, exit codes."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+Options = TypeVar("Options")
+
+
+def run_verb(
+    options_class: type[Options],
+    verb: Callable[[Options], Any],
+    description: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses the command line, runs the verb, and turns what goes wrong into a sentence and an exit code.
+
+    Args:
+        options_class: Dataclass of the options; each field's metadata holds its help text.
+        verb: The function behind the command.
+        description: What the command does, for ``--help``.
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 2 for a wrong option or input, or 130 when interrupted. With IMAGENET64_TRACEBACK=1 in the
+        environment errors come with their traceback instead.
+    """
+    options = None
+    try:
+        options = parse_options(options_class, description, argv)
+        verb(options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("IMAGENET64_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_options(options_class: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
+    """The options from the command line and from the file that ``--config`` names; the command line wins.
+
+    Raises:
+        ValueError: If the file cannot be read, names an unknown option, or a value is out of range.
+    """
+    # transformers takes seconds to import, which is for whoever parses a command line, not for who calls the function
+    from transformers import HfArgumentParser
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        options_class, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file of options; the command line wins.")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    config_file = finder.parse_known_args(arguments)[0].config
+    if config_file is not None:
+        _take_defaults(parser, Path(config_file))
+    namespace = parser.parse_args(arguments)
+    values = {name: value for name, value in vars(namespace).items() if name != "config"}
+    return options_class(**values)
+
+
+def _take_defaults(parser: argparse.ArgumentParser, file: Path) -> None:
+    """Makes the values of a file the parser's defaults."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix in (".yaml", ".yml"):
+        import yaml
+
+        values = yaml.safe_load(text)
+    else:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config {file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {file} holds a {type(values).__name__}, but must hold options and their values")
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in values.items():
+        if name not in actions or name in ("config", "help"):
+            raise ValueError(f"--config {file} names {name!r}, which is not an option")
+        choices = actions[name].choices
+        if choices is not None and value not in choices:
+            raise ValueError(
+                f"--config {file}: {name} is {value!r}, but must be one of {', '.join(map(str, choices))}"
+            )
+        actions[name].required = False
+    parser.set_defaults(**values)

@@ -1,0 +1,92 @@
+"""Pictures made of images: labelled grids and animations."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..whole_files import replacing_file
+
+
+_MIN_CELL = 64  # pixels; smaller images are enlarged by a whole factor so that a person sees them
+_GAP = 2
+_MARGIN = 8
+_FONT_SIZE = 14
+_PAPER, _INK = "white", "black"
+
+
+def image_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+    """A grid of images of one size with their captions.
+
+    Where every row shows one caption only, it stands once, left of the row; else each image has its own below it.
+
+    Args:
+        images: All of one size.
+        captions: One for each image; long ones are shortened.
+        columns: Images in a row; by default as many as follow one another with the same caption, if that number is
+            the same throughout, else a near-square arrangement.
+
+    Raises:
+        ValueError: If there is no image, or the numbers of images and captions differ.
+    """
+    if not images or len(images) != len(captions):
+        raise ValueError(f"a grid needs images and as many captions, but has {len(images)} and {len(captions)}")
+    columns = columns or _columns(captions)
+    rows = -(-len(images) // columns)
+    factor = -(-_MIN_CELL // min(images[0].size))
+    width, height = images[0].width * factor, images[0].height * factor
+    font = ImageFont.load_default(_FONT_SIZE)
+
+    row_captions = [set(captions[row * columns : (row + 1) * columns]) for row in range(rows)]
+    captions_left = columns > 1 and all(len(row) == 1 for row in row_captions)
+    if captions_left:
+        left = 2 * _MARGIN + int(max(font.getlength(_shorten(caption, 240, font)) for caption in captions))
+        below = 0
+    else:
+        left, below = 0, _FONT_SIZE + 4
+    sheet = Image.new(
+        "RGB", (left + columns * (width + _GAP) + _GAP, rows * (height + below + _GAP) + _GAP), color=_PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(index, columns)
+        x, y = left + _GAP + column * (width + _GAP), _GAP + row * (height + below + _GAP)
+        sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if captions_left and column == 0:
+            place = (left - _MARGIN, y + height / 2)
+            draw.text(place, _shorten(caption, 240, font), fill=_INK, font=font, anchor="rm")
+        elif not captions_left:
+            place = (x + width / 2, y + height + 1)
+            draw.text(place, _shorten(caption, width, font), fill=_INK, font=font, anchor="ma")
+    return sheet
+
+
+def save_animation(frames: Sequence[Image.Image], file: str | Path, fps: float, hold_seconds: float = 1.5) -> None:
+    """Writes an endless GIF whose last frame stays for a while.
+
+    Args:
+        frames: All of one size.
+        file: Where to; ends in ``.gif``.
+        fps: Frames per second, above 0.
+        hold_seconds: How long the last frame stays.
+    """
+    durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * hold_seconds)]
+    with replacing_file(file) as writing:
+        frames[0].save(writing, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+
+
+def _columns(captions: Sequence[str]) -> int:
+    runs = {len(list(run)) for _, run in itertools.groupby(captions)}
+    if len(runs) == 1 and max(runs) > 1:
+        return runs.pop()
+    return max(1, round(len(captions) ** 0.5))
+
+
+def _shorten(caption: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    """The caption, or as much of it as fits into a width in pixels."""
+    if font.getlength(caption) <= width:
+        return caption
+    while caption and font.getlength(caption + "…") > width:
+        caption = caption[:-1]
+    return caption.rstrip(" ,") + "…"

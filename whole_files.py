@@ -1,0 +1,77 @@
+"""Files and folders that appear whole or not at all: written beside their place, synced, then renamed."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """Gives an empty folder to write to, which takes the place of ``folder`` when the block ends without an error.
+
+    A process that is killed at any moment leaves the old folder, or the new one, or for an instant neither but the old
+    one under its hidden name beside it, which the next call puts back.
+
+    Args:
+        folder: The place; what is there is replaced.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    writing = folder.with_name(f".{folder.name}.writing")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    _settle(folder, replaced)
+    if writing.exists():
+        shutil.rmtree(writing)
+    writing.mkdir()
+    try:
+        yield writing
+        sync_tree(writing)
+        if folder.exists():
+            folder.rename(replaced)
+        writing.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+        _settle(folder, replaced)
+
+
+@contextlib.contextmanager
+def replacing_file(file: str | Path) -> Iterator[Path]:
+    """Gives a path to write to, which takes the place of ``file`` when the block ends without an error."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # the ending stays, because libraries choose the format by it
+    writing = file.with_name(f".writing.{file.name}")
+    try:
+        yield writing
+        _sync(writing)
+        writing.replace(file)
+        _sync(file.parent)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Sees to it that a folder's files and names have reached the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+def _settle(folder: Path, replaced: Path) -> None:
+    """Removes the replaced folder when the new one is in its place, and puts it back when it is not."""
+    if replaced.exists():
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
