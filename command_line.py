@@ -1,6 +1,7 @@
 """What the command lines have in common: options from a dataclass, a file of options, exit codes."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -10,6 +11,17 @@ from typing import Any, TypeVar
 
 
 Options = TypeVar("Options")
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: Its default.
+        help: What ``--help`` says.
+        metadata: Further arguments of `argparse.ArgumentParser.add_argument`, such as ``choices``.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 def run_verb(

@@ -146,7 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = HfArgumentParser(
         PrepareOptions, description=__doc__.splitlines()[0], formatter_class=argparse.HelpFormatter
     )
-    (options,) = parser.parse_args_into_dataclasses(None if argv is None else list(argv))
+    options, unknown = parser.parse_args_into_dataclasses(
+        None if argv is None else list(argv), return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
     from imagenet64_diffusion.data.errors import DataError
 

@@ -1,5 +1,6 @@
 """Loading a pipeline folder or Hub repository with the installed classes, so that no code of the repository runs."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,24 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
         f"there is no scheduler named {name!r}: take {', '.join(OUR_SCHEDULERS)}, or one of diffusers such as"
         " DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler"
     )
+
+
+def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
+    """Gives a pipeline another scheduler on the same noise schedule.
+
+    Args:
+        pipeline: The pipeline; its ``scheduler`` is replaced.
+        name: As for `scheduler_class`.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    new_class = scheduler_class(name)
+    overrides = {}
+    if "lambda_min_clipped" in inspect.signature(new_class.__init__).parameters:
+        # the last timesteps of cosine schedules have log-SNRs that these solvers cannot step from
+        overrides["lambda_min_clipped"] = -5.1
+    pipeline.scheduler = new_class.from_config(pipeline.scheduler.config, **overrides)
 
 
 def load_pipeline(

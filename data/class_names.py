@@ -1,0 +1,50 @@
+"""The 1000 classes of ImageNet-64, in the order of its labels.
+
+The labels follow the ILSVRC2012 development kit (label 1 is n02119789, kit fox; label 1000 is n03255030, dumbbell),
+not the sorted synsets of most ImageNet models. Index i here is label i + 1 of the published files.
+"""
+
+import functools
+import importlib.resources
+
+
+NUM_CLASSES = 1000
+
+
+@functools.cache
+def _rows() -> tuple[tuple[str, str], ...]:
+    text = (importlib.resources.files(__package__) / "imagenet64_classes.tsv").read_text(encoding="utf-8")
+    rows = tuple((wnid, names) for wnid, names in (line.split("\t") for line in text.splitlines()))
+    if len(rows) != NUM_CLASSES:
+        raise RuntimeError(f"imagenet64_classes.tsv holds {len(rows)} classes instead of {NUM_CLASSES}: reinstall")
+    return rows
+
+
+def imagenet64_names() -> list[str]:
+    """Names of the classes, such as ``"tabby, tabby cat"``.
+
+    Each is the comma-joined list of the synset's lemmas and no two are equal: the two synsets called only "crane" say
+    which they are.
+
+    Returns:
+        1000 names; the index is the 0-based label.
+    """
+    return [names for _, names in _rows()]
+
+
+def imagenet64_wnids() -> list[str]:
+    """WordNet ids of the classes, such as ``"n02123045"``.
+
+    Returns:
+        1000 ids; the index is the 0-based label.
+    """
+    return [wnid for wnid, _ in _rows()]
+
+
+def imagenet64_id2label() -> dict[int, str]:
+    """The mapping that a pipeline stores.
+
+    Returns:
+        0-based label -> name, for all 1000 classes in order.
+    """
+    return dict(enumerate(imagenet64_names()))

@@ -1,0 +1,407 @@
+"""The prepared dataset: how it is laid out on the disk, and how it is written.
+
+A prepared folder is a dataset of the datasets library (``datasets.load_from_disk`` opens it) with the columns
+"pixels", the uint8 values of an image (channels, height, width) as raw bytes, and "label", a ClassLabel with the names
+of the classes. Raw bytes because a random batch of them is read many times faster than one of PNG images (measured
+in benchmarks/data.py). Beside it preparation.json says where the images come from and what training and evaluation
+need to know about them.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import tqdm
+
+from ..whole_files import replacing_folder
+from .errors import DataError
+from .sources import ImageSource, ImageStream
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+RECORD_NAME = "preparation.json"
+PIXELS_COLUMN = "pixels"
+LABEL_COLUMN = "label"
+
+_FORMAT = "imagenet64_diffusion.prepared_images"
+_FORMAT_VERSION = 1
+# An arrow record batch is read as one piece of memory; a shard is a file, of half a GB like those of datasets.
+_RECORD_BATCH_BYTES = 16 << 20
+_RECORD_BATCHES_PER_SHARD = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What preparation.json says about a prepared folder.
+
+    Attributes:
+        source: the description of the source, as JSON values.
+        source_details: what the source found out when it was opened, as JSON values.
+        max_images: the limit that was asked for, or None.
+        channels: 1 or 3.
+        height: pixels.
+        width: pixels.
+        num_images: how many images there are.
+        class_names: the name of each class; the index is the label.
+        images_per_class: how many images each class has.
+        fingerprint: "sha256:" and a hex digest over all pixels and labels and the size of the images. Two folders with
+            one fingerprint hold the same images in the same order.
+        files: name -> bytes of each arrow file, in order.
+    """
+
+    source: dict[str, Any]
+    source_details: dict[str, Any]
+    max_images: int | None
+    channels: int
+    height: int
+    width: int
+    num_images: int
+    class_names: list[str]
+    images_per_class: list[int]
+    fingerprint: str
+    files: dict[str, int]
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes preparation.json into the folder."""
+        record = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        _write_json(folder / RECORD_NAME, record)
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> "Preparation":
+        """Reads preparation.json and looks whether the files it names are there.
+
+        Raises:
+            DataError: the folder is not a prepared one, was written by another version, or misses something.
+        """
+        path = folder / RECORD_NAME
+        if not path.is_file():
+            what = "no such folder" if not folder.exists() else f"it has no {RECORD_NAME}"
+            raise DataError(f"{folder} is not a prepared dataset ({what}): make one with imagenet64-prepare")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record.pop("format") != _FORMAT:
+                raise ValueError("another format")
+            version = record.pop("format_version")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is not the record of a prepared dataset ({error!r})") from error
+        if version != _FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format_version {version}, but this program reads {_FORMAT_VERSION}: "
+                "prepare the images again with --overwrite"
+            )
+        try:
+            preparation = cls(**record)
+        except TypeError as error:
+            raise DataError(f"{path} is damaged ({error})") from error
+        for name, size in preparation.files.items():
+            file = folder / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
+                raise DataError(f"{file} {state}: the folder was not copied whole")
+        return preparation
+
+    def summary(self) -> str:
+        """Returns numbers of images and classes and the size, for people."""
+        used = sum(count > 0 for count in self.images_per_class)
+        classes = f"{used} of {len(self.class_names)}" if used < len(self.class_names) else f"{used}"
+        colour = "grayscale" if self.channels == 1 else "RGB"
+        total = sum(self.files.values())
+        return f"{self.num_images:,} images, {classes} classes, {self.width}x{self.height} {colour}, " + (
+            f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
+        )
+
+
+def find_finished(output_dir: pathlib.Path, source: ImageSource, max_images: int | None) -> Preparation | None:
+    """Looks whether output_dir already holds what would be prepared.
+
+    Args:
+        output_dir: the folder.
+        source: where the images would come from.
+        max_images: how many of them at most; None for all.
+
+    Returns:
+        Its record, or None when the folder holds nothing.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    if not _holds_anything(output_dir):
+        return None
+    if not (output_dir / RECORD_NAME).is_file():
+        raise DataError(
+            f"--output_dir {output_dir} holds files that are no prepared dataset: name another folder "
+            "(--overwrite replaces prepared datasets only)"
+        )
+    preparation = Preparation.read(output_dir)
+    if (preparation.source, preparation.max_images) != (_as_json(source.description), max_images):
+        raise DataError(
+            f"--output_dir {output_dir} holds other images, {preparation.summary()}, prepared from "
+            f"{json.dumps(preparation.source)[:300]} with max_images {preparation.max_images}: "
+            "name another folder, or replace them with --overwrite"
+        )
+    return preparation
+
+
+def write_prepared(
+    output_dir: pathlib.Path, source: ImageSource, max_images: int | None = None, overwrite: bool = False
+) -> Preparation:
+    """Reads all images of a source and writes the prepared folder, in memory that does not grow with their number.
+
+    The folder appears whole or not at all: everything is written beside it, to a hidden folder that is removed when
+    anything goes wrong, or by the next call when this process is killed. The same images always give the same files.
+
+    Args:
+        output_dir: the folder to make; its parents are made too.
+        source: where the images come from.
+        max_images: how many of them at most; None for all.
+        overwrite: whether to replace a prepared folder at output_dir.
+
+    Returns:
+        The record of the folder.
+
+    Raises:
+        DataError: the source is not what it should be, output_dir is in use, or holds something that is not to be
+            replaced.
+    """
+    output_dir = output_dir.absolute()
+    if overwrite:
+        _check_replaceable(output_dir)
+    elif _holds_anything(output_dir):
+        raise DataError(f"--output_dir {output_dir} is not empty: name another folder, or replace it with --overwrite")
+    with _one_process_at_a_time(output_dir), replacing_folder(output_dir) as folder:
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        stream = source.open(scratch)
+        preparation = _write_images(folder, source, stream, max_images)
+        shutil.rmtree(scratch)
+        _check_readable(folder, preparation)
+    return preparation
+
+
+def _write_images(
+    folder: pathlib.Path, source: ImageSource, stream: ImageStream, max_images: int | None
+) -> Preparation:
+    import datasets
+
+    if len(set(stream.class_names)) < len(stream.class_names):
+        repeated = next(name for name in stream.class_names if stream.class_names.count(name) > 1)
+        raise DataError(f"two classes are called {repeated!r}: each needs a name of its own")
+    features = datasets.Features(
+        {PIXELS_COLUMN: datasets.Value("binary"), LABEL_COLUMN: datasets.ClassLabel(names=stream.class_names)}
+    )
+    channels, height, width = stream.image_size
+    writer = _ShardWriter(folder, features, channels * height * width)
+    images_per_class = np.zeros(len(stream.class_names), np.int64)
+    pixels_digest, labels_digest = hashlib.sha256(), hashlib.sha256()
+    expected = stream.num_images if max_images is None else min(max_images, stream.num_images or max_images)
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.abandon)
+        blocks = stack.enter_context(contextlib.closing(stream.blocks))
+        # a log file gets a line now and then, a terminal a moving bar
+        interval = 0.5 if sys.stderr.isatty() else 10
+        progress = stack.enter_context(
+            tqdm.tqdm(desc="preparing", total=expected, unit=" images", mininterval=interval, dynamic_ncols=True)
+        )
+        left = max_images
+        for pixels, labels in blocks:
+            pixels, labels = pixels[:left], labels[:left].astype("<i8")
+            rows = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
+            pixels_digest.update(rows)
+            labels_digest.update(labels)
+            images_per_class += np.bincount(labels, minlength=len(images_per_class))
+            writer.write(rows, labels)
+            progress.update(len(rows))
+            if left is not None:
+                left -= len(rows)
+                if left == 0:
+                    break
+        num_images = int(images_per_class.sum())
+        progress.total = num_images
+        if num_images == 0:
+            raise DataError(f"{source.summary}: there are no images")
+        files = writer.finish()
+    # Two digests joined: whatever the blocks were, the same images give the same fingerprint.
+    size = f"{channels}x{height}x{width}".encode()
+    digest = hashlib.sha256(size + pixels_digest.digest() + labels_digest.digest()).hexdigest()
+    _write_dataset_description(folder, features, list(files), digest)
+    preparation = Preparation(
+        source=_as_json(source.description),
+        source_details=_as_json(stream.details),
+        max_images=max_images,
+        channels=channels,
+        height=height,
+        width=width,
+        num_images=num_images,
+        class_names=stream.class_names,
+        images_per_class=images_per_class.tolist(),
+        fingerprint=f"sha256:{digest}",
+        files=files,
+    )
+    preparation.write(folder)
+    return preparation
+
+
+class _ShardWriter:
+    """Writes rows of bytes and labels to arrow files whose layout depends on nothing but the rows."""
+
+    def __init__(self, folder: pathlib.Path, features: "datasets.Features", row_width: int) -> None:
+        self._folder = folder
+        self._features = features
+        self._rows_per_record_batch = max(1, _RECORD_BATCH_BYTES // row_width)
+        self._pixels = np.empty((self._rows_per_record_batch, row_width), np.uint8)
+        self._labels = np.empty(self._rows_per_record_batch, np.int64)
+        self._filled = 0
+        self._paths: list[pathlib.Path] = []
+        self._record_batches_in_shard = 0
+        self._file: BinaryIO | None = None
+        self._writer: Any = None
+
+    def write(self, rows: np.ndarray, labels: np.ndarray) -> None:
+        start = 0
+        while start < len(rows):
+            count = min(len(rows) - start, self._rows_per_record_batch - self._filled)
+            self._pixels[self._filled : self._filled + count] = rows[start : start + count]
+            self._labels[self._filled : self._filled + count] = labels[start : start + count]
+            self._filled += count
+            start += count
+            if self._filled == self._rows_per_record_batch:
+                self._write_record_batch()
+
+    def finish(self) -> dict[str, int]:
+        """Writes what is left, gives the files their names and returns name -> bytes."""
+        if self._filled:
+            self._write_record_batch()
+        self._close_shard()
+        files = {}
+        for index, path in enumerate(self._paths):
+            # how many there are, which is part of the names that datasets gives, is known only now
+            path = path.rename(self._folder / f"data-{index:05d}-of-{len(self._paths):05d}.arrow")
+            files[path.name] = path.stat().st_size
+        return files
+
+    def abandon(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write_record_batch(self) -> None:
+        import pyarrow
+        from datasets.arrow_writer import ArrowWriter
+
+        if self._file is None:
+            path = self._folder / f"shard-{len(self._paths)}"
+            self._paths.append(path)
+            self._file = path.open("wb")
+            self._writer = ArrowWriter(
+                features=self._features, stream=self._file, writer_batch_size=self._rows_per_record_batch
+            )
+        row_width = self._pixels.shape[1]
+        ends = np.arange(self._filled + 1, dtype=np.int32) * row_width
+        # Made from the buffers themselves, so that no image becomes a Python object.
+        pixels = pyarrow.Array.from_buffers(
+            pyarrow.binary(), self._filled, [None, pyarrow.py_buffer(ends), pyarrow.py_buffer(self._pixels)]
+        )
+        labels = pyarrow.array(self._labels[: self._filled])
+        self._writer.write_table(pyarrow.table({PIXELS_COLUMN: pixels, LABEL_COLUMN: labels}))
+        self._filled = 0
+        self._record_batches_in_shard += 1
+        if self._record_batches_in_shard == _RECORD_BATCHES_PER_SHARD:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._file is not None:
+            self._writer.finalize(close_stream=False)
+            self._file.close()
+            self._file = None
+            self._record_batches_in_shard = 0
+
+
+def _write_dataset_description(
+    folder: pathlib.Path, features: "datasets.Features", file_names: list[str], digest: str
+) -> None:
+    """Writes the two JSON files that datasets.load_from_disk reads beside the arrow files."""
+    import datasets
+    from datasets import config
+
+    datasets.DatasetInfo(features=features).write_to_directory(str(folder))
+    state = {
+        "_data_files": [{"filename": name} for name in file_names],
+        "_fingerprint": digest[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    _write_json(folder / config.DATASET_STATE_JSON_FILENAME, state)
+
+
+def _check_readable(folder: pathlib.Path, preparation: Preparation) -> None:
+    """Opens what was written, the way a user does: a version of datasets that lays it out otherwise is found here."""
+    import datasets
+
+    loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    if len(loaded) != preparation.num_images or loaded.features[LABEL_COLUMN].names != preparation.class_names:
+        raise RuntimeError(f"datasets {datasets.__version__} reads other images than were written")
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(output_dir: pathlib.Path) -> Iterator[None]:
+    """Keeps two processes from writing one folder, or from taking the other's work for that of a killed process."""
+    import filelock
+
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    path = output_dir.with_name(f".{output_dir.name}.lock")
+    # the system drops the lock together with its process
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise DataError(f"--output_dir {output_dir}: another process is preparing it now") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holds_anything(output_dir: pathlib.Path) -> bool:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise DataError(f"--output_dir {output_dir} is a file: name a folder")
+    return output_dir.is_dir() and any(output_dir.iterdir())
+
+
+def _check_replaceable(output_dir: pathlib.Path) -> None:
+    """Refuses to delete what no preparation wrote."""
+    if not _holds_anything(output_dir):
+        return
+    names = {path.name for path in output_dir.iterdir()}
+    own = {name for name in names if name.startswith("data-") and name.endswith(".arrow")}
+    foreign = sorted(names - own - {RECORD_NAME, "state.json", "dataset_info.json"})
+    if RECORD_NAME not in names or foreign:
+        what = ", ".join(foreign[:3]) or "no preparation.json"
+        raise DataError(
+            f"--output_dir {output_dir} holds files that no preparation wrote ({what}): --overwrite leaves it alone; "
+            "remove it yourself or name another folder"
+        )
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Returns the value as it comes back from a JSON file."""
+    return json.loads(json.dumps(value))
+
+
+def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")

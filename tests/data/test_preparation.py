@@ -1,0 +1,287 @@
+import hashlib
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+
+import datasets
+import filelock
+import numpy as np
+import pytest
+
+from imagenet64_diffusion.data import preparation as preparation_module
+from imagenet64_diffusion.data.errors import DataError
+from imagenet64_diffusion.data.preparation import Preparation, find_finished, write_prepared
+from imagenet64_diffusion.data.published_source import PublishedSource
+from imagenet64_diffusion.data.sources import DigitsSource, ImageBlock, ImageStream
+
+
+class ArraySource:
+    """Images from memory, in blocks of any size."""
+
+    def __init__(self, pixels, labels, block=10, fail_after=None, error=DataError, names=("a", "b", "c")):
+        self.pixels, self.labels, self.block = pixels, labels, block
+        self.fail_after, self.error, self.names = fail_after, error, list(names)
+        self.description = {"kind": "array", "images": len(pixels)}
+        self.summary = "images from memory"
+        self.warnings = []
+
+    def open(self, work_folder):
+        (work_folder / "scratch").write_text("something that must not stay")
+        return ImageStream(self.names, self.pixels.shape[1:], None, self._blocks())
+
+    def _blocks(self) -> Iterator[ImageBlock]:
+        for start in range(0, len(self.pixels), self.block):
+            if self.fail_after is not None and start >= self.fail_after:
+                raise self.error("the source broke")
+            yield ImageBlock(self.pixels[start : start + self.block], self.labels[start : start + self.block])
+
+
+@pytest.fixture
+def images() -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 256, (95, 3, 4, 4), dtype=np.uint8), generator.integers(0, 2, 95)
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(preparation_module, "_RECORD_BATCH_BYTES", 48 * 7)
+    monkeypatch.setattr(preparation_module, "_RECORD_BATCHES_PER_SHARD", 3)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("small_files")
+def test_datasets_reads_every_image(tmp_path, images):
+    pixels, labels = images
+    output_dir = tmp_path / "parents" / "out"
+    record = write_prepared(output_dir, ArraySource(pixels, labels))
+    loaded = datasets.load_from_disk(str(output_dir))
+    assert [np.frombuffer(row, np.uint8).tolist() for row in loaded["pixels"]] == pixels.reshape(95, -1).tolist()
+    assert list(loaded["label"]) == labels.tolist()
+    assert loaded.features["label"].names == ["a", "b", "c"]
+    assert sorted(path.name for path in output_dir.iterdir()) == sorted(
+        [f"data-{n:05d}-of-00005.arrow" for n in range(5)] + ["dataset_info.json", "preparation.json", "state.json"]
+    )
+    assert [path.name for path in output_dir.parent.iterdir()] == ["out"]
+    assert record == Preparation.read(output_dir)
+    assert (record.channels, record.height, record.width, record.num_images) == (3, 4, 4, 95)
+    assert record.images_per_class == np.bincount(labels, minlength=3).tolist()
+    assert "95 images, 2 of 3 classes, 4x4 RGB" in record.summary()
+    digests = [hashlib.sha256(values.tobytes()).digest() for values in (pixels, labels)]
+    assert record.fingerprint == "sha256:" + hashlib.sha256(b"3x4x4" + b"".join(digests)).hexdigest()
+
+
+@pytest.mark.usefixtures("small_files")
+def test_files_are_the_same_whatever_the_blocks(tmp_path, images):
+    write_prepared(tmp_path / "one", ArraySource(*images, block=1))
+    write_prepared(tmp_path / "two", ArraySource(*images, block=1000))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    write_prepared(tmp_path / "three", ArraySource(images[0], 1 - images[1]))
+    assert Preparation.read(tmp_path / "three").fingerprint != Preparation.read(tmp_path / "one").fingerprint
+
+
+@pytest.mark.parametrize("max_images", [1, 10, 15, 95, 1000])
+def test_max_images(tmp_path, images, max_images):
+    record = write_prepared(tmp_path / "out", ArraySource(*images), max_images)
+    loaded = datasets.load_from_disk(str(tmp_path / "out"))
+    assert len(loaded) == record.num_images == min(max_images, 95)
+    assert list(loaded["label"]) == images[1][:max_images].tolist()
+
+
+def test_finished_is_found_and_other_contents_are_refused(tmp_path, images):
+    out = tmp_path / "out"
+    source = ArraySource(*images)
+    assert find_finished(out, source, None) is None
+    out.mkdir()
+    assert find_finished(out, source, None) is None
+    write_prepared(out, source)
+    assert find_finished(out, source, None) == Preparation.read(out)
+    other = ArraySource(images[0][:50], images[1][:50])
+    for wanted, max_images in [(other, None), (source, 5)]:
+        with pytest.raises(DataError, match=r"holds other images.*--overwrite"):
+            find_finished(out, wanted, max_images)
+    with pytest.raises(DataError, match=r"not empty.*--overwrite"):
+        write_prepared(out, other)
+    write_prepared(out, other, overwrite=True)
+    assert Preparation.read(out).num_images == 50
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_foreign_files_are_never_replaced(tmp_path, images):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"no prepared dataset.*--overwrite"):
+        find_finished(out, ArraySource(*images), None)
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="name another folder"):
+            write_prepared(out, ArraySource(*images), overwrite=overwrite)
+    (out / "thesis.txt").rename(tmp_path / "thesis.txt")
+    write_prepared(out, ArraySource(*images))
+    (tmp_path / "thesis.txt").rename(out / "thesis.txt")
+    with pytest.raises(DataError, match=r"thesis\.txt"):
+        write_prepared(out, ArraySource(*images), overwrite=True)
+    assert (out / "thesis.txt").read_text() == "precious"
+    with pytest.raises(DataError, match="is a file"):
+        write_prepared(out / "thesis.txt", ArraySource(*images))
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("error", [DataError, OSError, KeyboardInterrupt])
+def test_nothing_is_left_when_the_source_breaks(tmp_path, images, error):
+    with pytest.raises(error, match="the source broke"):
+        write_prepared(tmp_path / "out", ArraySource(*images, fail_after=60, error=error))
+    assert list(tmp_path.iterdir()) == []
+    write_prepared(tmp_path / "out", ArraySource(*images))
+    before = contents(tmp_path / "out")
+    with pytest.raises(error, match="the source broke"):
+        write_prepared(tmp_path / "out", ArraySource(*images, fail_after=60, error=error), overwrite=True)
+    assert contents(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_images_and_equal_names_are_errors(tmp_path, images):
+    with pytest.raises(DataError, match="there are no images"):
+        write_prepared(tmp_path / "out", ArraySource(images[0][:0], images[1][:0]))
+    with pytest.raises(DataError, match="two classes are called 'a'"):
+        write_prepared(tmp_path / "out", ArraySource(*images, names=("a", "b", "a")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_at_a_time(tmp_path, images):
+    with (
+        filelock.FileLock(tmp_path / ".out.lock"),
+        pytest.raises(DataError, match="another process is preparing it now"),
+    ):
+        write_prepared(tmp_path / "out", ArraySource(*images))
+
+
+def test_a_run_killed_while_replacing_is_settled(tmp_path, images):
+    out, replaced = tmp_path / "out", tmp_path / ".out.replaced"
+    write_prepared(out, ArraySource(*images))
+    before = contents(out)
+    # killed after the old folder was moved away, and before the new one came
+    out.rename(replaced)
+    (tmp_path / ".out.writing").mkdir()
+    with pytest.raises(DataError, match="the source broke"):
+        write_prepared(out, ArraySource(*images, fail_after=0), overwrite=True)
+    assert contents(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_damaged_folders_are_named(tmp_path, images):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="no such folder"):
+        Preparation.read(out)
+    write_prepared(out, ArraySource(*images))
+    record = json.loads((out / "preparation.json").read_text())
+    for change, message in [
+        ({"format": "other"}, "not the record"),
+        ({"format_version": 99}, "format_version 99"),
+        ({"colour": "red"}, "damaged"),
+    ]:
+        (out / "preparation.json").write_text(json.dumps(record | change))
+        with pytest.raises(DataError, match=message):
+            Preparation.read(out)
+    (out / "preparation.json").write_text("{")
+    with pytest.raises(DataError, match="not the record"):
+        Preparation.read(out)
+    (out / "preparation.json").write_text(json.dumps(record))
+    arrow = next(out.glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"\.arrow has .* bytes instead of"):
+        Preparation.read(out)
+    arrow.unlink()
+    with pytest.raises(DataError, match=r"\.arrow is missing"):
+        Preparation.read(out)
+
+
+def test_digits(tmp_path):
+    record = write_prepared(tmp_path / "out", DigitsSource())
+    assert (record.channels, record.height, record.width) == (1, 32, 32)
+    assert record.class_names == [str(digit) for digit in range(10)]
+    assert record.images_per_class == [500] * 10
+    loaded = datasets.load_from_disk(str(tmp_path / "out"))
+    pixels = np.stack([np.frombuffer(row, np.uint8).reshape(32, 32) for row in loaded["pixels"]])
+    assert pixels.max() == 255
+    padding = np.ones((32, 32), bool)
+    padding[2:-2, 2:-2] = False
+    assert not pixels[:, padding].any()
+    # the middle of a zero is empty, that of a one is inked
+    labels = np.array(loaded["label"])
+    assert pixels[labels == 0, 14:18, 14:18].mean() < 60 < pixels[labels == 1, 14:18, 14:18].mean()
+    with pytest.raises(DataError, match="only the split train"):
+        DigitsSource("test")
+
+
+def test_published_zips_and_raw_files_give_equal_data(tmp_path, make_batches, write_zips):
+    batches = make_batches()
+    from_zips = write_prepared(tmp_path / "one", PublishedSource(write_zips(tmp_path, batches)))
+    assert from_zips.num_images == 1030
+    assert from_zips.images_per_class == [2] * 30 + [1] * 970
+    (tmp_path / "raw").mkdir()
+    for index, (pixels, labels) in enumerate(batches):
+        content = pickle.dumps({"labels": np.array(labels), "data": pixels}, 5)
+        (tmp_path / "raw" / f"train_data_batch_{index + 1}").write_bytes(content)
+    from_files = write_prepared(tmp_path / "two", PublishedSource([tmp_path / "raw"]))
+    assert from_files.fingerprint == from_zips.fingerprint
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one.pop("preparation.json") != two.pop("preparation.json")
+    assert one == two
+
+
+# A batch too big for memory, as a file with a hole where the pixels are.
+LARGE = """
+import pathlib, re, struct, sys
+from imagenet64_diffusion.data.preparation import write_prepared
+from imagenet64_diffusion.data.published_source import PublishedSource
+
+folder = pathlib.Path(sys.argv[1])
+
+
+def write_batch(path, num_images):
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.write(
+            b"\\x80\\x03}(X\\x04\\0\\0\\0datacnumpy.core.multiarray\\n_reconstruct\\ncnumpy\\nndarray\\nK\\0\\x85C\\x01b"
+            b"\\x87R(K\\x01J" + struct.pack("<i", num_images) + b"M\\0\\x30\\x86cnumpy\\ndtype\\nX\\x02\\0\\0\\0u1"
+            b"K\\0K\\x01\\x87R(K\\x03X\\x01\\0\\0\\0|NNNJ\\xff\\xff\\xff\\xffJ\\xff\\xff\\xff\\xffK\\0tb\\x89B"
+            + struct.pack("<I", num_images * 12288)
+        )
+        file.seek(num_images * 12288, 1)
+        file.write(b"tbX\\x06\\0\\0\\0labels](" + b"K\\x05" * num_images + b"eu.")
+
+
+def peak():
+    # ru_maxrss would begin with the memory of the process that started this one
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]) // 1024
+
+
+write_batch(folder / "small" / "train_data_batch_1", 2000)
+write_prepared(folder / "small-out", PublishedSource([folder / "small"]))
+before = peak()
+write_batch(folder / "large" / "train_data_batch_1", 30000)
+record = write_prepared(folder / "large-out", PublishedSource([folder / "large"]))
+print(record.num_images, peak() - before, peak())
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
+def test_memory_does_not_grow_with_the_batch(tmp_path):
+    script = tmp_path / "large.py"
+    script.write_text(textwrap.dedent(LARGE))
+    result = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=200, check=True
+    )
+    num_images, growth, peak = map(int, result.stdout.split())
+    assert num_images == 30_000
+    # MiB; the batch has 352
+    assert growth < 60
+    assert peak < 700
