@@ -16,14 +16,20 @@ install: $(INSTALLED)  ## make .venv and install the package into it, editable
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,eval,test]'
 	@touch $@
 
 demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each: a few minutes on two cores
 	$(BIN)/python prepare_imagenet64.py --source mnist --output_dir $(DEMO)/data
-	$(BIN)/accelerate launch --config_file configs/accelerate_cpu.yaml train_imagenet64.py configs/demo.json --train_data_dir $(DEMO)/data --output_dir $(DEMO)
-	$(BIN)/python generate_images.py --model $(DEMO)/model --output_dir $(DEMO)/samples
+	$(BIN)/python train_imagenet64.py --config configs/training/demo.yaml --train_data_dir $(DEMO)/data --output_dir $(DEMO)
+	$(BIN)/python generate_images.py --model $(DEMO)/model --output_dir $(DEMO)/samples \
+		--class_labels all --num_images_per_label 10 --guidance_scale 2 --num_inference_steps 20
+	@echo
+	@echo "the pipeline:   $(DEMO)/model"
+	@echo "the grid:       $(DEMO)/samples/grid.png"
+	@echo "the animation:  $(DEMO)/samples/denoising.gif"
+	@echo "the manifest:   $(DEMO)/samples/manifest.json"
 
 test: $(INSTALLED)  ## run every test
 	$(BIN)/python -m pytest -n 2

@@ -24,6 +24,15 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text that does not speak of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, []) or "default" in (action.help or "").lower():
+            return action.help
+        return super()._get_help_string(action)
+
+
 def run_verb(
     options_class: type[Options],
     verb: Callable[[Options], Any],
@@ -67,9 +76,7 @@ def parse_options(options_class: type[Options], description: str, argv: Sequence
     from transformers import HfArgumentParser
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
-        options_class, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = HfArgumentParser(options_class, description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="JSON or YAML file of options; the command line wins.")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")

@@ -5,13 +5,14 @@ For example::
     imagenet64-prepare --input Imagenet64_train_part1.zip Imagenet64_train_part2.zip --output_dir outputs/imagenet64
 """
 
-import argparse
 import dataclasses
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
+
+from imagenet64_diffusion.command_line import run_verb
 
 
 if TYPE_CHECKING:
@@ -132,38 +133,8 @@ def _source(options: PrepareOptions) -> "ImageSource":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line.
-
-    Args:
-        argv: its arguments; None for those of the process.
-
-    Returns:
-        The exit code: 0 when the dataset is there, 2 for a wrong option or wrong data, 130 when interrupted.
-    """
-    from transformers import HfArgumentParser
-
-    # the default formatter would add "(default: None)" to helps that say more
-    parser = HfArgumentParser(
-        PrepareOptions, description=__doc__.splitlines()[0], formatter_class=argparse.HelpFormatter
-    )
-    options, unknown = parser.parse_args_into_dataclasses(
-        None if argv is None else list(argv), return_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-
-    from imagenet64_diffusion.data.errors import DataError
-
-    try:
-        prepare(options)
-    # OSError: a full disk, a folder without permission; its message names the file
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped: nothing was written to {options.output_dir}", file=sys.stderr)
-        return 130
-    return 0
+    """The command imagenet64-prepare; returns the exit code."""
+    return run_verb(PrepareOptions, prepare, __doc__.splitlines()[0], argv)
 
 
 if __name__ == "__main__":

@@ -346,7 +346,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return scheduler.config.variance_type == "learned_range"
 
     def _scheduler_with_clipping(self, clip_sample: bool) -> SchedulerMixin:
-        if "clip_sample" not in self.scheduler.config:
+        # not by the config, into which from_config carries the options of other schedulers
+        if "clip_sample" not in inspect.signature(type(self.scheduler).__init__).parameters:
             raise ValueError(
                 f"clip_sample is {clip_sample}, but {type(self.scheduler).__name__} has no such option: leave it None"
             )

@@ -74,8 +74,8 @@ def build_scheduler(options: TrainOptions) -> SchedulerMixin:
             **common,
         )
     # Trailing steps begin at the last timestep, whose images are the noise that sampling begins with
-    # (Lin et al. 2023, https://arxiv.org/abs/2305.08891, section 3.3). No clipping: a DDIM step whose image was clipped
-    # and whose noise was not does not belong together, which guidance makes visible.
+    # (Lin et al. 2023, https://arxiv.org/abs/2305.08891, section 3.3). No clipping: a DDIM step whose image was
+    # clipped and whose noise was not does not belong together, which guidance makes visible.
     return EtaDDIMScheduler(
         beta_schedule=options.beta_schedule, timestep_spacing="trailing", clip_sample=False, **common
     )

@@ -1,0 +1,41 @@
+"""Fixtures that several tests share."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions, prepare
+from tests.components import RECIPES, OriginalCheckpoint
+
+
+@pytest.fixture(scope="session", params=RECIPES)
+def original_checkpoint(request) -> OriginalCheckpoint:
+    return OriginalCheckpoint(request.param)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A prepared dataset of 96 grey 16x16 images of three classes, which differ in brightness."""
+    folder = tmp_path_factory.mktemp("prepared")
+    rng = np.random.default_rng(0)
+    labels = np.arange(96) % 3
+    pixels = rng.integers(0, 60, (96, 16, 16)) + 80 * labels[:, None, None]
+    images = [PIL.Image.fromarray(image.astype(np.uint8)) for image in pixels]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "grey", "light"])}
+    )
+    datasets.Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features).save_to_disk(
+        folder / "images"
+    )
+    return prepare(
+        PrepareOptions(
+            source="dataset",
+            input=[str(folder / "images")],
+            output_dir=str(folder / "data"),
+            resolution=16,
+            color_mode="grayscale",
+        )
+    )

@@ -1,0 +1,239 @@
+"""What every layer type promises, and the formulas of those that the original's answers do not fix."""
+
+import math
+
+import pytest
+import torch
+
+from imagenet64_diffusion.models.unet_class_conditional import (
+    LAYER_TYPES,
+    ClassAttentionLayer,
+    ConvNextLayer,
+    LayerConfig,
+    ResnetLayer,
+    SelfAttentionLayer,
+    StandardizedConv2d,
+)
+
+
+def config(**options) -> LayerConfig:
+    defaults = {
+        "time_embed_dim": 6,
+        "class_embed_dim": 5,
+        "attention_patch_size": 4,
+        "dropout": 0.0,
+        "class_attention_type": "channel",
+    }
+    return LayerConfig(**{**defaults, **options})
+
+
+class LayerContract:
+    """The tests of a layer type: subclasses name it."""
+
+    layer_type: str
+    takes_classes = True
+    uses_time = False
+    uses_class = False
+
+    def make(self, in_channels=8, out_channels=8, **options):
+        torch.manual_seed(0)
+        return LAYER_TYPES[self.layer_type](in_channels, out_channels, config(**options)).eval()
+
+    def inputs(self, channels=8, size=8, batch=3):
+        generator = torch.Generator().manual_seed(1)
+        return (
+            torch.randn(batch, channels, size, size, generator=generator),
+            torch.randn(batch, 6, generator=generator),
+            torch.randn(batch, 5, generator=generator),
+        )
+
+    def test_keeps_the_shape(self):
+        inputs = self.inputs()
+        assert self.make()(*inputs).shape == inputs[0].shape
+
+    @pytest.mark.parametrize("channels", [1, 2, 3, 6, 7, 12, 24])
+    def test_any_number_of_channels(self, channels):
+        inputs = self.inputs(channels=channels)
+        output = self.make(channels, channels)(*inputs)
+        assert output.shape == inputs[0].shape
+        assert output.isfinite().all()
+
+    def test_changes_the_width_where_it_says_so(self):
+        layer_class = LAYER_TYPES[self.layer_type]
+        if not layer_class.changes_width:
+            return
+        for in_channels, out_channels in ((8, 16), (16, 8), (8, 6), (3, 8)):
+            inputs = self.inputs(channels=in_channels)
+            output = self.make(in_channels, out_channels)(*inputs)
+            assert output.shape == (3, out_channels, 8, 8)
+
+    def test_images_do_not_see_one_another(self):
+        inputs = self.inputs()
+        layer = self.make()
+        alone = torch.cat([layer(*(values[i : i + 1] for values in inputs)) for i in range(3)])
+        torch.testing.assert_close(layer(*inputs), alone, atol=1e-5, rtol=1e-5)
+
+    def test_every_weight_learns(self):
+        layer = self.make().train()
+        # a plain sum would be constant behind a normalisation
+        (layer(*self.inputs()) * torch.randn(3, 8, 8, 8)).sum().backward()
+        still = [name for name, weight in layer.named_parameters() if weight.grad is None or not weight.grad.any()]
+        assert still == []
+
+    def test_listens_to_time_and_class_as_it_should(self):
+        sample, time_embedding, class_embedding = self.inputs()
+        layer = self.make()
+        before = layer(sample, time_embedding, class_embedding)
+        assert (layer(sample, time_embedding + 1, class_embedding) != before).any() == self.uses_time
+        assert (layer(sample, time_embedding, class_embedding + 1) != before).any() == self.uses_class
+
+    def test_without_classes(self):
+        if not self.takes_classes:
+            return
+        sample, time_embedding, _ = self.inputs()
+        layer = self.make(class_embed_dim=None)
+        assert layer(sample, time_embedding, None).shape == sample.shape
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_other_dtypes(self, dtype):
+        reference = self.make()(*self.inputs())
+        output = self.make().to(dtype)(*(values.to(dtype) for values in self.inputs()))
+        assert output.dtype == dtype
+        tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(output.float(), reference, atol=tolerance, rtol=tolerance)
+
+
+class TestResnet(LayerContract):
+    layer_type = "resnet"
+    uses_time = uses_class = True
+
+    def test_dropout_only_in_training(self):
+        inputs = self.inputs()
+        layer = self.make(dropout=0.5)
+        torch.testing.assert_close(layer(*inputs), self.make()(*inputs))
+        assert (layer.train()(*inputs) != layer(*inputs)).any()
+
+
+class TestConvNext(LayerContract):
+    layer_type = "convnext"
+    uses_time = uses_class = True
+
+
+class TestClassAttention(LayerContract):
+    layer_type = "class_attention"
+    takes_classes = False
+    uses_class = True
+
+    def test_formula(self):
+        layer = self.make().double()
+        sample, _, class_embedding = (values.double() for values in self.inputs())
+        query, key = layer.query(class_embedding), layer.key(class_embedding)
+        normed = layer.norm(sample)
+        query, key = query.detach(), key.detach()
+        mixed = torch.zeros_like(normed)
+        for image in range(3):
+            for c in range(8):
+                row = torch.tensor([key[image, c] * query[image, d] / math.sqrt(8) for d in range(8)])
+                weights = row.exp() / row.exp().sum()
+                for d in range(8):
+                    mixed[image, d] += weights[d] * normed[image, c]
+        expected = layer.out_norm(layer.out_conv(mixed)) + sample
+        torch.testing.assert_close(layer(sample, None, class_embedding), expected.detach(), atol=1e-9, rtol=1e-9)
+
+
+class TestClassAttentionOfTheOriginal(LayerContract):
+    layer_type = "class_attention"
+    takes_classes = False
+
+    def make(self, in_channels=8, out_channels=8, **options):
+        return super().make(in_channels, out_channels, **options, class_attention_type="identity")
+
+    def test_equals_attention_whose_matrix_only_weights_its_own_rows(self):
+        """As the original computes it: each row of softmax, which sums to 1, multiplies its own channel."""
+        layer = self.make()
+        sample, time_embedding, class_embedding = self.inputs()
+        normed = layer.norm(sample)
+        attention = torch.randn(3, 8, 8).softmax(dim=-1)
+        contracted = torch.einsum("nclw,ncd->nclw", normed, attention)
+        expected = layer.out_norm(layer.out_conv(contracted)) + sample
+        torch.testing.assert_close(layer(sample, time_embedding, class_embedding), expected, atol=1e-5, rtol=1e-5)
+
+
+class TestSelfAttention(LayerContract):
+    layer_type = "self_attention"
+
+    @pytest.mark.parametrize(("size", "patch"), [(4, 4), (4, 16), (8, 4), (8, 2)])
+    def test_formula(self, size, patch):
+        """Plain loops in float64: unfold by the patch size, read (channels, patches) as (patches, channels)."""
+        layer = self.make(attention_patch_size=patch).double()
+        sample = self.inputs(size=size)[0].double()
+        edge = min(size, patch)
+
+        def cut(features):
+            patches = features.unfold(2, edge, edge).unfold(3, edge, edge)
+            return patches.reshape(3, (size // edge) ** 2, 8, edge * edge)
+
+        key, query, value = map(cut, layer.key_query_value(layer.norm(sample)).chunk(3, dim=1))
+        attended = torch.zeros_like(value)
+        for image in range(3):
+            for p in range(value.shape[1]):
+                scores = query[image, p].T @ key[image, p] / math.sqrt(patch)
+                attended[image, p] = value[image, p] @ scores.softmax(dim=-1).T
+        expected = layer.out_conv(attended.reshape(sample.shape)) + sample
+        torch.testing.assert_close(layer(sample, None, None), expected, atol=1e-9, rtol=1e-9)
+
+    def test_a_map_that_patches_do_not_cover(self):
+        with pytest.raises(ValueError, match="attention_patch_size 4 does not divide a feature map of 6x6"):
+            self.make()(torch.zeros(1, 8, 6, 6), None, None)
+
+
+class TestChannelAttention(LayerContract):
+    layer_type = "channel_attention"
+
+    def test_formula(self):
+        layer = self.make()
+        sample = self.inputs()[0]
+        kernel = layer.conv.weight.detach()[0, 0]
+        means = torch.nn.functional.pad(sample.mean(dim=(2, 3)), (1, 1))
+        logits = sum(kernel[offset] * means[:, offset : offset + 8] for offset in range(3))
+        torch.testing.assert_close(layer(sample), sample * logits.sigmoid()[:, :, None, None])
+
+
+def test_all_layer_types_have_a_contract():
+    tested = {test.layer_type for test in LayerContract.__subclasses__()}
+    assert tested == set(LAYER_TYPES)
+
+
+def test_layers_know_what_they_are():
+    assert {name for name, layer in LAYER_TYPES.items() if layer.changes_width} == {"resnet", "convnext"}
+    assert ResnetLayer.changes_width
+    assert ConvNextLayer.changes_width
+    assert ClassAttentionLayer.needs_classes
+    assert not SelfAttentionLayer.needs_classes
+
+
+def test_standardized_convolution():
+    torch.manual_seed(0)
+    conv = StandardizedConv2d(3, 4, 3)
+    with torch.no_grad():
+        conv.weight.mul_(100).add_(5)
+    weight = conv.weight.double()
+    weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / (
+        weight.var((1, 2, 3), correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    sample = torch.randn(2, 3, 8, 8)
+    expected = torch.nn.functional.conv2d(sample.double(), weight, conv.bias.double())
+    torch.testing.assert_close(conv(sample).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_standardized_convolution_in_half_precision():
+    """A filter whose variance float16 cannot hold is standardised all the same."""
+    torch.manual_seed(0)
+    conv = StandardizedConv2d(3, 4, 3)
+    with torch.no_grad():
+        conv.weight.mul_(0.05)
+    half = StandardizedConv2d(3, 4, 3).to(torch.bfloat16)
+    half.load_state_dict(conv.state_dict())
+    sample = torch.randn(2, 3, 8, 8)
+    difference = half(sample.bfloat16()).float() - conv(sample)
+    assert difference.abs().max() < 0.05 * conv(sample).abs().max()

@@ -1,0 +1,233 @@
+"""The class-conditional U-Net as a diffusers model."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from imagenet64_diffusion import ClassConditionalUNet2DModel
+from imagenet64_diffusion.configs import CONFIG_DIR
+from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES
+from tests.components import TINY_UNET, make_unet
+
+
+def inputs(batch=3, size=16):
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(batch, 1, size, size, generator=generator)
+    return sample, torch.arange(batch) * 300, torch.arange(batch) % 4
+
+
+def orders():
+    """Every order of one to three layer types, and all orders of all five, that may begin a stack."""
+    for count in (1, 2, 3, 5):
+        for order in itertools.permutations(LAYER_TYPES, count):
+            if LAYER_TYPES[order[0]].changes_width:
+                yield order
+
+
+@pytest.mark.parametrize("head", ["conv", "original"])
+def test_all_orders_of_layers(head):
+    for order in orders():
+        unet = make_unet(layer_types=order, output_head_type=head, attention_patch_size=8)
+        output = unet(*inputs()).sample
+        assert output.shape == (3, 2, 16, 16), order
+        assert output.isfinite().all(), order
+
+
+@pytest.mark.parametrize("time", ["sinusoidal", "original_interleaved", "original_sine", "original_alternating"])
+@pytest.mark.parametrize("attention", ["channel", "identity"])
+@pytest.mark.parametrize("head", ["conv", "original"])
+def test_all_options_together(time, attention, head):
+    unet = make_unet(time_embedding_type=time, class_attention_type=attention, output_head_type=head)
+    sample, timestep, labels = inputs()
+    output = unet(sample, timestep, labels).sample
+    assert output.shape == (3, 2, 16, 16)
+    assert (unet(sample, timestep + 1, labels).sample != output).any()
+    assert (unet(sample, timestep, (labels + 1) % 4).sample != output).any()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_any_number_of_image_channels(channels):
+    for head in ("conv", "original"):
+        unet = make_unet(in_channels=channels, output_head_type=head)
+        assert unet(torch.zeros(2, channels, 16, 16), 5).sample.shape == (2, 2 * channels, 16, 16)
+
+
+def test_oblong_images():
+    unet = make_unet(sample_size=(16, 24))
+    assert unet(torch.zeros(1, 1, 16, 24), 0).sample.shape == (1, 2, 16, 24)
+
+
+def test_timestep_as_anything():
+    unet = make_unet()
+    sample, _, labels = inputs()
+    expected = unet(sample, torch.tensor([7, 7, 7]), labels).sample
+    for timestep in (7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor(7.0), torch.tensor([7.0, 7.0, 7.0])):
+        torch.testing.assert_close(unet(sample, timestep, labels).sample, expected)
+    assert (unet(sample, 7.5, labels).sample != expected).any()
+    assert isinstance(unet(sample, 7, labels, return_dict=False), tuple)
+
+
+def test_the_null_class():
+    unet = make_unet()
+    sample, timestep, _ = inputs()
+    null = torch.full((3,), 3)
+    torch.testing.assert_close(unet(sample, timestep, null).sample, unet(sample, timestep).sample)
+    assert not unet.class_embedding.weight[3].any()
+    # and it stays zero: training with it moves the other rows alone
+    unet.train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.1)
+    unet(sample, timestep, torch.tensor([3, 0, 3])).sample.square().mean().backward()
+    assert not unet.class_embedding.weight.grad[3].any()
+    assert unet.class_embedding.weight.grad[0].any()
+    optimizer.step()
+    assert not unet.class_embedding.weight[3].any()
+
+
+def test_every_weight_learns():
+    for head in ("conv", "original"):
+        unet = make_unet(layer_types=tuple(LAYER_TYPES), output_head_type=head, attention_patch_size=8).train()
+        output = unet(*inputs()).sample
+        (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        still = [name for name, weight in unet.named_parameters() if weight.grad is None or not weight.grad.any()]
+        assert still == []
+
+
+def test_the_first_prediction_is_zero():
+    torch.manual_seed(0)
+    assert not ClassConditionalUNet2DModel(**TINY_UNET)(*inputs()).sample.any()
+
+
+def test_the_original_names_of_layer_types():
+    unet = ClassConditionalUNet2DModel(**TINY_UNET, layer_types=tuple(LAYER_TYPE_ALIASES), attention_patch_size=8)
+    assert unet.config.layer_types == tuple(LAYER_TYPE_ALIASES.values())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointing in (False, True):
+        unet = make_unet(layer_types=tuple(LAYER_TYPES), attention_patch_size=8).train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+            assert unet.is_gradient_checkpointing
+        unet(*inputs()).sample.square().mean().backward()
+        gradients.append([weight.grad for weight in unet.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+class TestSavingAndLoading:
+    @pytest.mark.parametrize("time", ["sinusoidal", "original_alternating"])
+    @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+    def test_round_trip(self, tmp_path, time, low_cpu_mem_usage):
+        unet = make_unet(time_embedding_type=time, layer_types=tuple(LAYER_TYPES), attention_patch_size=8)
+        unet.save_pretrained(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "config.json",
+            "diffusion_pytorch_model.safetensors",
+        ]
+        loaded = ClassConditionalUNet2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert not loaded.training
+        assert torch.equal(loaded(*inputs()).sample, unet(*inputs()).sample)
+        assert loaded.config.layer_types == tuple(LAYER_TYPES)
+
+    def test_tables_are_not_stored(self, tmp_path):
+        make_unet(time_embedding_type="original_sine").save_pretrained(tmp_path)
+        with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
+            assert not [name for name in file.keys() if "table" in name]  # noqa: SIM118
+
+    def test_half_precision(self, tmp_path):
+        unet = make_unet()
+        unet.save_pretrained(tmp_path)
+        loaded = ClassConditionalUNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16
+        sample, timestep, labels = inputs()
+        expected = unet(sample, timestep, labels).sample
+        difference = loaded(sample.bfloat16(), timestep, labels).sample.float() - expected
+        assert difference.norm() < 0.03 * expected.norm()
+
+    def test_copies_are_whole(self):
+        unet = make_unet(time_embedding_type="original_sine")
+        assert torch.equal(copy.deepcopy(unet)(*inputs()).sample, unet(*inputs()).sample)
+
+
+class TestConfigFiles:
+    @pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.json")), ids=lambda file: file.stem)
+    def test_every_file_is_whole(self, file):
+        config = json.loads(file.read_text())
+        known = set(ClassConditionalUNet2DModel.__init__.__wrapped__.__code__.co_varnames) | {"_class_name"}
+        assert set(config) <= known
+        faithful = file.parent.name == "original"
+        assert config["output_head_type"] == ("original" if faithful else "conv")
+        assert config["class_attention_type"] == ("identity" if faithful else "channel")
+        assert config["time_embedding_type"].startswith("original") == faithful
+
+    @pytest.mark.parametrize(("recipe", "millions"), [("res", 123.5), ("res_conv", 144.1)])
+    def test_sizes_of_the_recipes(self, recipe, millions):
+        """The sizes of the original's networks, which the sound heads and attention leave as they were."""
+        config = json.loads((CONFIG_DIR / f"{recipe}.json").read_text())
+        with torch.device("meta"):
+            unet = ClassConditionalUNet2DModel.from_config(config)
+        assert unet.num_parameters() / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+class TestWrongOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"layer_types": ("class_attention", "resnet")},
+                "begins with 'class_attention'.*begin with resnet or conv",
+            ),
+            ({"layer_types": ("chnAtn",)}, "begins with 'channel_attention'"),
+            ({"layer_types": ("resnet", "dense")}, "names 'dense', but must be made of resnet, convnext"),
+            ({"layer_types": ()}, "layer_types is empty"),
+            ({"num_class_embeds": None}, "'class_attention', which needs classes, but num_class_embeds is None"),
+            ({"num_class_embeds": 0}, "num_class_embeds is 0, but must be at least 1, or None"),
+            ({"sample_size": 18}, "sample_size is 18x18, which 2 levels cannot halve.*multiples of 4"),
+            ({"sample_size": (16, 17)}, "sample_size is 16x17"),
+            (
+                {"layer_types": ("resnet", "self_attention"), "attention_patch_size": 3},
+                "attention_patch_size is 3, which does not divide the feature map of 16x16",
+            ),
+            (
+                {"layer_types": ("resnet", "self_attention"), "attention_patch_size": 8, "sample_size": 24},
+                "does not divide the feature map of 12x12 that sample_size 24 gives at level 1",
+            ),
+            ({"block_out_channels": ()}, "block_out_channels is empty"),
+            ({"block_out_channels": (8, 0)}, "block_out_channels is .*positive whole numbers"),
+            ({"stem_channels": 0}, "stem_channels is 0"),
+            ({"dropout": 1.0}, "dropout is 1.0, but must be in"),
+            ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier', but must be one of sinusoidal"),
+            ({"class_attention_type": "none"}, "class_attention_type is 'none', but must be one of channel, identity"),
+            ({"output_head_type": "linear"}, "output_head_type is 'linear', but must be one of conv, original"),
+        ],
+    )
+    def test_message(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            ClassConditionalUNet2DModel(**{**TINY_UNET, **options})
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((torch.zeros(1, 3, 16, 16), 0), r"sample has shape \(1, 3, 16, 16\), but must be \(batch, 1, height"),
+            ((torch.zeros(1, 1, 18, 16), 0), "sample is 18x16, which 2 levels cannot halve"),
+            ((torch.zeros(3, 1, 16, 16), torch.tensor([1, 2])), "timestep has 2 entries, but must be one.*3 images"),
+            ((torch.zeros(3, 1, 16, 16), 0, torch.tensor([1])), r"class_labels has shape \(1,\), but must be \(3,\)"),
+        ],
+    )
+    def test_wrong_input(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            make_unet()(*arguments)
+
+    def test_labels_for_a_network_without_classes(self):
+        unet = make_unet(layer_types=("resnet",), num_class_embeds=None)
+        with pytest.raises(ValueError, match="class_labels were given, but the network has no classes"):
+            unet(torch.zeros(1, 1, 16, 16), 0, torch.tensor([1]))
+
+    def test_labels_out_of_range(self):
+        with pytest.raises(IndexError):
+            make_unet()(torch.zeros(1, 1, 16, 16), 0, torch.tensor([4]))

@@ -1,0 +1,130 @@
+"""A saved pipeline: a folder that loads with this package and without it."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion.pipelines.loading import scheduler_class, swap_scheduler
+from tests.components import make_pipeline, make_unet, seeded
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        [0, "goldfish"], generator=seeded(0, 1), num_inference_steps=3, guidance_scale=2.0, output_type="pt"
+    ).images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_what_the_folder_holds(folder):
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == [
+        "model_index.json",
+        "pipeline_class_conditional.py",
+        "scheduler/scheduler_config.json",
+        "scheduler/scheduling_ddim_eta.py",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/unet_class_conditional.py",
+    ]
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_class_conditional", "ClassConditionalPipeline"]
+    assert index["unet"] == ["unet_class_conditional", "ClassConditionalUNet2DModel"]
+    assert index["id2label"] == {"0": "tabby, tabby cat", "1": "goldfish", "2": "crane"}
+
+
+def test_with_the_package(folder):
+    loaded = ClassConditionalPipeline.from_pretrained(folder)
+    assert type(loaded) is ClassConditionalPipeline
+    assert type(loaded.unet) is ClassConditionalUNet2DModel
+    assert torch.equal(draw(loaded), draw(make_pipeline()))
+    assert loaded.config.id2label[0] == "tabby, tabby cat"
+
+
+def test_without_the_package(folder):
+    """In a process that cannot import us."""
+    torch.save(draw(make_pipeline()), folder.parent / "expected.pt")
+    program = """
+        import sys
+
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "imagenet64_diffusion":
+                    raise ImportError("not here")
+
+        sys.meta_path.insert(0, Refuse())
+        import torch
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained("model", trust_remote_code=True)
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(
+            [0, "goldfish"],
+            generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            output_type="pt",
+        ).images
+        assert torch.equal(images, torch.load("expected.pt")), "other images"
+        # and what was loaded saves a folder that is whole again
+        pipeline.save_pretrained("again")
+        DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=folder.parent, check=True, timeout=120)
+    assert torch.equal(draw(ClassConditionalPipeline.from_pretrained(folder.parent / "again")), draw(make_pipeline()))
+
+
+def test_without_the_package_and_with_a_network_of_ones_own(folder):
+    unet = make_unet(stem_channels=16)
+    loaded = DiffusionPipeline.from_pretrained(folder, unet=unet, trust_remote_code=True)
+    assert loaded.unet is unet
+
+
+def test_components_of_ones_own(folder):
+    unet, scheduler = make_unet(), DDIMScheduler()
+    loaded = ClassConditionalPipeline.from_pretrained(folder, unet=unet, scheduler=scheduler)
+    assert loaded.unet is unet
+    assert loaded.scheduler is scheduler
+    assert ClassConditionalPipeline.from_pretrained(folder, torch_dtype=torch.float16).unet.dtype == torch.float16
+
+
+def test_stock_scheduler_inside(tmp_path):
+    pipeline = make_pipeline()
+    swap_scheduler(pipeline, "DPMSolverMultistep")
+    assert pipeline.scheduler.config.lambda_min_clipped == -5.1
+    expected = draw(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"][0] == "diffusers"
+    assert torch.equal(draw(ClassConditionalPipeline.from_pretrained(tmp_path)), expected)
+    assert torch.equal(draw(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)), expected)
+
+
+def test_scheduler_names():
+    assert scheduler_class("DDIM") is DDIMScheduler
+    assert scheduler_class("LearnedVarianceDDPM") is LearnedVarianceDDPMScheduler
+    for name in ("Nothing", "UNet2DModel", "DDIMPipeline"):
+        with pytest.raises(ValueError, match=f"there is no scheduler named '{name}'"):
+            scheduler_class(name)
+
+
+def test_wrong_folders(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"holds no pipeline: there is no model_index.json"):
+        ClassConditionalPipeline.from_pretrained(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline, but must hold a ClassConditionalPipeline"):
+        ClassConditionalPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="unknown arguments of from_pretrained: colour"):
+        ClassConditionalPipeline.from_pretrained(folder, colour="blue")

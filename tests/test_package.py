@@ -1,0 +1,100 @@
+"""The package installs, editable and as a wheel, and what it names is there."""
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import imagenet64_diffusion
+from imagenet64_diffusion.command_line import parse_options
+from imagenet64_diffusion.train_imagenet64 import TrainOptions
+
+
+ROOT = Path(__file__).parents[1]
+USE = (
+    "import imagenet64_diffusion as package; from imagenet64_diffusion.data.class_names import imagenet64_names;"
+    "from imagenet64_diffusion.training.components import load_model_config;"
+    "assert package.ClassConditionalPipeline and len(imagenet64_names()) == 1000;"
+    "assert load_model_config('original/res_res')['output_head_type'] == 'original';"
+    "print(package.__file__)"
+)
+
+
+def python(*arguments, **options) -> str:
+    return subprocess.run(
+        [sys.executable, *arguments], check=True, capture_output=True, text=True, timeout=240, **options
+    ).stdout
+
+
+def test_editable_install_from_another_folder(tmp_path):
+    assert Path(python("-c", USE, cwd=tmp_path).strip()) == ROOT / "__init__.py"
+
+
+def test_wheel_from_another_folder(tmp_path):
+    left_out = shutil.ignore_patterns(".*", "outputs", "build", "*.egg-info", "__pycache__", "results")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=left_out)
+    pip = ("-m", "pip", "--disable-pip-version-check")
+    python(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "wheels", "./source", cwd=tmp_path)
+    wheel = next((tmp_path / "wheels").iterdir())
+    with zipfile.ZipFile(wheel) as archive:
+        files = set(archive.namelist())
+    for name in ("py.typed", "configs/original/res.json", "configs/demo.json", "data/imagenet64_classes.tsv"):
+        assert f"imagenet64_diffusion/{name}" in files
+    assert not [name for name in files if "tests" in name or "benchmarks" in name]
+
+    python(*pip, "install", "--no-deps", "--target", "installed", wheel, cwd=tmp_path)
+    environment = {"PYTHONPATH": str(tmp_path / "installed"), "PATH": "/usr/bin:/bin"}
+    (tmp_path / "elsewhere").mkdir()
+    where = python("-c", USE, cwd=tmp_path / "elsewhere", env=environment).strip()
+    assert Path(where) == tmp_path / "installed" / "imagenet64_diffusion" / "__init__.py"
+    for command in ("imagenet64-prepare", "imagenet64-train", "imagenet64-generate"):
+        shown = python(tmp_path / "installed" / "bin" / command, "--help", cwd=tmp_path / "elsewhere", env=environment)
+        assert "--output_dir" in shown
+
+
+def test_public_names():
+    for name in imagenet64_diffusion.__all__:
+        assert getattr(imagenet64_diffusion, name) is not None
+    assert set(imagenet64_diffusion.__all__) == {*imagenet64_diffusion._EXPORTS, "__version__"}
+    assert dir(imagenet64_diffusion) == sorted(imagenet64_diffusion.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        imagenet64_diffusion.Nothing  # noqa: B018
+
+
+def test_import_is_lazy():
+    program = "import sys, imagenet64_diffusion; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    assert python("-c", program).strip() == "[]"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "training").iterdir()), ids=lambda file: file.stem)
+def test_training_configs_are_options(file, prepared):
+    options = parse_options(TrainOptions, "", ["--config", str(file), "--train_data_dir", str(prepared)])
+    assert options.max_train_steps > 0
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "models/unet_class_conditional",
+        "pipelines/pipeline_class_conditional",
+        "schedulers/scheduling_ddpm_learned",
+        "schedulers/scheduling_ddim_eta",
+    ],
+)
+def test_what_a_repository_carries_stands_alone(module):
+    """torch, diffusers and the standard library only: in an empty folder, under another name."""
+    source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+    imports = [line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert set(imports) - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
+    assert "    from ." not in source
+
+
+def test_no_root_module_hides_a_library():
+    """Scripts run from the root have it on their path, where data.py would hide a library called data."""
+    installed = importlib.metadata.packages_distributions()
+    ours = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert not (ours - {"imagenet64_diffusion"}) & {name.replace("-", "_").lower() for name in installed}

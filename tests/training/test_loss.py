@@ -1,0 +1,146 @@
+"""The hybrid loss against the original's answers and against formulas in float64."""
+
+import math
+
+import pytest
+import torch
+
+from imagenet64_diffusion import ClassConditionalUNet2DModel, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion.models.original_checkpoints import map_original_weights, original_unet_config
+from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
+from imagenet64_diffusion.training.loss import HybridLoss
+
+
+def original_loss() -> HybridLoss:
+    return HybridLoss(
+        LearnedVarianceDDPMScheduler(trained_betas=original_cosine_betas(1000), set_alpha_to_one=False, max_beta=0.999)
+    )
+
+
+def test_original_answers(original_checkpoint):
+    params, expected = original_checkpoint.params, original_checkpoint.expected
+    unet = ClassConditionalUNet2DModel(**original_unet_config(params, "original_interleaved")).eval()
+    unet.load_state_dict(map_original_weights(original_checkpoint.state_dict, params))
+    loss = original_loss()
+    timesteps = expected["loss.timestep"] - 1
+
+    noisy = loss.add_noise(expected["loss.x0"], expected["loss.noise"], timesteps)
+    torch.testing.assert_close(noisy, expected["loss.x_t"], atol=5e-6, rtol=0)
+    with torch.no_grad():
+        output = unet(expected["loss.x_t"], timesteps, original_checkpoint.labels("loss")).sample
+    terms = loss(output, expected["loss.x0"], expected["loss.noise"], expected["loss.x_t"], timesteps)
+
+    torch.testing.assert_close(terms.simple.mean(), expected["loss.simple"], atol=0, rtol=1e-6)
+    torch.testing.assert_close(terms.total.mean(), expected["loss.total"], atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(terms.vlb.mean(), expected["loss.vlb_weighted"], atol=1e-7, rtol=0)
+    total, simple, vlb = expected["loss.per_sample_total_simple_vlb"].unbind(dim=1)
+    torch.testing.assert_close(terms.simple, simple, atol=0, rtol=2e-6)
+    torch.testing.assert_close(terms.total, total, atol=1e-7, rtol=2e-6)
+    # where beta is clamped to 1e-10 the original's own value is rounding
+    settled = expected["loss.timestep"] >= 14
+    torch.testing.assert_close(terms.vlb[settled], vlb[settled], atol=0, rtol=0.01)
+
+
+def batch(size=8, timesteps=None):
+    generator = torch.Generator().manual_seed(0)
+    original = torch.rand(size, 1, 4, 4, generator=generator) * 2 - 1
+    noise = torch.randn(size, 1, 4, 4, generator=generator)
+    prediction = torch.randn(size, 1, 4, 4, generator=generator)
+    variance = torch.rand(size, 1, 4, 4, generator=generator) * 2 - 1
+    timesteps = torch.arange(size) * 900 // size + 20 if timesteps is None else timesteps
+    return original, noise, prediction, variance, timesteps
+
+
+def scheduler(prediction_type="epsilon", **options):
+    options = {"beta_schedule": "squaredcos_cap_v2", **options}
+    return EtaDDIMScheduler(prediction_type=prediction_type, **options)
+
+
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear"])
+def test_divergence_of_gaussians(schedule):
+    """Against torch's divergence of the two distributions, built from their definitions in float64."""
+    original, noise, prediction, variance, timesteps = (values.double() for values in batch())
+    timesteps = timesteps.long()
+    plan = scheduler(beta_schedule=schedule)
+    loss = HybridLoss(plan, vlb_weight=1.0)
+    noisy = loss.add_noise(original, noise, timesteps)
+    terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+
+    for i, t in enumerate(timesteps.tolist()):
+        abar, abar_prev = plan.alphas_cumprod[t].item(), plan.alphas_cumprod[t - 1].item()
+        beta = 1 - abar / abar_prev
+        beta_tilde = (1 - abar_prev) / (1 - abar) * beta
+
+        def mean(x0, i=i, abar=abar, abar_prev=abar_prev, beta=beta):
+            share_of_noisy = math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar)
+            return math.sqrt(abar_prev) * beta / (1 - abar) * x0 + share_of_noisy * noisy[i]
+
+        predicted = ((noisy[i] - math.sqrt(1 - abar) * prediction[i]) / math.sqrt(abar)).clamp(-1, 1)
+        fraction = (variance[i] + 1) / 2
+        predicted_variance = beta**fraction * beta_tilde ** (1 - fraction)
+        true = torch.distributions.Normal(mean(original[i]), math.sqrt(beta_tilde))
+        guess = torch.distributions.Normal(mean(predicted), predicted_variance.sqrt())
+        expected = torch.distributions.kl_divergence(true, guess).mean()
+        assert terms.vlb[i].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6), t
+        assert terms.simple[i].item() == pytest.approx((noise[i] - prediction[i]).square().mean().item(), rel=1e-5)
+
+
+def test_prediction_types_say_the_same():
+    """One predicted image, told as noise, as velocity and as the image: the same divergence, each its own error."""
+    original, noise, guess, variance, timesteps = batch()
+    guess = guess.clamp(-0.9, 0.9)
+    divergences = []
+    for prediction_type in ("sample", "epsilon", "v_prediction"):
+        plan = scheduler(prediction_type)
+        loss = HybridLoss(plan)
+        abar = plan.alphas_cumprod[timesteps].float()[:, None, None, None]
+        noisy = abar.sqrt() * original + (1 - abar).sqrt() * noise
+        guessed_noise = (noisy - abar.sqrt() * guess) / (1 - abar).sqrt()
+        prediction, target = {
+            "sample": (guess, original),
+            "epsilon": (guessed_noise, noise),
+            "v_prediction": (
+                abar.sqrt() * guessed_noise - (1 - abar).sqrt() * guess,
+                plan.get_velocity(original, noise, timesteps),
+            ),
+        }[prediction_type]
+        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+        torch.testing.assert_close(terms.simple, (prediction - target).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+        divergences.append(terms.vlb)
+    for other in divergences[1:]:
+        torch.testing.assert_close(other, divergences[0], rtol=1e-3, atol=1e-7)
+
+
+def test_the_bound_trains_the_variance_alone():
+    original, noise, prediction, variance, timesteps = batch()
+    prediction.requires_grad_()
+    variance.requires_grad_()
+    for prediction_type in ("epsilon", "sample", "v_prediction"):
+        loss = HybridLoss(scheduler(prediction_type))
+        noisy = loss.add_noise(original, noise, timesteps)
+        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+        assert torch.autograd.grad(terms.vlb.sum(), prediction, retain_graph=True)[0].abs().max() == 0
+        assert torch.autograd.grad(terms.vlb.sum(), variance, retain_graph=True)[0].abs().min() > 0
+        assert torch.autograd.grad(terms.simple.sum(), variance, retain_graph=True)[0].abs().max() == 0
+
+
+def test_all_timesteps_are_finite():
+    """The first too, whose posterior has no variance when the last step is fully denoised."""
+    for set_alpha_to_one in (True, False):
+        original, noise, prediction, variance, timesteps = batch(1000, torch.arange(1000))
+        loss = HybridLoss(scheduler("v_prediction", set_alpha_to_one=set_alpha_to_one))
+        noisy = loss.add_noise(original, noise, timesteps)
+        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+        assert terms.total.isfinite().all()
+    original, noise, prediction, variance, timesteps = batch(1000, torch.arange(1000))
+    terms = original_loss()(torch.cat([prediction, variance], dim=1), original, noise, original, timesteps)
+    assert terms.total.isfinite().all()
+
+
+def test_half_precision_output_is_taken_in_float32():
+    original, noise, prediction, variance, timesteps = batch()
+    loss = HybridLoss(scheduler())
+    noisy = loss.add_noise(original, noise, timesteps)
+    output = torch.cat([prediction, variance], dim=1).bfloat16()
+    expected = loss(output.float(), original, noise, noisy, timesteps)
+    assert torch.equal(loss(output, original, noise, noisy, timesteps).total, expected.total)
