@@ -24,7 +24,7 @@ demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each: a fe
 	$(BIN)/python prepare_imagenet64.py --source mnist --output_dir $(DEMO)/data
 	$(BIN)/python train_imagenet64.py --config configs/training/demo.yaml --train_data_dir $(DEMO)/data --output_dir $(DEMO)
 	$(BIN)/python generate_images.py --model $(DEMO)/model --output_dir $(DEMO)/samples \
-		--class_labels all --num_images_per_label 10 --guidance_scale 2 --num_inference_steps 20
+		--class_labels all --num_images_per_label 10 --guidance_scale 2.5 --num_inference_steps 20
 	@echo
 	@echo "the pipeline:   $(DEMO)/model"
 	@echo "the grid:       $(DEMO)/samples/grid.png"

@@ -13,6 +13,7 @@ from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_betas
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
+from .checkpoints import Checkpoint
 from .options import TrainOptions
 
 
@@ -39,16 +40,28 @@ def load_model_config(name_or_path: str) -> dict[str, Any]:
     return config
 
 
-def build_unet(options: TrainOptions, dataset: PreparedImages) -> ClassConditionalUNet2DModel:
-    """The network that the options name, for the images and classes of the dataset."""
-    config = load_model_config(options.model_config_name_or_path)
+def build_unet(
+    options: TrainOptions, dataset: PreparedImages, checkpoint: Checkpoint | None = None
+) -> ClassConditionalUNet2DModel:
+    """The network that the options name, or that of a checkpoint, for the images and classes of the dataset.
+
+    Raises:
+        ValueError: If the network has unknown options, or a checkpoint's does not fit the dataset.
+    """
     height, width = dataset.image_size
-    config.update(
-        sample_size=height if height == width else (height, width),
-        in_channels=dataset.channels,
-        num_class_embeds=None if options.unconditional else dataset.num_classes,
-        num_train_timesteps=options.num_train_timesteps,
-    )
+    fitting = {
+        "in_channels": dataset.channels,
+        "num_class_embeds": None if options.unconditional else dataset.num_classes,
+        "num_train_timesteps": options.num_train_timesteps,
+    }
+    if checkpoint is None:
+        config = load_model_config(options.model_config_name_or_path) | fitting
+    else:
+        config = checkpoint.unet_config
+        for name, value in fitting.items():
+            if config[name] != value:
+                raise ValueError(f"{checkpoint.folder} has {name} {config[name]}, but data and options have {value}")
+    config["sample_size"] = height if height == width else (height, width)
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     unknown = sorted(set(config) - set(inspect.signature(ClassConditionalUNet2DModel.__init__).parameters))
     if unknown:

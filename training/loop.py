@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ from tqdm.auto import tqdm
 
 from ..data.dataset import PreparedImages, to_model_range
 from ..data.sampling import GlobalBatchSampler
+from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..whole_files import replacing_folder
+from .checkpoints import Checkpoint, find_checkpoints, load_checkpoint, save_checkpoint
 from .components import build_pipeline, build_scheduler, build_unet
 from .loss import HybridLoss
 from .options import TrainOptions
@@ -58,9 +61,10 @@ class Trainer:
             1, round(options.num_train_epochs * len(self.dataset) / self.global_batch_size)
         )
 
+        checkpoint = self._find_checkpoint()
         # the same weights in every process
         set_seed(options.seed)
-        unet = build_unet(options, self.dataset)
+        unet = build_unet(options, self.dataset, checkpoint)
         self.scheduler = build_scheduler(options)
         self.optimizer = torch.optim.AdamW(
             unet.parameters(),
@@ -68,13 +72,6 @@ class Trainer:
             betas=(options.adam_beta1, options.adam_beta2),
             weight_decay=options.adam_weight_decay,
             eps=options.adam_epsilon,
-        )
-        # not prepared by accelerate: prepared, it would step once for every process
-        self.lr_scheduler = get_scheduler(
-            options.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=min(options.lr_warmup_steps, self.max_train_steps),
-            num_training_steps=self.max_train_steps,
         )
         self.ema = None
         if options.use_ema:
@@ -87,11 +84,28 @@ class Trainer:
                 foreach=True,
             )
             self.ema.to(self.device)
-        self.unet, self.optimizer = accelerator.prepare(unet, self.optimizer)
-
-        self.loss = HybridLoss(self.scheduler, options.vlb_weight, self.device)
         self.timestep_sampler = TIMESTEP_SAMPLERS[options.timestep_sampling](options.num_train_timesteps)
         self.global_step = 0
+        if checkpoint is not None:
+            self._take_up(checkpoint, unet)
+        self.lr_scheduler = self._make_lr_scheduler()
+        self.unet, self.optimizer = accelerator.prepare(unet, self.optimizer)
+        self.loss = HybridLoss(self.scheduler, options.vlb_weight, self.device)
+
+    def _make_lr_scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """The course of the learning rate, at the step where the run is.
+
+        It is not prepared by accelerate: prepared, it would step once for every process.
+        """
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"] = self.options.learning_rate
+        return get_scheduler(
+            self.options.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=min(self.options.lr_warmup_steps, self.max_train_steps),
+            num_training_steps=self.max_train_steps,
+            last_epoch=self.global_step - 1,
+        )
 
     # ------------------------------------------------------------------ the loop
 
@@ -126,10 +140,11 @@ class Trainer:
             if self.global_step % options.logging_steps == 0 or is_last:
                 self._log(window, progress_bar)
                 window = _LogWindow(self.device)
-            if is_last or (options.sample_steps and self.global_step % options.sample_steps == 0):
-                self._draw_samples()
-                # time spent drawing is not time spent training
-                window = _LogWindow(self.device)
+            with window.paused():
+                if is_last or (options.sample_steps and self.global_step % options.sample_steps == 0):
+                    self._draw_samples()
+                if options.checkpointing_steps and self.global_step % options.checkpointing_steps == 0:
+                    self._save_checkpoint()
         progress_bar.close()
 
         model_dir = self._save_pipeline()
@@ -231,6 +246,65 @@ class Trainer:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+    # ------------------------------------------------------------------ stopping and going on
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        wanted = self.options.resume_from_checkpoint
+        if wanted is None:
+            return None
+        if wanted == "latest":
+            found = find_checkpoints(self.output_dir / "checkpoints")
+            if not found:
+                raise ValueError(
+                    "resume_from_checkpoint is latest, but there is no checkpoint in"
+                    f" {self.output_dir / 'checkpoints'}"
+                )
+            wanted = found[-1]
+        checkpoint = load_checkpoint(wanted)
+        for name in ("prediction_type", "num_train_timesteps", "beta_schedule"):
+            stored = checkpoint.options.get(name)
+            if stored is not None and stored != getattr(self.options, name):
+                raise ValueError(
+                    f"{name} is {getattr(self.options, name)}, but {wanted} was trained with {name} {stored}"
+                )
+        return checkpoint
+
+    def _take_up(self, checkpoint: Checkpoint, unet: ClassConditionalUNet2DModel) -> None:
+        """Puts the run where the checkpoint left it; learning rate and so on are those of the options."""
+        unet.load_state_dict(checkpoint.weights)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": checkpoint.optimizer["state"], "param_groups": groups})
+        if self.ema is not None:
+            parameters, updates = checkpoint.averaged_weights or (list(unet.parameters()), 0)
+            self.ema.shadow_params = [parameter.detach().clone().to(self.device) for parameter in parameters]
+            self.ema.optimization_step = updates
+        if checkpoint.timestep_sampler:
+            self.timestep_sampler.load_state_dict(checkpoint.timestep_sampler)
+        self.global_step = checkpoint.step
+
+    def _save_checkpoint(self) -> None:
+        """Writes a checkpoint, and only then removes those over the limit."""
+        options, accelerator = self.options, self.accelerator
+        if accelerator.is_main_process:
+            folder = self.output_dir / "checkpoints"
+            averaged = None
+            if self.ema is not None:
+                averaged = ([parameter.cpu() for parameter in self.ema.shadow_params], self.ema.optimization_step)
+            save_checkpoint(
+                folder / f"checkpoint-{self.global_step}",
+                unet=accelerator.unwrap_model(self.unet, keep_torch_compile=False),
+                optimizer=self.optimizer.optimizer,
+                step=self.global_step,
+                epoch=self.global_step * self.global_batch_size / len(self.dataset),
+                options=vars(options),
+                averaged_weights=averaged,
+                timestep_sampler=self.timestep_sampler.state_dict(),
+            )
+            if options.checkpoints_total_limit is not None:
+                for old in find_checkpoints(folder)[: -options.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+        accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------ what is seen
 
@@ -337,6 +411,13 @@ class _LogWindow:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not time spent training."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
 
 
 def train(options: TrainOptions) -> Path:

@@ -69,6 +69,13 @@ class TrainOptions:
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
+    # stopping and going on
+    checkpointing_steps: int = option(0, "Optimizer steps between two checkpoints; 0 writes none.")
+    checkpoints_total_limit: int | None = option(None, "How many checkpoints are kept; default: all.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder, also a converted one, or latest for the newest in output_dir."
+    )
+
     # data
     dataset_in_memory: bool = option(False, "Hold all images in memory instead of reading them from the disk.")
     dataloader_num_workers: int = option(0, "Processes that read images, per training process.")
@@ -99,7 +106,7 @@ class TrainOptions:
             "num_inference_steps",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "lr_warmup_steps", "sample_steps", "dataloader_num_workers"):
+        for name in ("seed", "lr_warmup_steps", "sample_steps", "dataloader_num_workers", "checkpointing_steps"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("vlb_weight", "adam_weight_decay", "max_grad_norm", "ema_power", "guidance_scale"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
@@ -109,8 +116,9 @@ class TrainOptions:
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("class_dropout_prob", "ema_max_decay"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        if self.max_train_steps is not None:
-            self._require("max_train_steps", self.max_train_steps >= 1, "at least 1")
+        for name in ("max_train_steps", "checkpoints_total_limit"):
+            if getattr(self, name) is not None:
+                self._require(name, getattr(self, name) >= 1, "at least 1")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

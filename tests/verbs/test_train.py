@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -132,6 +133,46 @@ def test_pieces_and_processes_do_not_matter(train):
             torch.testing.assert_close(weight, whole[key], atol=2e-5, rtol=1e-3, msg=f"{name}: {key}")
         grids = [(path / "sample_grids" / "step_0000005.png") for path in (output_dir, runs["whole"][1])]
         assert Image.open(grids[0]).size == Image.open(grids[1]).size
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "importance"])
+def test_goes_on_from_a_checkpoint(train, sampling):
+    """Six steps in one go, and three, a stop, and three more: the same weights and losses, bit for bit."""
+    options = ("--train_batch_size", 8, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--report_to", "none")
+    options += ("--timestep_sampling", sampling, "--num_train_timesteps", 2, "--logging_steps", 1)
+    finished, whole_dir = train(*options, "--max_train_steps", 30, name="whole")
+    assert finished.returncode == 0, finished.stderr
+    keep = ("--checkpointing_steps", 5, "--checkpoints_total_limit", 2)
+    finished, parts_dir = train(*options, *keep, "--max_train_steps", 30, name="parts")
+    assert finished.returncode == 0, finished.stderr
+    checkpoints = parts_dir / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-25", "checkpoint-30"]
+    # as if it had been stopped after step 25
+    shutil.rmtree(checkpoints / "checkpoint-30")
+    shutil.rmtree(parts_dir / "model")
+    lines = (parts_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (parts_dir / "metrics.jsonl").write_text("".join(lines[:25]))
+    finished, _ = train(*options, *keep, "--max_train_steps", 30, "--resume_from_checkpoint", "latest", name="parts")
+    assert finished.returncode == 0, finished.stderr
+    assert losses(parts_dir) == losses(whole_dir)
+    assert all(torch.equal(weight, weights(whole_dir)[name]) for name, weight in weights(parts_dir).items())
+
+
+def test_a_checkpoint_that_does_not_fit(train, tmp_path):
+    options = ("--train_batch_size", 8, "--report_to", "none", "--max_train_steps", 2)
+    finished, output_dir = train(*options, "--resume_from_checkpoint", "latest")
+    assert finished.returncode == 2
+    assert "resume_from_checkpoint is latest, but there is no checkpoint in" in finished.stderr
+    finished, output_dir = train(*options, "--checkpointing_steps", 2)
+    assert finished.returncode == 0, finished.stderr
+    checkpoint = output_dir / "checkpoints" / "checkpoint-2"
+    finished, _ = train(*options, "--resume_from_checkpoint", checkpoint, "--prediction_type", "epsilon", name="b")
+    assert finished.returncode == 2
+    assert "prediction_type is epsilon, but" in finished.stderr
+    (checkpoint / "optimizer.bin").unlink()
+    finished, _ = train(*options, "--resume_from_checkpoint", checkpoint, name="c")
+    assert finished.returncode == 2
+    assert "is not a checkpoint: there is no optimizer.bin" in finished.stderr
 
 
 def test_a_file_of_options(train, tmp_path):
