@@ -32,7 +32,7 @@ demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each: a fe
 	@echo "the manifest:   $(DEMO)/samples/manifest.json"
 
 test: $(INSTALLED)  ## run every test
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 quality: $(INSTALLED)  ## check style, change nothing
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -16,21 +16,19 @@ from tqdm.auto import tqdm
 from ..schedulers.original_schedule import original_timesteps
 from ..version import __version__
 from ..whole_files import replacing_file
+from .generation_options import GenerateOptions
 from .loading import load_pipeline, swap_scheduler
 from .pictures import image_grid, save_animation
 from .pipeline_class_conditional import ClassConditionalPipeline
 
-
-if TYPE_CHECKING:
-    from ..generate_images import GenerateOptions
 
 MANIFEST_NAME = "manifest.json"
 # A grid or an animation of more would be neither looked at nor held in memory with comfort.
 _MAX_IMAGES_IN_GRID = 144
 
 
-def generate(options: "GenerateOptions") -> Path:
-    """Draws the images that the options ask for, see `generate_images.GenerateOptions`.
+def generate(options: GenerateOptions) -> Path:
+    """Draws the images that the options ask for, see `GenerateOptions`.
 
     Every image is drawn from its own seed, on the CPU, and so does not depend on batch size, place or device beyond
     rounding.
@@ -84,7 +82,7 @@ def generate(options: "GenerateOptions") -> Path:
 class _Recorder:
     """Draws images batch by batch and keeps the first ones, with their way from noise, for grid and animation."""
 
-    def __init__(self, pipeline: ClassConditionalPipeline, options: "GenerateOptions", num_animated: int):
+    def __init__(self, pipeline: ClassConditionalPipeline, options: GenerateOptions, num_animated: int):
         self.pipeline = pipeline
         self.options = options
         self.kept: list[Image.Image] = []
@@ -150,7 +148,7 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _class_ids(pipeline: ClassConditionalPipeline, options: "GenerateOptions") -> list[int | None]:
+def _class_ids(pipeline: ClassConditionalPipeline, options: GenerateOptions) -> list[int | None]:
     """The class of each image; None is the null class."""
     num_classes = pipeline.unet.config.num_class_embeds
     asked = options.class_labels
@@ -203,7 +201,7 @@ def _make_room(output_dir: Path) -> None:
 
 
 def _manifest(
-    pipeline: ClassConditionalPipeline, options: "GenerateOptions", timesteps: list[float], device: torch.device
+    pipeline: ClassConditionalPipeline, options: GenerateOptions, timesteps: list[float], device: torch.device
 ) -> dict[str, Any]:
     return {
         "versions": {
