@@ -48,7 +48,8 @@ def test_box_means_and_the_middle_square():
     np.testing.assert_allclose(convert_image(image, 8), values, atol=1)
     assert convert_image(image, 8, "lanczos").tolist() != convert_image(image, 8).tolist()
     upright = image.transpose(PIL.Image.Transpose.TRANSPOSE)
-    np.testing.assert_array_equal(convert_image(upright, 8), convert_image(image, 8).transpose(0, 2, 1))
+    turned = convert_image(image, 8).transpose(0, 2, 1).astype(int)
+    np.testing.assert_allclose(convert_image(upright, 8).astype(int), turned, atol=1)
 
 
 def test_colour_modes():
