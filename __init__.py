@@ -15,6 +15,7 @@ _EXPORTS = {
     "ClassConditionalUNet2DModel": "models.unet_class_conditional",
     "EtaDDIMScheduler": "schedulers.scheduling_ddim_eta",
     "LearnedVarianceDDPMScheduler": "schedulers.scheduling_ddpm_learned",
+    "swap_scheduler": "pipelines.loading",
 }
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "EtaDDIMScheduler",
     "LearnedVarianceDDPMScheduler",
     "__version__",
+    "swap_scheduler",
 ]
 
 
@@ -38,6 +40,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .models.unet_class_conditional import ClassConditionalUNet2DModel
+    from .pipelines.loading import swap_scheduler
     from .pipelines.pipeline_class_conditional import ClassConditionalPipeline
     from .schedulers.scheduling_ddim_eta import EtaDDIMScheduler
     from .schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler

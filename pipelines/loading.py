@@ -1,19 +1,31 @@
 """Loading a pipeline folder or Hub repository with the installed classes, so that no code of the repository runs."""
 
+import hashlib
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.import_utils import DummyObject
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
-from .pipeline_class_conditional import ClassConditionalPipeline
+from .pipeline_class_conditional import ClassConditionalPipeline, check_scheduler
 
 
 OUR_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
@@ -25,34 +37,94 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     """The scheduler class of that name, ours or a stock one; ``Scheduler`` at the end may be left out.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or a library that it needs is not installed.
     """
     for candidate in (name, f"{name}Scheduler"):
         found = OUR_SCHEDULERS.get(candidate) or getattr(diffusers, candidate, None)
         if isinstance(found, type) and issubclass(found, SchedulerMixin):
             return found
+        if isinstance(found, DummyObject) and candidate.endswith("Scheduler"):
+            # diffusers' stand-in for a class that it could not import
+            libraries = " ".join(library for library in found._backends if library != "torch")
+            raise ValueError(f"{candidate} needs a library that is not installed: pip install {libraries}")
     raise ValueError(
         f"there is no scheduler named {name!r}: take {', '.join(OUR_SCHEDULERS)}, or one of diffusers such as"
         " DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler"
     )
 
 
+# The largest noise that stock solvers are given, as log(signal / noise): 164 times the signal. Cosine schedules reach
+# 20,000 times, the original program's 100,000. There float32 loses the image in the noise, and the solvers multiply
+# by the noise level what second order or a network that predicts noise get wrong.
+MIN_LOG_SIGNAL_TO_NOISE = -5.1
+# By how much it falls at least from one timestep to the next: enough for float32 to tell them apart.
+MIN_LOG_SIGNAL_TO_NOISE_STEP = 1e-4
+
+# These step over every noise level as ours do, and get the schedule as it is.
+_TAKE_EVERY_SCHEDULE = (*OUR_SCHEDULERS, "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler")
+
+
+def solvable_betas(alphas_cumprod: torch.Tensor, distinct: bool = True) -> list[float]:
+    """Betas of nearly the same noise schedule, without what stock solvers cannot step over.
+
+    Noise beyond `MIN_LOG_SIGNAL_TO_NOISE` is cut, where less than 0.7 % of a sample is signal. Levels that are equal,
+    as thirteen of the original program's are, are moved apart by 0.01 % of their noise each.
+
+    Args:
+        alphas_cumprod: abar of every timestep, (num_train_timesteps,).
+        distinct: Whether to move equal levels apart.
+
+    Returns:
+        num_train_timesteps betas in [0, 1), in double precision.
+    """
+    abar = alphas_cumprod.detach().to("cpu", torch.float64)
+    log_ratios = (torch.logit(abar) / 2).clamp(min=MIN_LOG_SIGNAL_TO_NOISE).tolist()
+    for t in range(1, len(log_ratios)):
+        if distinct or abar[t] < abar[t - 1]:
+            log_ratios[t] = min(log_ratios[t], log_ratios[t - 1] - MIN_LOG_SIGNAL_TO_NOISE_STEP)
+    abar = torch.sigmoid(2 * torch.tensor(log_ratios, dtype=torch.float64))
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    return (1 - abar / previous).clamp(min=0).tolist()
+
+
 def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
-    """Gives a pipeline another scheduler on the same noise schedule.
+    """Gives a pipeline another scheduler on the same noise schedule, with the options that it needs there.
+
+    More than ``from_config``: stock solvers get `solvable_betas` and a spacing that begins at the noisy end. A second
+    swap begins with the options before the first. docs/schedulers.md has the errors of either way.
 
     Args:
         pipeline: The pipeline; its ``scheduler`` is replaced.
         name: As for `scheduler_class`.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none of that name, or it cannot draw with such a network.
     """
     new_class = scheduler_class(name)
-    overrides = {}
-    if "lambda_min_clipped" in inspect.signature(new_class.__init__).parameters:
-        # the last timesteps of cosine schedules have log-SNRs that these solvers cannot step from
-        overrides["lambda_min_clipped"] = -5.1
-    pipeline.scheduler = new_class.from_config(pipeline.scheduler.config, **overrides)
+    check_scheduler(new_class)
+    old = pipeline.scheduler
+    # All options: from_config leaves out those that were not named when the scheduler was made, so that a pipeline
+    # would change by being saved and loaded.
+    options = {key: value for key, value in old.config.items() if key != "_use_default_values"}
+    options, alphas_cumprod = getattr(old, "_before_swap", (options, old.alphas_cumprod))
+
+    overrides: dict[str, Any] = {}
+    accepted = inspect.signature(new_class.__init__).parameters
+    if new_class.__name__ not in _TAKE_EVERY_SCHEDULE:
+        # LMS lays polynomials through the last steps, and goes astray where these are close together. It keeps equal
+        # levels, which the pipeline refuses, with the number of steps that meets them.
+        distinct = new_class.__name__ != "LMSDiscreteScheduler"
+        overrides["trained_betas"] = solvable_betas(alphas_cumprod, distinct)
+    if "lambda_min_clipped" in accepted:
+        overrides["lambda_min_clipped"] = MIN_LOG_SIGNAL_TO_NOISE
+    if "lower_order_final" in accepted and options.get("timestep_spacing") == "leading":
+        # with as many steps as it takes to divide by one more, these begin up to a fifth below the noisy end
+        overrides["timestep_spacing"] = "linspace"
+    if "original_inference_steps" in accepted:
+        # the grid of a distilled network's training, which here is the whole
+        overrides["original_inference_steps"] = options["num_train_timesteps"]
+    pipeline.scheduler = new_class.from_config(options, **overrides)
+    pipeline.scheduler._before_swap = (options, alphas_cumprod)
 
 
 def load_pipeline(
@@ -88,14 +160,22 @@ def load_pipeline(
 
     Raises:
         ValueError: If the folder holds no pipeline of this kind, or an override is unknown.
+        OSError: If there is neither such a folder nor such a repository, the repository cannot be reached or is not
+            open to the caller, or its files are not whole.
     """
     unknown = set(overrides) - {"id2label", "guide_variance"}
     if unknown:
         raise ValueError(f"unknown arguments of from_pretrained: {', '.join(sorted(unknown))}")
     folder = Path(pretrained_model_name_or_path)
     if not folder.is_dir():
+        patterns = [pipeline_class.config_name]
+        if unet is None:
+            patterns += _weight_patterns(variant)
+        if scheduler is None:
+            patterns.append("scheduler/*.json")
         folder = _download(
             str(pretrained_model_name_or_path),
+            patterns,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -103,19 +183,16 @@ def load_pipeline(
             force_download=force_download,
         )
 
-    index_file = folder / pipeline_class.config_name
-    if not index_file.is_file():
-        raise ValueError(f"{folder} holds no pipeline: there is no {pipeline_class.config_name}")
-    index = json.loads(index_file.read_text(encoding="utf-8"))
-    stored_class = index["_class_name"][1] if isinstance(index["_class_name"], list) else index["_class_name"]
-    if stored_class != "ClassConditionalPipeline":
-        raise ValueError(f"{folder} holds a {stored_class}, but must hold a ClassConditionalPipeline")
-
+    index = _read_index(folder, pipeline_class)
     if unet is None:
+        _check_component(folder, index, "unet", ClassConditionalUNet2DModel.__name__)
         unet = ClassConditionalUNet2DModel.from_pretrained(
             folder, subfolder="unet", torch_dtype=dtype or torch_dtype, variant=variant
         )
+        # not the place in this machine's cache, which saving and pushing would write down
+        unet.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
     if scheduler is None:
+        _check_component(folder, index, "scheduler")
         scheduler = scheduler_class(index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")
     options = {"id2label": index.get("id2label"), "guide_variance": index.get("guide_variance", False), **overrides}
     pipeline = pipeline_class(unet=unet, scheduler=scheduler, **options)
@@ -123,7 +200,98 @@ def load_pipeline(
     return pipeline
 
 
-def _download(repo_id: str, **kwargs: Any) -> Path:
-    """The local snapshot of a repository, without the code that it carries."""
-    patterns = ["model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
-    return Path(snapshot_download(repo_id, allow_patterns=patterns, **kwargs))
+def _read_index(folder: Path, pipeline_class: type[ClassConditionalPipeline]) -> dict[str, Any]:
+    """What model_index.json says, when it speaks of a pipeline of this kind."""
+    file = folder / pipeline_class.config_name
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no pipeline: there is no {file.name}")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    stored = index.get("_class_name")
+    stored = stored[1] if isinstance(stored, list) else stored
+    if stored not in (ClassConditionalPipeline.__name__, pipeline_class.__name__):
+        raise ValueError(f"{folder} holds a {stored}, but must hold a {ClassConditionalPipeline.__name__}")
+    return index
+
+
+def _check_component(folder: Path, index: dict[str, Any], name: str, class_name: str | None = None) -> None:
+    stored = index.get(name)
+    if not isinstance(stored, list) or len(stored) != 2 or not stored[1]:
+        raise ValueError(f"{folder} has no {name}: its model_index.json says {stored}")
+    if class_name is not None and stored[1] != class_name:
+        raise ValueError(f"{folder} has a {stored[1]} as its {name}, but must have a {class_name}")
+
+
+def _weight_patterns(variant: str | None) -> list[str]:
+    """The files of the network: its config and, of several variants, the weights of this one alone."""
+    name = "unet/diffusion_pytorch_model" + (f".{variant}" if variant else "")
+    return ["unet/*.json", f"{name}.safetensors", f"{name}-*-of-*.safetensors"]
+
+
+def _download(repo_id: str, patterns: list[str], **options: Any) -> Path:
+    """The local snapshot of a repository, without the code that it carries.
+
+    Raises:
+        OSError: With one sentence that says why, whatever the Hub's client raises.
+    """
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
+    except HFValidationError as error:
+        raise OSError(f"{repo_id} is not a folder, and cannot be the id of a Hub repository either") from error
+    except _HUB_ERRORS as error:
+        raise OSError(f"{repo_id} is not a folder, and cannot be loaded from the Hub: {_reason(error)}") from error
+    _check_digests(folder)
+    return folder
+
+
+# The client's connection errors are those of the HTTP library that it is built on, which has changed twice: the base
+# class of its own errors names it. Not all of them are OSErrors.
+_HUB_ERRORS = (OSError, *HfHubHTTPError.__bases__)
+
+
+def _reason(error: Exception) -> str:
+    """Why a repository could not be downloaded, in a part of a sentence."""
+    if isinstance(error, GatedRepoError):
+        return "it is gated; accept its conditions on its page, then give your token (token=..., or hf auth login)"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is none of that name, or it is private and needs a token (token=..., or hf auth login)"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, LocalEntryNotFoundError):
+        cause = error.__cause__
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, and the cache has no whole copy"
+        if cause is None:
+            return "local_files_only is set, and the cache has no whole copy"
+        return f"the Hub does not answer as it should ({_first_line(cause)}), and the cache has no whole copy"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_digests(folder: Path) -> None:
+    """Compares large files with the SHA-256 that the Hub announced and that the cache calls them by.
+
+    The Hub's client compares sizes alone. Where a cache has no links (Windows without developer mode) there is nothing
+    to compare with.
+    """
+    for file in sorted(folder.rglob("*.safetensors")):
+        if not file.is_symlink():
+            continue
+        announced = file.readlink()  # .../blobs/<digest>; one step only, because a blob may be a link itself
+        if announced.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", announced.name):
+            continue
+        digest = hashlib.sha256()
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != announced.name:
+            raise OSError(
+                f"{file} is damaged: its SHA-256 is {digest.hexdigest()}, but the Hub announced {announced.name};"
+                " load it once more with force_download=True"
+            )

@@ -31,6 +31,123 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+_DISCRETE = "it draws tokens of a vocabulary, and this network draws pixels"
+_FLOW = "it runs along straight lines between noise and image, as only networks trained by flow matching do"
+_EDM = "it scales images and timesteps as EDM and score networks are trained with, and this network was not"
+_DISTILLED = "it takes every prediction for a finished image, which only a network distilled for that gives"
+_INVERSE = "it runs from an image to its noise"
+_CONTINUOUS = "it asks for times between 0 and 1, and this network knows timesteps of num_train_timesteps"
+_RESCALED = "it shifts the noise levels of the training, which this network does not know"
+
+# The schedulers of diffusers that would draw wrong images or none, with the reason and what is right instead. By name,
+# because diffusers imports a scheduler when it is first used, and some need libraries of their own.
+UNSUITABLE_SCHEDULERS: dict[str, tuple[str, str]] = {
+    "AmusedScheduler": (_DISCRETE, "DDPMScheduler"),
+    "BlockRefinementScheduler": (_DISCRETE, "DDPMScheduler"),
+    "CMStochasticIterativeScheduler": (_DISTILLED, "EulerAncestralDiscreteScheduler"),
+    "CogVideoXDDIMScheduler": (_RESCALED, "DDIMScheduler"),
+    "CogVideoXDPMScheduler": (_RESCALED, "DPMSolverMultistepScheduler"),
+    "ConsistencyDecoderScheduler": (_DISTILLED, "EulerAncestralDiscreteScheduler"),
+    "CosineDPMSolverMultistepScheduler": (_EDM, "DPMSolverMultistepScheduler"),
+    "DDIMInverseScheduler": (_INVERSE, "DDIMScheduler"),
+    "DDPMWuerstchenScheduler": (_CONTINUOUS, "DDPMScheduler"),
+    "DPMSolverMultistepInverseScheduler": (_INVERSE, "DPMSolverMultistepScheduler"),
+    "DiscreteDDIMScheduler": (_DISCRETE, "DDIMScheduler"),
+    "EDMDPMSolverMultistepScheduler": (_EDM, "DPMSolverMultistepScheduler"),
+    "EDMEulerScheduler": (_EDM, "EulerDiscreteScheduler"),
+    "EntropyBoundScheduler": (_DISCRETE, "DDPMScheduler"),
+    "FlowMapEulerDiscreteScheduler": (_FLOW, "EulerDiscreteScheduler"),
+    "FlowMatchEulerDiscreteScheduler": (_FLOW, "EulerDiscreteScheduler"),
+    "FlowMatchHeunDiscreteScheduler": (_FLOW, "HeunDiscreteScheduler"),
+    "FlowMatchLCMScheduler": (_FLOW, "EulerAncestralDiscreteScheduler"),
+    "HeliosDMDScheduler": (_FLOW, "UniPCMultistepScheduler"),
+    "HeliosScheduler": (_FLOW, "UniPCMultistepScheduler"),
+    "IPNDMScheduler": (_CONTINUOUS, "PNDMScheduler"),
+    "KarrasVeScheduler": (_EDM, "HeunDiscreteScheduler"),
+    "LCMScheduler": (_DISTILLED, "EulerAncestralDiscreteScheduler"),
+    "LTXEulerAncestralRFScheduler": (_FLOW, "EulerAncestralDiscreteScheduler"),
+    "MiniMaxH3Scheduler": (_FLOW, "EulerDiscreteScheduler"),
+    "PiflowScheduler": (_FLOW, "EulerDiscreteScheduler"),
+    "RFD4ProteinaScheduler": (_FLOW, "EulerDiscreteScheduler"),
+    "RePaintScheduler": ("it fills a hole in a given image", "DDPMScheduler"),
+    "SCMScheduler": (_DISTILLED, "EulerAncestralDiscreteScheduler"),
+    "ScoreSdeVeScheduler": (_EDM, "DDPMScheduler"),
+    "ScoreSdeVpScheduler": (_CONTINUOUS, "DDPMScheduler"),
+    "UnCLIPScheduler": ("it must be told the previous timestep at every step", "DDPMScheduler"),
+    "VQDiffusionScheduler": (_DISCRETE, "DDPMScheduler"),
+}
+
+# Those that divide by the difference of two noise levels or take its logarithm. Two steps at one level, which the
+# original program's schedule has at its end, turn their images into NaN.
+_NEED_DIFFERENT_NOISE_LEVELS = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+
+# A first step that multiplies errors of the noise prediction by more than this draws nothing recognisable. The steps
+# of the original program stay below 160.
+_MAX_FIRST_STEP_GAIN = 1000.0
+
+
+def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
+    """Refuses schedulers, or classes of schedulers, that cannot draw with a network of this kind.
+
+    Raises:
+        ValueError: With the reason and what would be right.
+    """
+    scheduler_class = scheduler if isinstance(scheduler, type) else type(scheduler)
+    for name in (base.__name__ for base in scheduler_class.__mro__):
+        if name in UNSUITABLE_SCHEDULERS:
+            reason, instead = UNSUITABLE_SCHEDULERS[name]
+            raise ValueError(f"{name} cannot draw with this network: {reason}; take {instead}")
+    # what is not of diffusers, or newer than this file
+    if not isinstance(scheduler, type) and not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"{scheduler_class.__name__} cannot draw with this network: it has no alphas_cumprod, the noise levels of"
+            " the training; take EulerDiscreteScheduler or UniPCMultistepScheduler"
+        )
+
+
+def _check_noise_levels(scheduler: SchedulerMixin) -> None:
+    """Whether a stock scheduler can step over the noise levels that it chose; ours can step over all."""
+    timesteps = scheduler.timesteps.detach().cpu()
+    name, steps = type(scheduler).__name__, getattr(scheduler, "num_inference_steps", len(timesteps))
+    if not timesteps.isfinite().all():
+        raise ValueError(
+            f"{name} finds no {steps} timesteps on this noise schedule, whose last level is too high for it: take more"
+            " steps, or timestep_spacing='leading'"
+        )
+    # schedulers of second order have a timestep of their own between any two
+    visited = timesteps[:: getattr(scheduler, "order", 1)].to(torch.int64).clamp(0, len(scheduler.alphas_cumprod) - 1)
+    levels = scheduler.alphas_cumprod.detach().cpu()[visited]
+    equal = (levels[1:] == levels[:-1]).nonzero().flatten().tolist()
+    if equal and _needs_different_noise_levels(scheduler):
+        first, second = visited[equal[0]].item(), visited[equal[0] + 1].item()
+        raise ValueError(
+            f"{name} needs a different noise level at every step, but those of timesteps {first} and {second} are the"
+            f" same: take fewer than {steps} steps, or EulerDiscreteScheduler"
+        )
+    if scheduler.config.get("prediction_type") == "epsilon":
+        # x_0 = (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t), and the next sample has sqrt(abar_next) of it
+        gain = ((levels[1] if len(levels) > 1 else 1.0) / levels[0]) ** 0.5
+        if gain > _MAX_FIRST_STEP_GAIN:
+            logger.warning(
+                f"the first of {steps} steps of {name}, from timestep {visited[0].item()}, multiplies errors of the"
+                f" noise prediction by {gain:.0f}: take timestep_spacing='leading'"
+            )
+
+
+def _needs_different_noise_levels(scheduler: SchedulerMixin) -> bool:
+    names = {base.__name__ for base in type(scheduler).__mro__}
+    if names & {"DDPMScheduler", "DDPMParallelScheduler"}:
+        # the upper end of the learned variance is a beta, whose logarithm is taken
+        return scheduler.config.variance_type == "learned_range"
+    return bool(names.intersection(_NEED_DIFFERENT_NOISE_LEVELS))
+
 
 def _register_component_names() -> None:
     """Makes ``from_pretrained(repository, unet=my_unet)`` work for a repository that carries this file.
@@ -57,8 +174,30 @@ def _register_component_names() -> None:
 _register_component_names()
 
 
+def _package_module(name: str) -> types.ModuleType | None:
+    """A module beside this one; None where this file is a copy that was loaded from a repository.
+
+    Such a copy leaves the package alone even where it is installed: the two may be of different versions.
+    """
+    package = __name__.rpartition(".")[0]
+    if package != "imagenet64_diffusion.pipelines":
+        return None
+    # by name, because diffusers would look for what is imported relatively in the repository
+    return importlib.import_module(f"{package}.{name}")
+
+
 def _unwrap_compiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
+
+
+def _seeds_from(generator: torch.Generator | Sequence[torch.Generator] | None) -> int | list[int] | None:
+    """Seeds drawn from generators, which stay as they are, so that the starting noise is that of every scheduler."""
+    if generator is None:
+        return None
+    if isinstance(generator, (list, tuple)):
+        return [_seeds_from(single) for single in generator]
+    copy = generator.clone_state()
+    return int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device))
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -357,6 +496,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _set_timesteps(
         scheduler: SchedulerMixin, num_inference_steps: int, timesteps: Sequence[int] | None, device: torch.device
     ) -> None:
+        check_scheduler(scheduler)
         if timesteps is None:
             scheduler.set_timesteps(num_inference_steps, device=device)
         elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
@@ -366,6 +506,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"timesteps were given, but {type(scheduler).__name__} chooses its own: give num_inference_steps"
                 " instead"
             )
+        if not getattr(scheduler, "accepts_learned_variance", False):
+            _check_noise_levels(scheduler)
 
     @staticmethod
     def _step_arguments(scheduler: SchedulerMixin, eta: float, generator: Any) -> dict[str, Any]:
@@ -374,6 +516,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         arguments = {}
         if "generator" in accepted:
             arguments["generator"] = generator
+        elif hasattr(scheduler, "noise_sampler_seed") and scheduler.config.noise_sampler_seed is None:
+            # it draws from seeds, one or one for each image, and without them from torch's global generator
+            scheduler.noise_sampler_seed = _seeds_from(generator)
         if "eta" in accepted:
             arguments["eta"] = eta
         elif eta != 0.0:
@@ -389,7 +534,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Beside what every pipeline writes it holds the source files of the pipeline and of the components that are not
         diffusers' own, and a ``model_index.json`` that names them. Arguments are those of
-        `DiffusionPipeline.save_pretrained`.
+        `DiffusionPipeline.save_pretrained`. With ``push_to_hub=True`` the folder is uploaded as it then is, with a
+        ``README.md`` and pictures that lie in it.
+
+        Raises:
+            ValueError: If a component's class is defined in no file.
         """
         hub_arguments = ("repo_id", "commit_message", "private", "token", "create_pr")
         hub_arguments = {name: kwargs.pop(name) for name in hub_arguments if name in kwargs}
@@ -406,13 +555,38 @@ class ClassConditionalPipeline(DiffusionPipeline):
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
         if push_to_hub:
-            # goes through save_pretrained once more, so that what is uploaded is complete
-            self.push_to_hub(hub_arguments.pop("repo_id", folder.name), **hub_arguments)
+            repo_id = hub_arguments.pop("repo_id", folder.resolve().name)
+            publishing = _package_module("publishing")
+            if publishing is None:
+                # goes through save_pretrained once more, so that what is uploaded is complete
+                self.push_to_hub(repo_id, **hub_arguments)
+            else:
+                publishing.push_folder(self, folder, repo_id, **hub_arguments)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
+        """Uploads what `save_pretrained` writes, and a model card where the repository has none.
+
+        With the package installed the card tells what the model is and how to use it, and everything comes in one
+        commit. A pipeline whose class was loaded from a repository's own files uploads as every diffusers pipeline
+        does, with diffusers' card.
+
+        Arguments and result are those of `DiffusionPipeline.push_to_hub`.
+        """
+        publishing = _package_module("publishing")
+        if publishing is None:
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        return publishing.push_pipeline(self, repo_id, *args, **kwargs)
 
     @staticmethod
     def _carry_source(component_class: type, folder: Path) -> list[str]:
         """Copies the file that defines a class; what model_index.json then says of it."""
-        source = Path(inspect.getfile(component_class))
+        try:
+            source = Path(inspect.getfile(component_class))
+        except (TypeError, OSError) as error:
+            raise ValueError(
+                f"{component_class.__name__} is defined in no file that could be saved with the pipeline: move it to a"
+                " module of its own"
+            ) from error
         if source.resolve() != (folder / source.name).resolve():
             shutil.copyfile(source, folder / source.name)
         return [source.stem, component_class.__name__]
@@ -425,10 +599,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         code is loaded and ``trust_remote_code`` is not needed. Arguments are those of `load_pipeline` then, and those
         of `DiffusionPipeline.from_pretrained` otherwise.
         """
-        package = cls.__module__.rpartition(".")[0]
-        if package == "imagenet64_diffusion.pipelines":
-            # by name, because diffusers would look for what is imported relatively in the repository
-            return importlib.import_module(f"{package}.loading").load_pipeline(
-                pretrained_model_name_or_path, pipeline_class=cls, **kwargs
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loading = _package_module("loading")
+        if loading is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return loading.load_pipeline(pretrained_model_name_or_path, pipeline_class=cls, **kwargs)

@@ -52,6 +52,7 @@ class OriginalCheckpoint:
     """A checkpoint that the original program wrote, and what that program computed with it."""
 
     def __init__(self, recipe: str):
+        self.recipe = recipe
         folder = FIXTURES / "original" / recipe
         self.params = json.loads((folder / "model_params_3e_2s.json").read_text())
         self.state_dict = torch.load(folder / "model_3e_2s.pkl", weights_only=True)

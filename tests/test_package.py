@@ -51,7 +51,7 @@ def test_wheel_from_another_folder(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     where = python("-c", USE, cwd=tmp_path / "elsewhere", env=environment).strip()
     assert Path(where) == tmp_path / "installed" / "imagenet64_diffusion" / "__init__.py"
-    for command in ("imagenet64-prepare", "imagenet64-train", "imagenet64-generate"):
+    for command in ("imagenet64-prepare", "imagenet64-train", "imagenet64-generate", "imagenet64-convert"):
         shown = python(tmp_path / "installed" / "bin" / command, "--help", cwd=tmp_path / "elsewhere", env=environment)
         assert "--output_dir" in shown
 

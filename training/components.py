@@ -84,6 +84,9 @@ def build_scheduler(options: TrainOptions) -> SchedulerMixin:
             trained_betas=original_cosine_betas(options.num_train_timesteps),
             set_alpha_to_one=False,
             max_beta=0.999,
+            # named, because from_config carries only what is named into other schedulers
+            timestep_spacing="leading",
+            clip_sample=False,
             **common,
         )
     # Trailing steps begin at the last timestep, whose images are the noise that sampling begins with

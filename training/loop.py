@@ -15,12 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.dataset import PreparedImages, to_model_range
 from ..data.sampling import GlobalBatchSampler
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..whole_files import replacing_folder
 from .checkpoints import Checkpoint, find_checkpoints, load_checkpoint, save_checkpoint
@@ -86,6 +88,7 @@ class Trainer:
             self.ema.to(self.device)
         self.timestep_sampler = TIMESTEP_SAMPLERS[options.timestep_sampling](options.num_train_timesteps)
         self.global_step = 0
+        self._last_grid: Image.Image | None = None
         if checkpoint is not None:
             self._take_up(checkpoint, unet)
         self.lr_scheduler = self._make_lr_scheduler()
@@ -358,6 +361,7 @@ class Trainer:
         """A grid from the averaged weights, always from the same noise, shared among the processes."""
         with self._averaged_weights():
             grid = draw_sample_grid(self._sampling_pipeline(), self.options, self.accelerator)
+        self._last_grid = grid
         if grid is not None:
             folder = self.output_dir / "sample_grids"
             folder.mkdir(exist_ok=True)
@@ -366,6 +370,24 @@ class Trainer:
                 arrangement = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 if tracker.name in ("tensorboard", "wandb"):
                     tracker.log_images({"samples": np.asarray(grid)[None]}, step=self.global_step, **arrangement)
+
+    def _training_facts(self) -> dict[str, Any]:
+        """What the model card says of the training."""
+        options = self.options
+        return {
+            "images": f"{len(self.dataset):,}, {self.dataset.fingerprint}",
+            "optimizer steps": f"{self.global_step:,}",
+            "images per step": f"{self.global_batch_size:,}",
+            "epochs": f"{self.global_step * self.global_batch_size / len(self.dataset):.1f}",
+            "optimizer": f"AdamW, learning rate {options.learning_rate:g}, {options.lr_scheduler}",
+            "weights": f"moving average, decay up to {options.ema_max_decay}"
+            if options.use_ema
+            else "of the last step",
+            "class drop-out": "no classes" if options.unconditional else options.class_dropout_prob,
+            "timestep sampling": options.timestep_sampling,
+            "precision": self.accelerator.mixed_precision,
+            "seed": options.seed,
+        }
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -388,7 +410,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with self._averaged_weights(), replacing_folder(model_dir) as writing:
-                self._sampling_pipeline().save_pretrained(writing)
+                pipeline = self._sampling_pipeline()
+                pipeline.save_pretrained(writing)
+                write_model_card(pipeline, writing, samples=self._last_grid, training_facts=self._training_facts())
         self.accelerator.wait_for_everyone()
         return model_dir
 

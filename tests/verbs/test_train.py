@@ -68,6 +68,9 @@ def test_from_data_to_pipeline(train):
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert set(rows[0]) == {"step", "loss", "gradient_norm", "lr", "images_per_second"}
 
+    card = (output_dir / "model" / "README.md").read_text()
+    assert "| optimizer steps | 6 |" in card
+    assert (output_dir / "model" / "samples.png").is_file()
     pipeline = ClassConditionalPipeline.from_pretrained(output_dir / "model")
     assert pipeline.config.id2label == {0: "dark", 1: "grey", 2: "light"}
     assert pipeline.scheduler.config.prediction_type == "v_prediction"

@@ -1,0 +1,33 @@
+"""A converted checkpoint goes to the Hub in the same call."""
+
+import torch
+
+from imagenet64_diffusion import ClassConditionalPipeline
+from imagenet64_diffusion.convert_checkpoints import main
+from tests.conversion.originals import small_weights, write_small
+from tests.hub.loopback_hub import TOKEN
+
+
+def convert(tmp_path, *arguments) -> int:
+    model, _ = write_small(tmp_path / "small")
+    return main(["--checkpoint", str(model), "--output_dir", str(tmp_path / "out"), *arguments])
+
+
+def test_converted_and_uploaded(online, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert convert(tmp_path, "--push_to_hub", "me/converted", "--dtype", "float16", "--variant", "fp16") == 0
+    assert "uploaded   me/converted" in capsys.readouterr().out
+    files = online.repositories["me/converted"].files
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in files
+    assert "the original program's cosine" in files["README.md"].content.decode()
+
+    pipeline = ClassConditionalPipeline.from_pretrained("me/converted", variant="fp16", dtype=torch.float16)
+    assert torch.equal(pipeline.unet.conv_in.weight, small_weights()["unet.inConv.weight"].half())
+    assert pipeline.config.guide_variance is True
+
+
+def test_a_refused_upload_leaves_the_folder(online, tmp_path, capsys):
+    assert convert(tmp_path, "--push_to_hub", "me/converted") == 2
+    assert "error: " in capsys.readouterr().err
+    assert "me/converted" not in online.repositories
+    assert ClassConditionalPipeline.from_pretrained(tmp_path / "out").unet.config.in_channels == 1

@@ -1,0 +1,410 @@
+"""Every scheduler of diffusers: those that work draw what they must, the others are refused with a reason.
+
+On Gaussian images (`gaussian_toy`) the right answer is known. The table of docs/schedulers.md is printed by
+
+    python -m tests.pipelines.test_stock_schedulers
+"""
+
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
+
+import diffusers
+import pytest
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.import_utils import DummyObject
+
+from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion.pipelines.loading import scheduler_class, solvable_betas, swap_scheduler
+from imagenet64_diffusion.pipelines.pipeline_class_conditional import UNSUITABLE_SCHEDULERS
+from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
+from tests.components import make_unet, seeded
+from tests.pipelines.gaussian_toy import SCHEDULES, GaussianDraw, draw_gaussian, make_gaussian_pipeline
+
+
+STEPS = (20, 50, 100)
+SAMPLER_STEPS = (20, 100)
+REFUSED = None
+
+
+@dataclass
+class Solver:
+    """A deterministic scheduler and its measured root mean square errors, in thousandths of the standard deviation.
+
+    Args:
+        original: On the original's schedule, after `swap_scheduler`, with 20, 50 and 100 steps. `REFUSED` where the
+            pipeline refuses that many.
+        cosine: Likewise on the schedule of new models.
+        plain: With 20 steps after from_config, on either.
+        end: Where the solution ends on the original's schedule, whose last level is not clean (`GaussianDraw`). On the
+            other the places are too close to tell.
+    """
+
+    original: tuple[float | None, ...]
+    cosine: tuple[float | None, ...]
+    plain: tuple[float, float]
+    end: str = "denoised"
+
+
+@dataclass
+class Sampler:
+    """A stochastic scheduler and the standard deviation of its pixels, as a percentage of the right one.
+
+    Likewise with 20 and 100 steps, and 20 after from_config.
+    """
+
+    original: tuple[float, float]
+    cosine: tuple[float, float]
+    plain: tuple[float, float]
+
+
+SOLVERS = {
+    "DDIMScheduler": Solver((90.1, 38.1, 19.6), (112.8, 46.9, 23.9), (90.1, 112.8), "last_level"),
+    "DDIMParallelScheduler": Solver((90.1, 38.1, 19.6), (112.8, 46.9, 23.9), (90.1, 112.8), "last_level"),
+    "PNDMScheduler": Solver((7.7, 1.5, 0.3), (73.1, 30.2, 15.2), (7.7, 73.1), "last_level"),
+    "TCDScheduler": Solver((95.7, 40.7, 20.8), (106.7, 44.0, 22.3), (93.9, 114.9), "last_level"),
+    "LMSDiscreteScheduler": Solver((1.4, 0.1, REFUSED), (2.6, 2.6, 2.6), (1.4, 0.1), "clean"),
+    "EulerDiscreteScheduler": Solver((89.2, 37.7, 19.4), (112.5, 46.9, 24.0), (89.2, 112.9)),
+    "HeunDiscreteScheduler": Solver((10.3, 1.8, 0.5), (32.8, 8.6, 4.1), (10.3, 436.5)),
+    "KDPM2DiscreteScheduler": Solver((13.5, 2.0, 0.2), (35.8, 8.1, 3.9), (13.5, 37.1)),
+    "DPMSolverMultistepScheduler": Solver((26.6, 5.1, 3.3), (21.1, 4.4, 3.1), (20.5, 29.1)),
+    "DPMSolverSinglestepScheduler": Solver((72.7, 14.7, 2.9), (77.9, 19.9, 7.3), (72.4, 78.1)),
+    "DEISMultistepScheduler": Solver((30.8, 11.5, 4.9), (32.1, 9.8, 4.0), (6.0, 30.6), "last_level"),
+    "UniPCMultistepScheduler": Solver((30.4, 7.8, 4.4), (28.3, 4.2, 3.1), (20.5, 28.3)),
+}
+SAMPLERS = {
+    "DDPMScheduler": Sampler((82.0, 95.5), (81.6, 95.4), (82.0, 81.6)),
+    "DDPMParallelScheduler": Sampler((82.0, 95.5), (81.6, 95.4), (82.0, 81.6)),
+    "EulerAncestralDiscreteScheduler": Sampler((82.0, 95.5), (81.6, 95.4), (82.0, 81.6)),
+    "KDPM2AncestralDiscreteScheduler": Sampler((104.7, 100.6), (99.5, 100.8), (104.7, 99.5)),
+    "DPMSolverSDEScheduler": Sampler((97.6, 99.6), (94.1, 99.7), (97.6, 94.0)),
+    "SASolverScheduler": Sampler((101.3, 101.6), (100.6, 101.3), (101.4, 99.6)),
+}
+WORKING = {**SOLVERS, **SAMPLERS}
+# what else they need
+LIBRARIES = {"DPMSolverSDEScheduler": "torchsde", "LMSDiscreteScheduler": "scipy"}
+
+# A tolerance in thousandths below which convergence ends: float32, and the cut of the highest noise levels.
+FLOOR = 5.0
+# How far measured errors may be exceeded, on other machines and with other versions.
+MARGIN = 1.7
+# How far from the table a standard deviation may lie: that of three images of 64 x 64 pixels is known to 0.6 %.
+DEVIATION_TOLERANCE = 3.0
+
+
+def named(name: str) -> type[SchedulerMixin]:
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name], reason=f"{name} needs {LIBRARIES[name]}")
+    return getattr(diffusers, name)
+
+
+def give_scheduler(pipeline: ClassConditionalPipeline, name: str, route: str) -> None:
+    """By `swap_scheduler`, or plainly by from_config from a config as it is loaded from a file."""
+    new_class = named(name)
+    if route == "swap":
+        swap_scheduler(pipeline, name)
+    else:
+        stored = {key: value for key, value in pipeline.scheduler.config.items() if key != "_use_default_values"}
+        pipeline.scheduler = new_class.from_config(stored)
+
+
+@functools.cache
+def gaussian_pipeline(schedule: str, name: str, route: str, **options) -> ClassConditionalPipeline:
+    # kept, because some schedulers take most of a second to be made, and because every call must begin afresh anyhow
+    pipeline = make_gaussian_pipeline(schedule, **options)
+    give_scheduler(pipeline, name, route)
+    return pipeline
+
+
+def draw(schedule: str, name: str, steps: int, route: str = "swap", **options) -> GaussianDraw:
+    return draw_gaussian(gaussian_pipeline(schedule, name, route, **options), steps)
+
+
+def solver_error(schedule: str, name: str, steps: int, route: str = "swap") -> float:
+    end = SOLVERS[name].end if schedule == "original" else "clean"
+    return 1000 * draw(schedule, name, steps, route).error(end)
+
+
+def sampler_deviation(schedule: str, name: str, steps: int, route: str = "swap") -> tuple[float, float]:
+    drawn = draw(schedule, name, steps, route, sample_size=64)
+    return 100 * drawn.relative_deviation, 100 * drawn.mean_error
+
+
+def test_every_scheduler_is_known():
+    """A scheduler that a later version of diffusers brings must be classified here or refused by the pipeline."""
+    exported = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
+    assert len(exported) >= 40
+    assert exported - WORKING.keys() - UNSUITABLE_SCHEDULERS.keys() == set()
+    assert not WORKING.keys() & UNSUITABLE_SCHEDULERS.keys()
+
+
+class TestSolvers:
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    @pytest.mark.parametrize("name", SOLVERS)
+    def test_lands_where_the_equation_leads(self, name, schedule):
+        """And the nearer, the more steps it takes."""
+        expected = getattr(SOLVERS[name], schedule)
+        errors = []
+        for steps, measured in zip(STEPS, expected, strict=True):
+            if measured is REFUSED:
+                with pytest.raises(ValueError, match=f"{name} needs a different noise level at every step"):
+                    draw(schedule, name, steps)
+                continue
+            errors.append(solver_error(schedule, name, steps))
+            assert errors[-1] < max(MARGIN * measured, FLOOR), (steps, errors)
+        for earlier, later in pairwise(errors):
+            assert later < max(earlier, FLOOR)
+
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    @pytest.mark.parametrize("name", SOLVERS)
+    def test_by_from_config(self, name, schedule):
+        measured = SOLVERS[name].plain[SCHEDULES.index(schedule)]
+        assert solver_error(schedule, name, 20, "plain") < max(MARGIN * measured, FLOOR)
+
+    @pytest.mark.parametrize("name", SOLVERS)
+    def test_bears_a_network_that_is_not_perfect(self, name):
+        """On the original's schedule, whose highest noise levels would multiply an error of 0.003 to 6."""
+        right = draw("original", name, 20).images
+        nearly_right = draw("original", name, 20, prediction_error=0.003).images
+        assert (nearly_right - right).abs().max() < 0.03
+
+
+class TestSamplers:
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    @pytest.mark.parametrize("name", SAMPLERS)
+    def test_draws_the_distribution(self, name, schedule):
+        for steps, measured in zip(SAMPLER_STEPS, getattr(SAMPLERS[name], schedule), strict=True):
+            deviation, mean_error = sampler_deviation(schedule, name, steps)
+            assert abs(deviation - measured) < DEVIATION_TOLERANCE, steps
+            assert mean_error < 6, steps
+        # 100 steps suffice for this
+        assert 94 < deviation < 104
+
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    @pytest.mark.parametrize("name", SAMPLERS)
+    def test_by_from_config(self, name, schedule):
+        deviation, mean_error = sampler_deviation(schedule, name, 20, "plain")
+        assert abs(deviation - SAMPLERS[name].plain[SCHEDULES.index(schedule)]) < DEVIATION_TOLERANCE
+        assert mean_error < 6
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_one_seed_one_image(name):
+    pipeline = make_gaussian_pipeline("cosine", sample_size=8)
+    give_scheduler(pipeline, name, "swap")
+
+    def images(labels, seeds):
+        return pipeline(labels, generator=seeded(*seeds), num_inference_steps=8, output_type="latent").images
+
+    together = images([0, 1, 2], [0, 1, 2])
+    torch.testing.assert_close(images([1], [1]), together[1:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images([2, 0], [2, 0]), together[[2, 0]], atol=1e-5, rtol=1e-5)
+    other = images([0, 1, 2], [3, 4, 5])
+    assert (other - together).abs().mean() > 0.1
+
+
+def make_network_pipeline(schedule: str) -> ClassConditionalPipeline:
+    if schedule == "original":
+        unet = make_unet(layer_types=("resnet", "class_attention"), time_embedding_type="original_sine")
+        scheduler = EtaDDIMScheduler(trained_betas=original_cosine_betas(1000), set_alpha_to_one=False, max_beta=0.999)
+    else:
+        unet = make_unet(layer_types=("resnet", "class_attention"))
+        scheduler = EtaDDIMScheduler(
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            clip_sample=False,
+        )
+    pipeline = ClassConditionalPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize(("route", "steps"), [("swap", 20), ("plain", 10)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", WORKING)
+def test_with_the_network(name, schedule, route, steps):
+    """Whatever the network's weights are, the images are numbers."""
+    pipeline = make_network_pipeline(schedule)
+    give_scheduler(pipeline, name, route)
+    images = pipeline(
+        [0, 2], generator=seeded(0, 1), guidance_scale=2.0, num_inference_steps=steps, output_type="latent"
+    ).images
+    assert images.shape == (2, 1, 16, 16)
+    assert images.isfinite().all()
+    assert images.std() > 0.01
+
+
+# the arguments of those that have no default for all
+ARGUMENTS = {
+    "AmusedScheduler": {"mask_token_id": 8},
+    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
+    "VQDiffusionScheduler": {"num_vec_classes": 8},
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", UNSUITABLE_SCHEDULERS)
+    def test_the_pipeline_refuses(self, name):
+        found = getattr(diffusers.schedulers, name, None)
+        if found is None:
+            pytest.skip("not in this version of diffusers")
+        if isinstance(found, DummyObject):
+            pytest.skip(f"needs {found._backends}")
+        pipeline = make_gaussian_pipeline("cosine")
+        pipeline.scheduler = found(**ARGUMENTS.get(name, {}))
+        with pytest.raises(ValueError, match=rf"^{name} cannot draw with this network: [a-z]+ .*; take \w+Scheduler$"):
+            pipeline(0, num_inference_steps=2)
+
+    def test_what_is_right_instead_works(self):
+        assert {instead for _, instead in UNSUITABLE_SCHEDULERS.values()} <= WORKING.keys()
+
+    def test_swapping_refuses(self):
+        pipeline = make_gaussian_pipeline("cosine")
+        before = pipeline.scheduler
+        with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler cannot draw.*flow matching"):
+            swap_scheduler(pipeline, "FlowMatchEulerDiscrete")
+        assert pipeline.scheduler is before
+
+    def test_a_subclass_of_a_refused_one(self):
+        class MyLCMScheduler(diffusers.LCMScheduler):
+            pass
+
+        pipeline = make_gaussian_pipeline("cosine")
+        pipeline.scheduler = MyLCMScheduler()
+        with pytest.raises(ValueError, match="LCMScheduler cannot draw with this network"):
+            pipeline(0, num_inference_steps=2)
+
+    def test_one_of_another_kind_that_is_not_listed(self):
+        class NextYearsScheduler(SchedulerMixin, ConfigMixin):
+            @register_to_config
+            def __init__(self, shift: float = 1.0):
+                self.init_noise_sigma = 1.0
+
+        pipeline = make_gaussian_pipeline("cosine")
+        pipeline.scheduler = NextYearsScheduler()
+        with pytest.raises(ValueError, match=r"NextYearsScheduler cannot draw.*it has no alphas_cumprod"):
+            pipeline(0, num_inference_steps=2)
+
+    @pytest.mark.parametrize("name", ["UniPCMultistep", "DPMSolverMultistep", "DEISMultistep", "SASolver", "DDPM"])
+    def test_equal_noise_levels(self, name):
+        """NaN otherwise. After a swap they are distinct."""
+        pipeline = make_gaussian_pipeline("original", sample_size=8)
+        give_scheduler(pipeline, f"{name}Scheduler", "plain")
+        with pytest.raises(ValueError, match=r"Scheduler needs a different noise level.*take fewer than 250 steps"):
+            pipeline(0, num_inference_steps=250)
+        swap_scheduler(pipeline, name)
+        assert pipeline(0, num_inference_steps=250, output_type="latent").images.isfinite().all()
+
+    def test_timesteps_that_are_not_numbers(self):
+        pipeline = make_gaussian_pipeline("cosine", sample_size=8)
+        give_scheduler(pipeline, "KDPM2AncestralDiscreteScheduler", "plain")
+        with pytest.raises(ValueError, match="finds no 5 timesteps on this noise schedule"):
+            pipeline(0, num_inference_steps=5)
+        swap_scheduler(pipeline, "KDPM2AncestralDiscrete")
+        assert pipeline(0, num_inference_steps=5, output_type="latent").images.isfinite().all()
+
+    def test_a_first_step_that_multiplies_errors(self, caplog):
+        pipeline = make_gaussian_pipeline("original", sample_size=8)
+        diffusers.utils.logging.enable_propagation()
+        pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="linspace"
+        )
+        pipeline(0, num_inference_steps=20)
+        assert "from timestep 999, multiplies errors of the noise prediction by" in caplog.text
+        assert "take timestep_spacing='leading'" in caplog.text
+        caplog.clear()
+        swap_scheduler(pipeline, "EulerDiscrete")
+        pipeline(0, num_inference_steps=20)
+        diffusers.utils.logging.disable_propagation()
+        assert "multiplies errors" not in caplog.text
+
+
+class TestSwapping:
+    def test_a_second_swap_begins_where_the_first_did(self):
+        pipeline = make_gaussian_pipeline("original", sample_size=8)
+        exact, config = draw_gaussian(pipeline, 10).images, pipeline.scheduler.config
+        for name in ("UniPCMultistep", "DDPM", "EtaDDIM"):
+            swap_scheduler(pipeline, name)
+        assert torch.equal(draw_gaussian(pipeline, 10).images, exact)
+        assert pipeline.scheduler.config.trained_betas == config.trained_betas
+
+    def test_saving_before_makes_no_difference(self, tmp_path):
+        pipeline = make_network_pipeline("original")
+        pipeline.save_pretrained(tmp_path)
+        loaded = ClassConditionalPipeline.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        images = []
+        for each in (pipeline, loaded):
+            swap_scheduler(each, "EulerDiscrete")
+            images.append(each(0, generator=seeded(0), num_inference_steps=5, output_type="latent").images)
+        assert torch.equal(*images)
+
+    def test_ours_keep_the_exact_schedule(self):
+        pipeline = make_gaussian_pipeline("original", sample_size=8)
+        alphas_cumprod = pipeline.scheduler.alphas_cumprod
+        swap_scheduler(pipeline, "LearnedVarianceDDPM")
+        assert isinstance(pipeline.scheduler, LearnedVarianceDDPMScheduler)
+        assert torch.equal(pipeline.scheduler.alphas_cumprod, alphas_cumprod)
+
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_solvable_betas(self, schedule):
+        abar = make_gaussian_pipeline(schedule).scheduler.alphas_cumprod
+        betas = torch.tensor(solvable_betas(abar), dtype=torch.float64)
+        assert 0 < betas.min() < betas.max() < 1
+        solvable = torch.cumprod(1 - betas, dim=0)
+        # float32, in which stock schedulers compute, tells all levels apart
+        single = torch.cumprod(1 - betas.float(), dim=0)
+        assert (((1 - single) / single).sqrt().diff() > 0).all()
+        ratio = ((1 - solvable) / (1 - abar)).sqrt()
+        assert (ratio - 1).abs().max() < 0.0014
+        assert (solvable - abar).abs().max() < 4e-5
+        untouched = (abar < 0.998) & (abar > 1e-4)
+        assert untouched.sum() > 900
+        torch.testing.assert_close(solvable[untouched], abar[untouched], rtol=1e-9, atol=0)
+
+    def test_a_library_that_is_not_installed(self):
+        if not isinstance(diffusers.DPMSolverSDEScheduler, DummyObject):
+            pytest.skip("torchsde is installed")
+        with pytest.raises(ValueError, match=r"DPMSolverSDEScheduler needs a library.*pip install torchsde"):
+            scheduler_class("DPMSolverSDE")
+
+
+def print_table() -> None:
+    """Measures everything that the tables above and docs/schedulers.md hold."""
+    diffusers.utils.logging.set_verbosity_error()
+    for title, measure, names, all_steps in (
+        ("error, % of the standard deviation", lambda *cell: f"{solver_error(*cell) / 10:.2f}", SOLVERS, STEPS),
+        (
+            "standard deviation, % of the right one",
+            lambda *cell: f"{sampler_deviation(*cell)[0]:.1f}",
+            SAMPLERS,
+            SAMPLER_STEPS,
+        ),
+    ):
+        cells = [(schedule, steps, "swap") for schedule in SCHEDULES for steps in all_steps]
+        cells += [(schedule, all_steps[0], "plain") for schedule in SCHEDULES]
+        heads = [
+            f"{schedule}, {steps} steps" + ", from_config" * (route == "plain") for schedule, steps, route in cells
+        ]
+        print(f"\n| {title} | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
+        for name in names:
+            if isinstance(getattr(diffusers, name), DummyObject):
+                print(f"| `{name}` | needs {LIBRARIES[name]} |")
+                continue
+            row = []
+            for schedule, steps, route in cells:
+                try:
+                    row.append(measure(schedule, name, steps, route))
+                except ValueError:
+                    row.append("refused")
+            print(f"| `{name}` | {' | '.join(row)} |", flush=True)
+    print("\n| refused | because | instead |\n|---|---|---|")
+    for name, (reason, instead) in UNSUITABLE_SCHEDULERS.items():
+        print(f"| `{name}` | {reason} | `{instead}` |")
+
+
+if __name__ == "__main__":
+    print_table()
