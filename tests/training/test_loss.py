@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
-from imagenet64_diffusion.models.original_checkpoints import map_original_weights, original_unet_config
+from imagenet64_diffusion.conversion.original_weights import map_original_weights, original_unet_config
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
 from imagenet64_diffusion.training.loss import HybridLoss
 

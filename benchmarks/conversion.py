@@ -1,0 +1,150 @@
+"""How long the conversion of a full-size checkpoint takes, and how much memory, as a multiple of its file.
+
+Makes a checkpoint of the largest original recipe, res_res_atn with 213 million parameters, from seeded noise, converts
+it in a process of its own, and in another one loads the folder and draws one step. The memory is the peak resident
+set as Linux tells it, which counts the pages of the checkpoint's file too, although they belong to the page cache.
+Prints a table and writes benchmarks/results/conversion-<processor>.json.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
+
+
+RESULTS = Path(__file__).parent / "results"
+PARAMS = {
+    "inCh": 3,
+    "embCh": 128,
+    "chMult": 1,
+    "num_blocks": 3,
+    "blk_types": ["res", "res", "clsAtn", "atn", "chnAtn"],
+    "T": 1000,
+    "beta_sched": "cosine",
+    "t_dim": 512,
+    "c_dim": 512,
+    "num_classes": 1000,
+    "atn_resolution": 16,
+    "epoch": 469,
+    "step": 600_000,
+}
+
+_MEASURED = """
+import json, re, time
+from pathlib import Path
+import torch
+torch.set_num_threads({threads})
+from imagenet64_diffusion import ClassConditionalPipeline
+import imagenet64_diffusion.conversion.converting
+from imagenet64_diffusion.convert_checkpoints import convert_checkpoint
+begin = time.perf_counter()
+{statement}
+seconds = time.perf_counter() - begin
+# not getrusage, whose peak is the parent's at first
+peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]
+print(json.dumps({{"seconds": seconds, "peak_bytes": int(peak) * 1024}}))
+"""
+
+
+def processor() -> str:
+    """The model of the processor."""
+    information = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def write_checkpoint(folder: Path) -> tuple[Path, Path]:
+    """Writes the model's file and its JSON; the weights are noise of the size that keeps features of order 1."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in original_weight_shapes(PARAMS).items():
+        scale = 1 / math.sqrt(max(math.prod(shape[1:]), 1))
+        weights[name] = torch.randn(shape, generator=generator).mul_(scale)
+    name = f"{PARAMS['epoch']}e_{PARAMS['step']}s"
+    files = folder / f"model_{name}.pkl", folder / f"model_params_{name}.json"
+    torch.save(weights, files[0])
+    files[1].write_text(json.dumps(PARAMS), encoding="utf-8")
+    return files
+
+
+def measure(statement: str, threads: int) -> dict[str, float]:
+    """Runs a statement in a process of its own, after the imports.
+
+    Returns:
+        ``seconds`` of the statement and ``peak_bytes`` of the whole process.
+    """
+    finished = subprocess.run(
+        [sys.executable, "-c", _MEASURED.format(statement=statement, threads=threads)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, params = write_checkpoint(folder)
+        file_size = model.stat().st_size
+        out = folder / "out"
+        baseline = measure("pass", options.threads)
+        conversion = measure(f"convert_checkpoint({str(model)!r}, {str(params)!r}, {str(out)!r})", options.threads)
+        loading = measure(
+            f"pipeline = ClassConditionalPipeline.from_pretrained({str(out)!r})\n"
+            "image = pipeline('tabby', num_inference_steps=1, output_type='pt').images\n"
+            "assert image.isfinite().all()",
+            options.threads,
+        )
+    above = conversion["peak_bytes"] - baseline["peak_bytes"]
+    rows = {
+        "checkpoint": f"{file_size / 1e6:.0f} MB",
+        "conversion, with its checks": f"{conversion['seconds']:.1f} s",
+        "peak memory": f"{conversion['peak_bytes'] / file_size:.2f} x the file",
+        "above what the imports take": f"{above / file_size:.2f} x the file",
+        "loading the folder, one step": f"{loading['seconds']:.1f} s",
+    }
+    for what, value in rows.items():
+        print(f"{what:30} {value:>18}")
+    result = {
+        "params": PARAMS,
+        "file_bytes": file_size,
+        "threads": options.threads,
+        "conversion_seconds": round(conversion["seconds"], 2),
+        "peak_bytes": conversion["peak_bytes"],
+        "peak_bytes_of_imports": baseline["peak_bytes"],
+        "peak_ratio_to_file": round(conversion["peak_bytes"] / file_size, 3),
+        "peak_ratio_to_file_above_imports": round(above / file_size, 3),
+        "load_and_one_step_seconds": round(loading["seconds"], 2),
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("diffusers", "safetensors", "torch")},
+        },
+    }
+    RESULTS.mkdir(exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    path = RESULTS / f"conversion-{slug}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""imagenet64-convert, as its users run it."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from imagenet64_diffusion import ClassConditionalPipeline
+from imagenet64_diffusion.convert_checkpoints import main
+from imagenet64_diffusion.train_imagenet64 import main as train_main
+from tests.conversion.originals import (
+    SMALL_PARAMS,
+    model_file,
+    params_file,
+    small_weights,
+    text,
+    unpack_optimizer,
+    write_small,
+)
+from tests.verbs.runs import run_script
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_checkpoint_there_and_back(tmp_path):
+    for file in (model_file("res"), params_file("res")):
+        shutil.copy(file, tmp_path)
+    unpack_optimizer("res", tmp_path)
+    arguments = ["--optimizer", "optim_3e_2s.pkl", "--time_embedding", "original_alternating"]
+    finished = run_script(
+        "convert_checkpoints.py",
+        "--checkpoint",
+        "model_3e_2s.pkl",
+        "--output_dir",
+        "out/res",
+        *arguments,
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.stderr
+    for words in ("124,449 parameters", "layers of recipe res", "epoch 3, step 2", "checkpoints/checkpoint-2"):
+        assert words in finished.stdout
+    pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "out" / "res")
+    assert pipeline.unet.config.time_embedding_type == "original_alternating"
+
+    finished = run_script(
+        "convert_checkpoints.py", "--to_original", "--checkpoint", "out/res", "--output_dir", "back", cwd=tmp_path
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert names(tmp_path / "back") == ["model_3e_2s.pkl", "model_params_3e_2s.json"]
+    before, after = (torch.load(tmp_path / place / "model_3e_2s.pkl", weights_only=True) for place in (".", "back"))
+    assert list(before) == list(after)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_folder_of_checkpoints(tmp_path):
+    """Each with what lies beside it; a bad one is told and does not keep the others from being converted."""
+    models = tmp_path / "models"
+    for recipe in ("res", "res_conv"):
+        (models / recipe).mkdir(parents=True)
+        for file in (model_file(recipe), params_file(recipe)):
+            shutil.copy(file, models / recipe)
+    unpack_optimizer("res", models / "res")
+    write_small(models / "res_bad")
+    (models / "res_bad" / "model_1e_7s.pkl").write_bytes(b"<!DOCTYPE html>")
+    shutil.copy(model_file("res"), models / "model_4e_9s.pkl")
+    shutil.copy(model_file("res"), models / "best.pkl")
+
+    finished = run_script("convert_checkpoints.py", "--checkpoint", models, "--output_dir", tmp_path / "out")
+    assert finished.returncode == 2
+    assert finished.stderr.strip().splitlines()[-1] == "error: 2 of 4 checkpoints could not be converted"
+    assert "Traceback" not in finished.stderr
+    assert names(tmp_path / "out") == ["res", "res_conv"]
+    assert names(tmp_path / "out" / "res") == ["3e_2s"]
+    assert (tmp_path / "out" / "res" / "3e_2s" / "checkpoints" / "checkpoint-2").is_dir()
+    assert not (tmp_path / "out" / "res_conv" / "3e_2s" / "checkpoints").exists()
+
+    table = finished.stdout.split("\n\n")[-1].splitlines()
+    assert table[0].split()[:4] == ["checkpoint", "result", "parameters", "step"]
+    assert [line.split()[:2] for line in table[1:]] == [
+        ["model_4e_9s.pkl", "failed"],
+        ["res/model_3e_2s.pkl", "converted"],
+        ["res_bad/model_1e_7s.pkl", "failed"],
+        ["res_conv/model_3e_2s.pkl", "converted"],
+    ]
+    assert "model_params_4e_9s.json" in table[1]
+    assert "is a web page" in table[3]
+
+    (models / "model_4e_9s.pkl").unlink()
+    shutil.rmtree(models / "res_bad")
+    assert main(["--checkpoint", str(models), "--output_dir", str(tmp_path / "out")]) == 0
+
+
+def test_an_attack_as_a_process(tmp_path):
+    small, marker = write_small(tmp_path / "small"), tmp_path / "marker"
+    attack = b"\x80\x02cposix\nsystem\n" + text(f"touch {marker}") + b"\x85R."
+    pickle.loads(attack)
+    marker.unlink()
+    small[0].write_bytes(attack)
+    finished = run_script("convert_checkpoints.py", "--checkpoint", small[0], "--output_dir", tmp_path / "out" / "x")
+    assert finished.returncode == 2
+    assert finished.stderr.strip().splitlines()[-1].startswith("error: model_1e_7s.pkl wants posix.system")
+    assert "Traceback" not in finished.stderr
+    assert names(tmp_path) == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--checkpoint", "nothing.pkl"],
+            "error: params is not given, and nothing.pkl is not named model_...e_...s.pkl",
+        ),
+        (
+            ["--checkpoint", "small/model_1e_8s.pkl"],
+            "error: params is not given, and there is no small/model_params_1e_8s",
+        ),
+        (["--checkpoint", "nothing.pkl", "--params", "small/model_params_1e_7s.json"], "there is no file nothing.pkl"),
+        (["--checkpoint", "empty"], "error: checkpoint is empty, which holds no model_...e_...s.pkl"),
+        (["--checkpoint", "small", "--params", "x.json"], "does not go with a folder as checkpoint"),
+        (["--checkpoint", "small", "--push_to_hub", "me/x"], "push_to_hub is me/x, but does not go with a folder"),
+        (["--epoch", "3"], "error: epoch and step are for to_original"),
+        (["--to_original", "--optimizer", "x.pkl"], "optimizer is x.pkl, but does not go with to_original"),
+        (["--to_original", "--dtype", "float16"], "to_original takes a pipeline as it is"),
+        (["--to_original"], "must be a pipeline folder for to_original"),
+        (["--id2label", "nothing.txt"], "error: id2label is 'nothing.txt', but must be imagenet64, numbers or a file"),
+        (["--optimizer", "small/model_1e_7s.pkl"], "does not hold an optimizer's state"),
+        (["--output_dir", "small"], "error: output_dir is small, which holds model_1e_7s.pkl, but must be new"),
+    ],
+)
+def test_wrong_options(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write_small(tmp_path / "small")
+    (tmp_path / "empty").mkdir()
+    assert main(["--checkpoint", "small/model_1e_7s.pkl", "--output_dir", "out", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert names(tmp_path) == ["empty", "small"]
+    assert names(tmp_path / "small") == ["model_1e_7s.pkl", "model_params_1e_7s.json"]
+
+
+def test_choices_are_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--checkpoint", "x", "--output_dir", "y", "--time_embedding", "sinusoidal"])
+    assert caught.value.code == 2
+    assert "original_alternating" in capsys.readouterr().err
+
+
+def test_names_dtype_and_finishing(tmp_path):
+    small = write_small(tmp_path / "small")
+    (tmp_path / "names.txt").write_text("cat\ndog\nfish\n")
+    arguments = ["--checkpoint", str(small[0]), "--id2label", str(tmp_path / "names.txt"), "--dtype", "float16"]
+    arguments += ["--variant", "fp16", "--finish_denoising", "true", "--output_dir", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "out", variant="fp16")
+    assert pipeline.labels == {"cat": 0, "dog": 1, "fish": 2}
+    assert json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())["set_alpha_to_one"]
+
+
+def test_training_goes_on_and_comes_back(prepared, tmp_path):
+    """The whole way: a checkpoint and its optimizer, two more steps of our training, the original's files again."""
+    write_small(tmp_path / "small")
+    shapes = {name: tensor.shape for name, tensor in small_weights().items()}
+    moments = {
+        index: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.ones(shape)}
+        for index, shape in enumerate(shapes.values())
+    }
+    group = {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.01, "amsgrad": False}
+    group["params"] = list(range(len(shapes)))
+    torch.save({"state": moments, "param_groups": [group]}, tmp_path / "small" / "optim_1e_7s.pkl")
+    assert main(["--checkpoint", str(tmp_path / "small"), "--output_dir", str(tmp_path / "ours")]) == 0
+
+    arguments = ["--train_data_dir", prepared, "--output_dir", tmp_path / "run", "--max_train_steps", 9]
+    arguments += ["--resume_from_checkpoint", tmp_path / "ours" / "1e_7s" / "checkpoints" / "checkpoint-7"]
+    arguments += ["--prediction_type", "epsilon", "--beta_schedule", "original_cosine", "--num_train_timesteps", 20]
+    arguments += ["--use_ema", "false", "--report_to", "none", "--train_batch_size", 4, "--num_inference_steps", 2]
+    assert train_main([*map(str, arguments)]) == 0
+
+    back = ["--to_original", "--checkpoint", str(tmp_path / "run" / "model"), "--output_dir", str(tmp_path / "back")]
+    assert main([*back, "--epoch", "2", "--step", "9"]) == 0
+    params = json.loads((tmp_path / "back" / "model_params_2e_9s.json").read_text())
+    assert params == {**SMALL_PARAMS, "epoch": 2, "step": 9}
+    after, before = torch.load(tmp_path / "back" / "model_2e_9s.pkl", weights_only=True), small_weights()
+    assert list(after) == list(before)
+    moved = [(after[name] - tensor).abs().max().item() for name, tensor in before.items()]
+    # two steps from where the checkpoint was, not from other weights
+    assert 0 < max(moved) < 1e-2
