@@ -116,13 +116,15 @@ def convert_checkpoint(
     """
     # torch and diffusers take seconds to import, which --help should not
     from imagenet64_diffusion.conversion.converting import convert_files
+    from imagenet64_diffusion.pipelines.publishing import push_folder
 
     conversion = convert_files(
         checkpoint, params, output_dir, optimizer, time_embedding, id2label, dtype, variant, finish_denoising
     )
     print("\n".join(conversion.report), flush=True)
     if push_to_hub is not None:
-        conversion.pipeline.push_to_hub(push_to_hub, variant=variant)
+        # all of it but the optimizer's state, which is twice the size of the model and of use to one person
+        push_folder(conversion.pipeline, output_dir, push_to_hub, leave_out=("checkpoints",))
         print(f"  uploaded   {push_to_hub}")
     return conversion.pipeline
 

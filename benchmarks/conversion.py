@@ -7,23 +7,20 @@ Prints a table and writes benchmarks/results/conversion-<processor>.json.
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from report import write_result
 
 from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
 
 
-RESULTS = Path(__file__).parent / "results"
 PARAMS = {
     "inCh": 3,
     "embCh": 128,
@@ -55,13 +52,6 @@ seconds = time.perf_counter() - begin
 peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]
 print(json.dumps({{"seconds": seconds, "peak_bytes": int(peak) * 1024}}))
 """
-
-
-def processor() -> str:
-    """The model of the processor."""
-    information = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def write_checkpoint(folder: Path) -> tuple[Path, Path]:
@@ -132,18 +122,8 @@ def main() -> None:
         "peak_ratio_to_file": round(conversion["peak_bytes"] / file_size, 3),
         "peak_ratio_to_file_above_imports": round(above / file_size, 3),
         "load_and_one_step_seconds": round(loading["seconds"], 2),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("diffusers", "safetensors", "torch")},
-        },
     }
-    RESULTS.mkdir(exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    path = RESULTS / f"conversion-{slug}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    write_result("conversion", result, ("diffusers", "safetensors", "torch"))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,8 @@ benchmarks/results/data-<processor>.json.
 """
 
 import argparse
-import importlib.metadata
-import json
-import os
 import pathlib
 import pickle
-import platform
-import re
 import statistics
 import tempfile
 import time
@@ -22,6 +17,7 @@ from collections.abc import Callable
 import datasets
 import numpy as np
 import torch
+from report import write_result
 
 from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.preparation import write_prepared
@@ -29,14 +25,6 @@ from imagenet64_diffusion.data.published_source import PublishedSource
 
 
 BATCH_SIZE = 128
-RESULTS = pathlib.Path(__file__).parent / "results"
-
-
-def processor() -> str:
-    """Returns the model of the processor."""
-    information = pathlib.Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def images_per_second(read: Callable[[list[int]], object], num_images: int, seconds: float) -> float:
@@ -111,18 +99,8 @@ def main() -> None:
         "num_images": options.num_images,
         "images_per_second": {name: round(rate) for name, rate in rates.items()},
         "ratio_of_prepared_folder_to": {name: round(reference / rate, 3) for name, rate in rates.items()},
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("datasets", "numpy", "pillow", "pyarrow", "torch")},
-        },
     }
-    RESULTS.mkdir(exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    path = RESULTS / f"data-{slug}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    write_result("data", result, ("datasets", "numpy", "pillow", "pyarrow", "torch"))
 
 
 if __name__ == "__main__":

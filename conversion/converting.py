@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..pipelines.model_card import CARD_NAME, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..training.checkpoints import save_checkpoint
@@ -31,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PARAMS_NAME = "original_params.json"
 UNUSED_WEIGHTS_NAME = "original_unused_weights.safetensors"
 
-_OWN_NAMES = {"model_index.json", "README.md", PARAMS_NAME, UNUSED_WEIGHTS_NAME, "unet", "scheduler", "checkpoints"}
+_OWN_NAMES = {"model_index.json", CARD_NAME, PARAMS_NAME, UNUSED_WEIGHTS_NAME, "unet", "scheduler", "checkpoints"}
 _MODEL_NAME = re.compile(r"model_(\d+e_\d+s)\.pkl")
 
 
@@ -162,6 +163,13 @@ def _write(folder: Path, read: _Read, scheduler: EtaDDIMScheduler, dtype: str, v
         parameter.data = _cast(parameter.data, DTYPES[dtype], f"{name}: {key}")
     pipeline = ClassConditionalPipeline(read.unet, scheduler, read.labels, guide_variance=True)
     pipeline.save_pretrained(folder, variant=variant)
+    facts = {
+        "converted from": f"{name} of the original program",
+        "epochs": read.params.get("epoch", "unknown"),
+        "steps": read.params.get("step", "unknown"),
+    }
+    # the original program's licence is for its weights too
+    write_model_card(pipeline, folder, training_facts=facts, license="mit")
     (folder / PARAMS_NAME).write_text(json.dumps(read.params, indent=2) + "\n", encoding="utf-8")
     if read.unused:
         save_file({key: tensor.contiguous() for key, tensor in read.unused.items()}, folder / UNUSED_WEIGHTS_NAME)

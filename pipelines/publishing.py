@@ -1,6 +1,7 @@
 """Uploading a pipeline to the Hub: everything that loading it needs, with its model card, in one commit."""
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from diffusers.utils import logging
@@ -49,6 +50,7 @@ def push_folder(
     token: str | None = None,
     create_pr: bool = False,
     subfolder: str | None = None,
+    leave_out: Collection[str] = (),
 ) -> CommitInfo:
     """Uploads a folder that holds a saved pipeline. Hidden files stay where they are.
 
@@ -64,6 +66,7 @@ def push_folder(
         token: By default the one that is logged in.
         create_pr: Opens a pull request instead of changing the main branch.
         subfolder: The folder in the repository; the card is for its root and left out then.
+        leave_out: Names of files and folders at the top of the folder that are not uploaded.
 
     Raises:
         huggingface_hub.errors.HfHubHTTPError: An OSError. The repository is as it was then, because all files come in
@@ -76,7 +79,8 @@ def push_folder(
     additions: dict[str, str | bytes] = {}
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
-        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if file.is_file() and not hidden and inside.parts[0] not in leave_out:
             additions[inside.as_posix()] = str(file)
     card = additions.pop(CARD_NAME, None)
     if subfolder is None:

@@ -19,7 +19,10 @@ def test_converted_and_uploaded(online, tmp_path, monkeypatch, capsys):
     assert "uploaded   me/converted" in capsys.readouterr().out
     files = online.repositories["me/converted"].files
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in files
-    assert "the original program's cosine" in files["README.md"].content.decode()
+    card = files["README.md"].content.decode()
+    assert "the original program's cosine" in card
+    assert "license: mit" in card
+    assert "original_params.json" in files
 
     pipeline = ClassConditionalPipeline.from_pretrained("me/converted", variant="fp16", dtype=torch.float16)
     assert torch.equal(pipeline.unet.conv_in.weight, small_weights()["unet.inConv.weight"].half())
