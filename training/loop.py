@@ -24,7 +24,7 @@ from ..data.sampling import GlobalBatchSampler
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..whole_files import replacing_folder
+from ..whole_files import replacing_file, replacing_folder
 from .checkpoints import Checkpoint, find_checkpoints, load_checkpoint, save_checkpoint
 from .components import build_pipeline, build_scheduler, build_unet
 from .loss import HybridLoss
@@ -32,6 +32,9 @@ from .options import TrainOptions
 from .randomness import StepRandomness
 from .samples import draw_sample_grid
 from .timestep_sampling import TIMESTEP_SAMPLERS
+
+
+METRICS_NAME = "metrics.jsonl"
 
 
 class Trainer:
@@ -121,6 +124,7 @@ class Trainer:
         options, accelerator = self.options, self.accelerator
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._forget_later_metrics()
             self._say_what_is_trained()
         if options.report_to != "none":
             accelerator.init_trackers("train", config=self._tracker_config())
@@ -311,6 +315,15 @@ class Trainer:
 
     # ------------------------------------------------------------------ what is seen
 
+    def _forget_later_metrics(self) -> None:
+        """Takes out of the log what an earlier run wrote of the steps that are to come."""
+        file = self.output_dir / METRICS_NAME
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.global_step]
+            with replacing_file(file) as writing:
+                writing.write_text("".join(kept), encoding="utf-8")
+
     def _say_what_is_trained(self) -> None:
         unet = self.accelerator.unwrap_model(self.unet)
         height, width = self.dataset.image_size
@@ -345,7 +358,7 @@ class Trainer:
             )
         self.accelerator.log(values, step=self.global_step)
         if self.accelerator.is_main_process:
-            with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with (self.output_dir / METRICS_NAME).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.global_step, **values}) + "\n")
         progress_bar.set_postfix(
             {"loss": f"{loss:.4f}", "images/s": f"{values['images_per_second']:.0f}"}, refresh=False
