@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -12,22 +11,9 @@ from huggingface_hub import constants
 from tests.hub.loopback_hub import LoopbackHub
 
 
-# Put before a program: nothing of this project can be imported after it.
+# Put before a program that runs where this package is not installed.
 WITHOUT_THE_PACKAGE = """
 import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "imagenet64_diffusion":
-            raise ImportError("not here")
-
-sys.meta_path.insert(0, Refuse())
-try:
-    import imagenet64_diffusion
-except ImportError:
-    pass
-else:
-    sys.exit("the package can be imported")
 
 import torch
 from diffusers import DiffusionPipeline
@@ -62,15 +48,15 @@ def online(hub, monkeypatch, tmp_path) -> LoopbackHub:
 
 
 @pytest.fixture
-def run_python(hub, tmp_path):
-    """Runs a program in a process of its own, which knows the loopback Hub alone and begins with an empty cache."""
+def run_python(hub, tmp_path, outside_python):
+    """Runs a program where this package is not installed. It knows the loopback Hub alone, with an empty cache."""
 
     def run(program: str, **environment: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         kept |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url}
         kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
         finished = subprocess.run(
-            [sys.executable, "-c", program],
+            [outside_python, "-c", program],
             cwd=tmp_path,
             env={**kept, **environment},
             capture_output=True,

@@ -116,7 +116,13 @@ def test_killed_in_the_middle_and_run_again(tmp_path, published):
         left_before = set(scratch.glob("batch-*"))
         environment = process_options(tmp_path)["env"]
         process = subprocess.Popen(
-            command(*arguments), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command(*arguments),
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # a shell that runs the tests in the background makes its children deaf to Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
         while not set(scratch.glob("batch-*")) - left_before:
