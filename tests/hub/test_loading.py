@@ -168,8 +168,8 @@ def test_reasons(online, tiny, monkeypatch, capsys, tmp_path):
         assert found.startswith(f"error: {model} is not a folder, and cannot be loaded from the Hub: {why}"), found
 
     cannot("there is none of that name, or it is private", "no/such")
-    assert reason("outputs/demo/model") == (
-        "error: outputs/demo/model is not a folder, and cannot be the id of a Hub repository either"
+    assert reason("outputs/nothing/model") == (
+        "error: outputs/nothing/model is not a folder, and cannot be the id of a Hub repository either"
     )
     tiny.private = True
     cannot("there is none of that name, or it is private and needs a token")
