@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from ..configs import CONFIG_DIR
 from ..data.class_names import NUM_CLASSES, imagenet64_id2label
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..schedulers.original_schedule import original_cosine_betas
+from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from .errors import CheckpointError
 from .original_weights import original_unet_config
@@ -44,20 +44,20 @@ def original_scheduler(params: Mapping[str, Any], finish_denoising: bool = False
         finish_denoising: Whether the last step ends at the predicted image. The original's cosine schedule ends at
             abar 0.999, which leaves noise of 0.03. Its linear schedule ends at the image in any case.
     """
-    options = {
-        "num_train_timesteps": params["T"],
-        "prediction_type": "epsilon",
-        "variance_type": "learned_range",
-        "clip_sample": False,
-        "timestep_spacing": "leading",
-        "max_beta": 0.999,
-    }
-    if params["beta_sched"] == "linear":
-        return EtaDDIMScheduler(
-            beta_schedule="linear", beta_start=1e-4, beta_end=0.02, set_alpha_to_one=True, **options
-        )
+    options = {"prediction_type": "epsilon", "variance_type": "learned_range"}
+    if params["beta_sched"] != "linear":
+        options |= original_cosine_options(params["T"]) | {"set_alpha_to_one": finish_denoising}
+        return EtaDDIMScheduler(**options)
     return EtaDDIMScheduler(
-        trained_betas=original_cosine_betas(params["T"]), set_alpha_to_one=finish_denoising, **options
+        num_train_timesteps=params["T"],
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        set_alpha_to_one=True,
+        max_beta=0.999,
+        timestep_spacing="leading",
+        clip_sample=False,
+        **options,
     )
 
 

@@ -9,6 +9,7 @@ reproduces it with
 
 import math
 from itertools import pairwise
+from typing import Any
 
 
 def original_cosine_betas(num_train_timesteps: int = 1000) -> list[float]:
@@ -56,3 +57,21 @@ def original_timesteps(num_train_timesteps: int, step_size: int) -> list[int]:
     if not 1 <= step_size <= num_train_timesteps:
         raise ValueError(f"step_size is {step_size}, but must lie in [1, {num_train_timesteps}].")
     return list(range(0, num_train_timesteps, step_size))[::-1]
+
+
+def original_cosine_options(num_train_timesteps: int = 1000) -> dict[str, Any]:
+    """The options by which a scheduler of ours samples as the original program does on its cosine schedule.
+
+    All that matter are named, because from_config carries only what is named into other schedulers.
+
+    Args:
+        num_train_timesteps: T, at least 1.
+    """
+    return {
+        "num_train_timesteps": num_train_timesteps,
+        "trained_betas": original_cosine_betas(num_train_timesteps),
+        "set_alpha_to_one": False,
+        "max_beta": 0.999,
+        "timestep_spacing": "leading",
+        "clip_sample": False,
+    }

@@ -48,6 +48,14 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def draw_two(pipeline: ClassConditionalPipeline) -> torch.Tensor:
+    """Two guided images of a tiny pipeline, always the same ones."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        [0, "goldfish"], generator=seeded(0, 1), num_inference_steps=3, guidance_scale=2.0, output_type="pt"
+    ).images
+
+
 class OriginalCheckpoint:
     """A checkpoint that the original program wrote, and what that program computed with it."""
 

@@ -11,7 +11,7 @@ from ..configs import CONFIG_DIR
 from ..data.dataset import PreparedImages
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..schedulers.original_schedule import original_cosine_betas
+from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from .checkpoints import Checkpoint
 from .options import TrainOptions
@@ -80,15 +80,7 @@ def build_scheduler(options: TrainOptions) -> SchedulerMixin:
         "variance_type": "learned_range",
     }
     if options.beta_schedule == "original_cosine":
-        return EtaDDIMScheduler(
-            trained_betas=original_cosine_betas(options.num_train_timesteps),
-            set_alpha_to_one=False,
-            max_beta=0.999,
-            # named, because from_config carries only what is named into other schedulers
-            timestep_spacing="leading",
-            clip_sample=False,
-            **common,
-        )
+        return EtaDDIMScheduler(**{**common, **original_cosine_options(options.num_train_timesteps)})
     # Trailing steps begin at the last timestep, whose images are the noise that sampling begins with
     # (Lin et al. 2023, https://arxiv.org/abs/2305.08891, section 3.3). No clipping: a DDIM step whose image was
     # clipped and whose noise was not does not belong together, which guidance makes visible.

@@ -11,7 +11,7 @@ from PIL import Image
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.pipelines.model_card import UNKNOWN_REPO_ID, write_model_card
 from imagenet64_diffusion.pipelines.pictures import image_grid
-from tests.components import make_pipeline, seeded
+from tests.components import draw_two, make_pipeline, seeded
 from tests.hub.loopback_hub import TOKEN, Blob, Repository
 from tests.verbs.runs import ROOT
 
@@ -27,13 +27,6 @@ WHOLE = [
     "unet/diffusion_pytorch_model.safetensors",
     "unet/unet_class_conditional.py",
 ]
-
-
-def draw(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        [0, "goldfish"], generator=seeded(0, 1), num_inference_steps=3, guidance_scale=2.0, output_type="pt"
-    ).images
 
 
 def test_there_and_back(online):
@@ -52,7 +45,7 @@ def test_there_and_back(online):
 
     loaded = ClassConditionalPipeline.from_pretrained("me/tiny")
     assert type(loaded) is ClassConditionalPipeline
-    assert torch.equal(draw(loaded), draw(pipeline))
+    assert torch.equal(draw_two(loaded), draw_two(pipeline))
 
 
 def test_arguments_reach_the_hub(online):

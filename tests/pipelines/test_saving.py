@@ -10,14 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.pipelines.loading import scheduler_class, swap_scheduler
-from tests.components import make_pipeline, make_unet, seeded
-
-
-def draw(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        [0, "goldfish"], generator=seeded(0, 1), num_inference_steps=3, guidance_scale=2.0, output_type="pt"
-    ).images
+from tests.components import draw_two, make_pipeline, make_unet
 
 
 @pytest.fixture
@@ -47,13 +40,13 @@ def test_with_the_package(folder):
     loaded = ClassConditionalPipeline.from_pretrained(folder)
     assert type(loaded) is ClassConditionalPipeline
     assert type(loaded.unet) is ClassConditionalUNet2DModel
-    assert torch.equal(draw(loaded), draw(make_pipeline()))
+    assert torch.equal(draw_two(loaded), draw_two(make_pipeline()))
     assert loaded.config.id2label[0] == "tabby, tabby cat"
 
 
 def test_without_the_package(folder, outside_python):
     """In an environment that has diffusers and not us."""
-    torch.save(draw(make_pipeline()), folder.parent / "expected.pt")
+    torch.save(draw_two(make_pipeline()), folder.parent / "expected.pt")
     program = """
         import torch
         from diffusers import DiffusionPipeline
@@ -73,7 +66,9 @@ def test_without_the_package(folder, outside_python):
         DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
     """
     subprocess.run([outside_python, "-c", textwrap.dedent(program)], cwd=folder.parent, check=True, timeout=120)
-    assert torch.equal(draw(ClassConditionalPipeline.from_pretrained(folder.parent / "again")), draw(make_pipeline()))
+    assert torch.equal(
+        draw_two(ClassConditionalPipeline.from_pretrained(folder.parent / "again")), draw_two(make_pipeline())
+    )
 
 
 def test_without_the_package_and_with_a_network_of_ones_own(folder):
@@ -94,11 +89,11 @@ def test_stock_scheduler_inside(tmp_path):
     pipeline = make_pipeline()
     swap_scheduler(pipeline, "DPMSolverMultistep")
     assert pipeline.scheduler.config.lambda_min_clipped == -5.1
-    expected = draw(pipeline)
+    expected = draw_two(pipeline)
     pipeline.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"][0] == "diffusers"
-    assert torch.equal(draw(ClassConditionalPipeline.from_pretrained(tmp_path)), expected)
-    assert torch.equal(draw(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)), expected)
+    assert torch.equal(draw_two(ClassConditionalPipeline.from_pretrained(tmp_path)), expected)
+    assert torch.equal(draw_two(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)), expected)
 
 
 def test_scheduler_names():
