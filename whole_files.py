@@ -53,6 +53,45 @@ def replacing_file(file: str | Path) -> Iterator[Path]:
         writing.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def only_writer(folder: str | Path, waiting_seconds: float = 0.0) -> Iterator[None]:
+    """Keeps two processes from writing one folder, or from taking the other's work for that of a killed process.
+
+    The system drops the lock together with its process, however that ends.
+
+    Args:
+        folder: The folder; it need not exist.
+        waiting_seconds: How long to wait for another process to end.
+
+    Raises:
+        OSError: If another process still writes to the folder.
+    """
+    import filelock
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=waiting_seconds)
+    except filelock.Timeout as error:
+        raise OSError(f"{folder}: another process is writing to it now") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def settle_folder(parent: str | Path) -> None:
+    """Clears up what killed writers left in a folder: half-written ones go, replaced ones come back or go."""
+    parent = Path(parent)
+    for path in list(parent.glob(".*.replaced")):
+        _settle(parent / path.name.removeprefix(".").removesuffix(".replaced"), path)
+    for path in list(parent.glob(".*.writing")):
+        shutil.rmtree(path)
+
+
 def sync_tree(folder: Path) -> None:
     """Sees to it that a folder's files and names have reached the disk."""
     for path in sorted(folder.rglob("*"), reverse=True):

@@ -1,13 +1,20 @@
 """Reading a prepared folder, in batches."""
 
+import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from .errors import DataError
 from .preparation import LABEL_COLUMN, PIXELS_COLUMN, Preparation
+
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 
 def to_model_range(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -36,7 +43,7 @@ class PreparedImages(torch.utils.data.Dataset):
 
     Attributes:
         preparation: the record of the folder.
-        channels: 1 or 3.
+        channels: at least 1; 1 is grayscale and 3 is RGB.
         image_size: (height, width) in pixels.
         class_names: the name of each class; the index is the label.
         id2label: label -> name.
@@ -44,7 +51,9 @@ class PreparedImages(torch.utils.data.Dataset):
         fingerprint: equal for two folders with the same images in the same order.
 
     Raises:
-        DataError: the folder is not a whole prepared one.
+        DataError: the folder is not a whole prepared one, an image has another size than the record says, a
+            label is none of the classes, or there are more or fewer images. Every row is looked at, and no pixel
+            is read.
     """
 
     def __init__(self, folder: str | pathlib.Path, in_memory: bool = False) -> None:
@@ -60,19 +69,20 @@ class PreparedImages(torch.utils.data.Dataset):
         self._open()
 
     def _open(self) -> None:
-        import datasets
-
-        table = datasets.load_from_disk(str(self.folder), keep_in_memory=False).data
+        table = _load_table(self.folder)
         # Every image has the same number of bytes, so a record batch of the file is a piece of memory cut into rows.
         self._row_width = self.channels * self.image_size[0] * self.image_size[1]
-        chunks = table.column(PIXELS_COLUMN).chunks
+        self._labels = _checked_labels(self.folder, table, self.num_classes)
+        _check_pixels(self.folder, table, (self.channels, *self.image_size))
+        if table.num_rows != self.preparation.num_images:
+            raise _damaged(self.folder, f"{table.num_rows:,} images instead of {self.preparation.num_images:,}")
+        chunks = [chunk for chunk in table.column(PIXELS_COLUMN).chunks if len(chunk)]
         self._pieces = [_bytes_of(chunk, self._row_width) for chunk in chunks]
         self._ends = np.cumsum([len(chunk) for chunk in chunks])
         if self._in_memory:
             self._pieces = [memoryview(b"".join(self._pieces))]
             self._ends = self._ends[-1:]
         self._starts = np.concatenate([[0], self._ends[:-1]])
-        self._labels = table.column(LABEL_COLUMN).to_numpy()
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process that does not share memory opens the files again instead of getting them piped.
@@ -140,13 +150,67 @@ class PreparedImages(torch.utils.data.Dataset):
         }
 
 
-def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The collate_fn for a DataLoader with batch_sampler: PreparedImages gives whole batches already."""
-    return batch
+def _load_table(folder: pathlib.Path) -> "datasets.table.Table":
+    """Opens the files and looks whether they hold the two columns."""
+    import datasets
+    import pyarrow
+
+    try:
+        table = datasets.load_from_disk(str(folder), keep_in_memory=False).data
+        for name, kind in ((PIXELS_COLUMN, pyarrow.binary()), (LABEL_COLUMN, pyarrow.int64())):
+            if name not in table.column_names:
+                raise _damaged(folder, f'no column "{name}"')
+            column = table.column(name)
+            if column.type != kind:
+                raise _damaged(folder, f'a column "{name}" of type {column.type} instead of {kind}')
+            # only whether the buffers are there and as long as they must be, in no time
+            column.validate()
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+        raise _damaged(folder, f"files that cannot be read ({' '.join(str(error).split())})") from error
+    return table
 
 
-def _bytes_of(chunk: Any, row_width: int) -> memoryview:
+def _checked_labels(folder: pathlib.Path, table: "datasets.table.Table", num_classes: int) -> np.ndarray:
+    column = table.column(LABEL_COLUMN)
+    labels = column.fill_null(-1).to_numpy() if column.null_count else column.to_numpy()
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        row = int(wrong[0])
+        found = f"the label {labels[row]}" if column[row].is_valid else "no label"
+        raise _damaged(folder, f"{found} for image {row}, where labels go from 0 to {num_classes - 1}")
+    return labels
+
+
+def _check_pixels(folder: pathlib.Path, table: "datasets.table.Table", image_size: tuple[int, int, int]) -> None:
+    """Looks whether every row has the bytes of one image, which is seen from where the rows end."""
+    row_width = math.prod(image_size)
+    start = 0
+    for chunk in table.column(PIXELS_COLUMN).chunks:
+        wrong = np.diff(_row_ends(chunk)) != row_width
+        if chunk.null_count:
+            wrong |= chunk.is_null().to_numpy(zero_copy_only=False)
+        if wrong.any():
+            row = int(wrong.argmax())
+            found = f"{len(chunk[row].as_py()):,} bytes" if chunk[row].is_valid else "no pixels"
+            size = " x ".join(map(str, image_size))
+            raise _damaged(folder, f"{found} for image {start + row} instead of {row_width:,} ({size})")
+        start += len(chunk)
+
+
+def _damaged(folder: pathlib.Path, found: str) -> DataError:
+    return DataError(f"{folder} is damaged: it has {found}. Prepare the images again with --overwrite")
+
+
+def _row_ends(chunk: "pyarrow.BinaryArray") -> np.ndarray:
+    """Returns where the rows of one record batch begin and end in its data: int32 (rows + 1,)."""
+    if len(chunk) == 0:  # which may have no buffers
+        return np.zeros(1, np.int32)
+    return np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+
+
+def _bytes_of(chunk: "pyarrow.BinaryArray", row_width: int) -> memoryview:
     """Views the pixels of one record batch without copying them."""
-    _, ends, data = chunk.buffers()
-    first = int(np.frombuffer(ends, np.int32)[chunk.offset])
-    return memoryview(data)[first : first + len(chunk) * row_width]
+    first = int(_row_ends(chunk)[0])
+    return memoryview(chunk.buffers()[2])[first : first + len(chunk) * row_width]

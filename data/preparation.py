@@ -14,13 +14,12 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import tqdm
 
-from ..whole_files import replacing_folder
+from ..whole_files import only_writer, replacing_folder
 from .errors import DataError
 from .sources import ImageSource, ImageStream
 
@@ -48,7 +47,7 @@ class Preparation:
         source: the description of the source, as JSON values.
         source_details: what the source found out when it was opened, as JSON values.
         max_images: the limit that was asked for, or None.
-        channels: 1 or 3.
+        channels: at least 1; 1 is grayscale and 3 is RGB.
         height: pixels.
         width: pixels.
         num_images: how many images there are.
@@ -85,6 +84,11 @@ class Preparation:
         """
         path = folder / RECORD_NAME
         if not path.is_file():
+            if not folder.exists() and _lock_path(folder.absolute()).exists():
+                raise DataError(
+                    f"{folder} is not there yet: imagenet64-prepare is still writing it, or was killed. "
+                    "Wait for it, or run it again"
+                )
             what = "no such folder" if not folder.exists() else f"it has no {RECORD_NAME}"
             raise DataError(f"{folder} is not a prepared dataset ({what}): make one with imagenet64-prepare")
         try:
@@ -115,9 +119,10 @@ class Preparation:
         """Returns numbers of images and classes and the size, for people."""
         used = sum(count > 0 for count in self.images_per_class)
         classes = f"{used} of {len(self.class_names)}" if used < len(self.class_names) else f"{used}"
-        colour = "grayscale" if self.channels == 1 else "RGB"
+        classes += " class" if len(self.class_names) == 1 else " classes"
+        colour = {1: "grayscale", 3: "RGB"}.get(self.channels, f"{self.channels}-channel")
         total = sum(self.files.values())
-        return f"{self.num_images:,} images, {classes} classes, {self.width}x{self.height} {colour}, " + (
+        return f"{self.num_images:,} images, {classes}, {self.width}x{self.height} {colour}, " + (
             f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
         )
 
@@ -171,15 +176,15 @@ def write_prepared(
         The record of the folder.
 
     Raises:
-        DataError: the source is not what it should be, output_dir is in use, or holds something that is not to be
-            replaced.
+        DataError: the source is not what it should be, or output_dir holds something that is not to be replaced.
+        OSError: another process is writing to output_dir, or it cannot be written.
     """
     output_dir = output_dir.absolute()
     if overwrite:
         _check_replaceable(output_dir)
     elif _holds_anything(output_dir):
         raise DataError(f"--output_dir {output_dir} is not empty: name another folder, or replace it with --overwrite")
-    with _one_process_at_a_time(output_dir), replacing_folder(output_dir) as folder:
+    with only_writer(output_dir), replacing_folder(output_dir) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
         stream = source.open(scratch)
@@ -353,26 +358,6 @@ def _check_readable(folder: pathlib.Path, preparation: Preparation) -> None:
     loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
     if len(loaded) != preparation.num_images or loaded.features[LABEL_COLUMN].names != preparation.class_names:
         raise RuntimeError(f"datasets {datasets.__version__} reads other images than were written")
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(output_dir: pathlib.Path) -> Iterator[None]:
-    """Keeps two processes from writing one folder, or from taking the other's work for that of a killed process."""
-    import filelock
-
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    path = output_dir.with_name(f".{output_dir.name}.lock")
-    # the system drops the lock together with its process
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        raise DataError(f"--output_dir {output_dir}: another process is preparing it now") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def _holds_anything(output_dir: pathlib.Path) -> bool:

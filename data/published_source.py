@@ -6,7 +6,6 @@ planes one after the other, and "labels", integers from 1 to 1000. The same file
 .npz.
 """
 
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -14,14 +13,14 @@ import re
 import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from .class_names import NUM_CLASSES, imagenet64_names
 from .errors import DataError
+from .npz_arrays import array_keys, open_array, read_blocks, zip_errors
 from .published_pickles import FileRange, StoredArray, read_pickle
 from .sources import ImageBlock, ImageStream
 
@@ -29,9 +28,6 @@ from .sources import ImageBlock, ImageStream
 TRAIN_BATCHES = range(1, 11)
 
 _BATCH_NAME = re.compile(r"(?:train_data_batch_(?P<number>\d+)|val_data)(?P<suffix>\.npz|\.pkl|\.pickle)?")
-_BLOCK_BYTES = 16 << 20
-# What reading a zip raises when it is cut off, damaged, encrypted or packed in a way Python does not know.
-_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +158,8 @@ def _find_batches(inputs: Sequence[pathlib.Path], split: str) -> list[_BatchFile
         else:
             in_file = _batches_in_file(item)
             if not in_file:
-                raise DataError(f"--input {item}: holds neither train_data_batch_1 to 10 nor val_data")
+                hint = " (--source npz reads other .npz files of images)" if item.suffix.lower() == ".npz" else ""
+                raise DataError(f"--input {item}: holds neither train_data_batch_1 to 10 nor val_data{hint}")
             found += in_file
     wanted = [file for file in found if (file.number is None) == (split == "validation")]
     if not wanted:
@@ -191,7 +188,7 @@ def _batches_in_file(path: pathlib.Path) -> list[_BatchFile]:
     if path.suffix.lower() != ".zip":
         match = _BATCH_NAME.fullmatch(path.name)
         return [_BatchFile(_number(match), path, None, path.stat().st_size)] if match else []
-    with _zip_errors(str(path)), zipfile.ZipFile(path) as archive:
+    with zip_errors(str(path)), zipfile.ZipFile(path) as archive:
         entries = [(entry, pathlib.PurePosixPath(entry.filename)) for entry in archive.infolist()]
         return [
             _BatchFile(_number(match), path, entry.filename, entry.file_size)
@@ -205,22 +202,12 @@ def _number(match: re.Match[str]) -> int | None:
     return int(match["number"]) if match["number"] else None
 
 
-@contextlib.contextmanager
-def _zip_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except _BROKEN_ZIP as error:
-        raise DataError(
-            f"{name} is not a whole zip ({error}): the download stopped early or is something else"
-        ) from error
-
-
 def _open_batch(file: _BatchFile, folder: pathlib.Path) -> _Batch:
     path = file.path
     if file.entry is not None:
         # Unpacked first: pixels come before labels in it, and unpacking to the end checks the checksum.
         path = folder / "batch"
-        with _zip_errors(file.name), zipfile.ZipFile(file.path) as archive, path.open("wb") as unpacked:
+        with zip_errors(file.name), zipfile.ZipFile(file.path) as archive, path.open("wb") as unpacked:
             shutil.copyfileobj(archive.open(file.entry), unpacked, 1 << 20)
     return (_open_npz if file.is_npz else _open_pickle)(path, file, folder)
 
@@ -247,7 +234,7 @@ def _open_pickle(path: pathlib.Path, file: _BatchFile, folder: pathlib.Path) -> 
         if isinstance(data.data, FileRange):
             with data.data.path.open("rb") as opened:
                 opened.seek(data.data.offset)
-                yield from _rows_of(opened, file.name, num_images, row_width)
+                yield from read_blocks(opened, file.name, num_images, row_width)
         else:
             yield np.frombuffer(data.data, np.uint8).reshape(num_images, row_width)
 
@@ -276,59 +263,21 @@ def _label_values(name: str, labels: Any) -> np.ndarray:
 
 
 def _open_npz(path: pathlib.Path, file: _BatchFile, folder: pathlib.Path) -> _Batch:
-    with _zip_errors(file.name), zipfile.ZipFile(path) as archive:
-        members = archive.namelist()
-        for key in ("data", "labels"):
-            if f"{key}.npy" not in members:
-                raise DataError(f'{file.name} has no array "{key}": it holds {", ".join(members) or "nothing"}')
-        with archive.open("data.npy") as member:
-            shape, fortran_order, dtype = _array_header(member, f'{file.name} array "data"')
-        num_images, row_width = _check_data(file.name, shape, str(dtype), fortran_order)
-        with archive.open("labels.npy") as member:
-            shape, _, dtype = _array_header(member, f'{file.name} array "labels"')
-            if dtype.kind not in "iu" or shape != (num_images,):
-                raise DataError(
-                    f'{file.name} has "labels" of type {dtype} and shape {shape} instead of {num_images} integers'
-                )
-            values = member.read(num_images * dtype.itemsize)
-            if len(values) < num_images * dtype.itemsize:
-                raise DataError(f'{file.name} array "labels" ends early')
-    labels = _check_labels(file.name, np.frombuffer(values, dtype), num_images)
-
-    def read_rows() -> Iterator[np.ndarray]:
-        with _zip_errors(file.name), zipfile.ZipFile(path) as archive, archive.open("data.npy") as member:
-            _array_header(member, f'{file.name} array "data"')
-            yield from _rows_of(member, file.name, num_images, row_width)
-            # the checksum is compared when the end is reached
-            if member.read(1):
-                raise DataError(f'{file.name} array "data" is longer than its shape asks for')
-
-    return _Batch(file.name, file.size, labels, row_width, read_rows)
-
-
-def _array_header(member: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    try:
-        version = np.lib.format.read_magic(member)
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise ValueError(f"version {version} of the format")
-        shape, fortran_order, dtype = readers[version](member)
-    except ValueError as error:
-        raise DataError(f"{name} is not a plain numpy array ({error})") from error
-    return shape, fortran_order, dtype
-
-
-def _rows_of(opened: BinaryIO, name: str, num_images: int, row_width: int) -> Iterator[np.ndarray]:
-    rows_at_once = max(1, _BLOCK_BYTES // row_width)
-    for start in range(0, num_images, rows_at_once):
-        rows = min(rows_at_once, num_images - start)
-        data = opened.read(rows * row_width)
-        if len(data) < rows * row_width:
-            raise DataError(f'{name} ends early: its "data" stops in image {start + len(data) // row_width}')
-        yield np.frombuffer(data, np.uint8).reshape(rows, row_width)
+    keys = array_keys(path, file.name)
+    for key in ("data", "labels"):
+        if key not in keys:
+            raise DataError(
+                f'{file.name} has no array "{key}": it holds {", ".join(keys) or "no array"} '
+                "(--source npz reads other .npz files of images)"
+            )
+    data, labels = (open_array(path, file.name, key) for key in ("data", "labels"))
+    num_images, row_width = _check_data(file.name, data.shape, str(data.dtype), data.fortran_order)
+    if labels.dtype.kind not in "iu" or labels.shape != (num_images,):
+        raise DataError(
+            f'{file.name} has "labels" of type {labels.dtype} and shape {labels.shape} instead of {num_images} '
+            "integers"
+        )
+    return _Batch(file.name, file.size, _check_labels(file.name, labels.read(), num_images), row_width, data.read_rows)
 
 
 def _check_data(name: str, shape: tuple[int, ...], dtype: str, fortran_order: bool) -> tuple[int, int]:

@@ -70,9 +70,10 @@ class GlobalBatchSampler:
     """One process's share of an endless sequence of batches.
 
     Global batch k is positions k * global_batch_size to (k + 1) * global_batch_size of the endless order of
-    :class:`EpochOrder`; process ``rank`` gets the rank-th of world_size equal slices of it. So the same images are in
-    batch k however many processes share the work. A batch may begin in one epoch and end in the next: no image is
-    dropped, and every one is used once before any is used again (within that batch it may meet its next use).
+    :class:`EpochOrder`, counted from first_image; process ``rank`` gets the rank-th of world_size equal slices of it.
+    So the same images are in batch k however many processes share the work. A batch may begin in one epoch and end in
+    the next: no image is dropped, and every one is used once before any is used again (within that batch it may meet
+    its next use).
 
     Give it to a DataLoader as ``sampler`` with ``batch_size=None``: a PreparedImages answers a list of indices with a
     whole batch.
@@ -84,6 +85,7 @@ class GlobalBatchSampler:
         rank: this process, from 0.
         world_size: how many processes there are.
         start_step: the first batch to give; as quick for any value.
+        first_image: where batch 0 begins in the endless order, for a run that goes on with batches of another size.
 
     Raises:
         ValueError: one of them is out of range.
@@ -97,6 +99,7 @@ class GlobalBatchSampler:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        first_image: int = 0,
     ) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}, but must be from 0 to world_size - 1")
@@ -104,17 +107,19 @@ class GlobalBatchSampler:
             raise ValueError(
                 f"global_batch_size is {global_batch_size}, but must be a multiple of the {world_size} processes"
             )
-        if start_step < 0:
-            raise ValueError(f"start_step is {start_step}, but must not be negative")
+        for name, value in (("start_step", start_step), ("first_image", first_image)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}, but must not be negative")
         self.order = EpochOrder(num_images, seed)
         self.global_batch_size = global_batch_size
         self.batch_size = global_batch_size // world_size
         self.rank = rank
         self.start_step = start_step
+        self.first_image = first_image
 
     def batch(self, step: int) -> list[int]:
         """Returns this process's image indices in global batch ``step``."""
-        start = step * self.global_batch_size + self.rank * self.batch_size
+        start = self.first_image + step * self.global_batch_size + self.rank * self.batch_size
         return self.order.indices(start, start + self.batch_size).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -1,15 +1,19 @@
 import pathlib
 import pickle
 
+import datasets
+import filelock
 import numpy as np
+import pyarrow
 import pytest
 import torch
 
 from imagenet64_diffusion.data import preparation as preparation_module
 from imagenet64_diffusion.data.class_names import imagenet64_id2label
-from imagenet64_diffusion.data.dataset import PreparedImages, keep_batch, to_model_range
+from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
 from imagenet64_diffusion.data.errors import DataError
-from imagenet64_diffusion.data.preparation import write_prepared
+from imagenet64_diffusion.data.npz_source import NpzSource
+from imagenet64_diffusion.data.preparation import Preparation, write_prepared
 from imagenet64_diffusion.data.published_source import PublishedSource
 from imagenet64_diffusion.data.sampling import GlobalBatchSampler
 
@@ -79,11 +83,10 @@ def test_data_loader(prepared, num_workers):
     images = PreparedImages(folder)
     sampler = GlobalBatchSampler(len(images), 64, seed=3)
     expected = [sampler.batch(step) for step in range(12)]
-    for options in ({"sampler": sampler, "batch_size": None}, {"batch_sampler": sampler, "collate_fn": keep_batch}):
-        loader = torch.utils.data.DataLoader(images, num_workers=num_workers, **options)
-        for indices, batch in zip(expected, loader, strict=False):
-            assert torch.equal(batch["pixel_values"], pixels[indices])
-            assert torch.equal(batch["class_labels"], labels[indices])
+    loader = torch.utils.data.DataLoader(images, sampler=sampler, batch_size=None, num_workers=num_workers)
+    for indices, batch in zip(expected, loader, strict=False):
+        assert torch.equal(batch["pixel_values"], pixels[indices])
+        assert torch.equal(batch["class_labels"], labels[indices])
 
 
 def test_no_prepared_folder(tmp_path):
@@ -91,6 +94,111 @@ def test_no_prepared_folder(tmp_path):
         PreparedImages(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"it has no preparation\.json.*imagenet64-prepare"):
         PreparedImages(tmp_path)
+    with (
+        filelock.FileLock(tmp_path / ".soon.lock"),
+        pytest.raises(DataError, match="soon is not there yet: imagenet64-prepare is still writing it, or was killed"),
+    ):
+        PreparedImages(tmp_path / "soon")
+
+
+def test_images_of_five_channels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 6, 4, 5), dtype=np.uint8)
+    labels = np.arange(30) % 7
+    np.savez(tmp_path / "images.npz", pixels, labels)
+    write_prepared(tmp_path / "out", NpzSource([tmp_path / "images.npz"]))
+    images = PreparedImages(tmp_path / "out")
+    assert (images.channels, images.image_size, images.num_classes) == (5, (6, 4), 7)
+    batch = images[list(range(30))]
+    np.testing.assert_array_equal(batch["pixel_values"], np.moveaxis(pixels, -1, 1))
+    np.testing.assert_array_equal(batch["class_labels"], labels)
+
+
+def write_folder(folder: pathlib.Path, columns: dict, num_images: int = 30) -> pathlib.Path:
+    """Writes rows of any kind with the record of 2x2 images of two channels and three classes, in three files."""
+    datasets.Dataset(pyarrow.table(columns)).save_to_disk(folder, num_shards=3)
+    Preparation(
+        source={},
+        source_details={},
+        max_images=None,
+        channels=2,
+        height=2,
+        width=2,
+        num_images=num_images,
+        class_names=["a", "b", "c"],
+        images_per_class=[10, 10, 10],
+        fingerprint="sha256:0",
+        files={path.name: path.stat().st_size for path in sorted(folder.glob("*.arrow"))},
+    ).write(folder)
+    return folder
+
+
+ROWS = [bytes(range(row, row + 8)) for row in range(30)]
+LABELS = [row % 3 for row in range(30)]
+
+
+def with_row(rows: list, index: int, value) -> list:
+    return [*rows[:index], value, *rows[index + 1 :]]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_rows_written_by_datasets_are_read(tmp_path, in_memory):
+    # or else the damage below would not be what is refused
+    folder = write_folder(tmp_path / "out", {"pixels": ROWS, "label": LABELS})
+    batch = PreparedImages(folder, in_memory=in_memory)[list(range(30))]
+    assert [bytes(image) for image in batch["pixel_values"].flatten(1).numpy()] == ROWS
+    assert batch["class_labels"].tolist() == LABELS
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"pixels": with_row(ROWS, 25, b"1234567")}, r"7 bytes for image 25 instead of 8 \(2 x 2 x 2\)"),
+        ({"pixels": with_row(ROWS, 0, b"123456789")}, "9 bytes for image 0 instead of 8"),
+        ({"pixels": with_row(ROWS, 29, b"")}, "0 bytes for image 29 instead of 8"),
+        ({"pixels": with_row(with_row(ROWS, 12, None), 22, b"")}, "no pixels for image 12 instead of 8"),
+        # as many bytes as there should be
+        ({"pixels": with_row(with_row(ROWS, 14, b"1234"), 15, b"123456789012")}, "4 bytes for image 14 instead of 8"),
+        ({"pixels": [row.decode() for row in ROWS]}, 'a column "pixels" of type string instead of binary'),
+        ({"pixels": pyarrow.array(ROWS, pyarrow.large_binary())}, 'a column "pixels" of type large_binary'),
+        ({"image": ROWS}, 'no column "pixels"'),
+        ({"pixels": ROWS, "labels": LABELS}, 'no column "label"'),
+        ({"pixels": ROWS, "label": with_row(LABELS, 17, 3)}, "the label 3 for image 17, where labels go from 0 to 2"),
+        ({"pixels": ROWS, "label": with_row(LABELS, 28, -1)}, "the label -1 for image 28"),
+        ({"pixels": ROWS, "label": with_row(LABELS, 11, None)}, "no label for image 11"),
+        ({"pixels": ROWS, "label": [str(label) for label in LABELS]}, 'a column "label" of type string instead of'),
+        ({"pixels": ROWS[:-1], "label": LABELS[:-1]}, "29 images instead of 30"),
+        ({"pixels": ROWS * 2, "label": LABELS * 2}, "60 images instead of 30"),
+    ],
+)
+def test_wrong_rows_are_found_on_opening(tmp_path, columns, found):
+    if "labels" not in columns:
+        columns = {"label": LABELS} | columns
+    folder = write_folder(tmp_path / "out", columns)
+    with pytest.raises(DataError, match=f"^{folder} is damaged: it has {found}.*with --overwrite$"):
+        PreparedImages(folder)
+
+
+def test_damaged_files_of_the_right_length_are_found_on_opening(tmp_path):
+    folder = write_folder(tmp_path / "out", {"pixels": ROWS, "label": LABELS})
+    path = sorted(folder.glob("*.arrow"))[1]
+    whole = path.read_bytes()
+    ends = (np.arange(11, dtype="<i4") * 8).tobytes()
+    assert whole.count(ends) == 1
+    for changed, found in [
+        (whole.replace(ends, ends[:-4] + b"\xff\xff\xff\x7f"), "files that cannot be read"),
+        (whole.replace(ends, ends[:-4] + b"\xff\xff\xff\xff"), "files that cannot be read"),
+        (whole.replace(ends, ends[:4] + b"\x09" + ends[5:]), "9 bytes for image 10 instead of 8"),
+        (b"\0" * len(whole), "files that cannot be read"),
+    ]:
+        assert len(changed) == len(whole)
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match=f"out is damaged: it has {found}"):
+            PreparedImages(folder)
+    path.write_bytes(whole)
+    assert len(PreparedImages(folder)) == 30
+    (folder / "state.json").unlink()
+    with pytest.raises(DataError, match="out is damaged: it has files that cannot be read"):
+        PreparedImages(folder)
 
 
 def test_to_model_range():

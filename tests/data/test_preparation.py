@@ -146,6 +146,15 @@ def test_nothing_is_left_when_the_source_breaks(tmp_path, images, error):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("channels", "said"), [(1, "6x4 grayscale"), (2, "6x4 2-channel"), (3, "6x4 RGB"), (4, "6x4 4-channel")]
+)
+def test_summary_says_the_channels(tmp_path, channels, said):
+    pixels = np.zeros((5, channels, 4, 6), np.uint8)
+    record = write_prepared(tmp_path / "out", ArraySource(pixels, np.arange(5) % 3))
+    assert f"5 images, 3 classes, {said}, " in record.summary()
+
+
 def test_no_images_and_equal_names_are_errors(tmp_path, images):
     with pytest.raises(DataError, match="there are no images"):
         write_prepared(tmp_path / "out", ArraySource(images[0][:0], images[1][:0]))
@@ -157,7 +166,7 @@ def test_no_images_and_equal_names_are_errors(tmp_path, images):
 def test_one_process_at_a_time(tmp_path, images):
     with (
         filelock.FileLock(tmp_path / ".out.lock"),
-        pytest.raises(DataError, match="another process is preparing it now"),
+        pytest.raises(OSError, match="another process is writing to it now"),
     ):
         write_prepared(tmp_path / "out", ArraySource(*images))
 

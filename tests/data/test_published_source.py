@@ -94,7 +94,7 @@ def test_validation_split(tmp_path, make_batches, write_zips):
 
 
 def test_blocks_join_across_record_size(tmp_path, make_batches, monkeypatch):
-    monkeypatch.setattr("imagenet64_diffusion.data.published_source._BLOCK_BYTES", 192 * 10)
+    monkeypatch.setattr("imagenet64_diffusion.data.npz_arrays._BLOCK_BYTES", 192 * 10)
     batches = make_batches(1, 1003)
     path = write_batch(tmp_path / "train_data_batch_1", *batches[0])
     assert_reads(PublishedSource([path]), tmp_path / "work", batches)
@@ -138,6 +138,9 @@ def test_inputs_without_batches(tmp_path, make_batches):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(DataError, match=r"notes\.txt: holds neither"):
         PublishedSource([tmp_path / "notes.txt"])
+    np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8), [0, 1])
+    with pytest.raises(DataError, match=r"images\.npz: holds neither .*--source npz"):
+        PublishedSource([tmp_path / "images.npz"])
     val = write_batch(tmp_path / "val_data", *make_batches(1)[0])
     with pytest.raises(DataError, match="there is the other split"):
         PublishedSource([val])
@@ -239,11 +242,11 @@ def test_wrong_npz(tmp_path):
     pixels = np.zeros((10, 192), np.uint8)
     labels = np.arange(1, 11)
     for arrays, message in [
-        ({"data": pixels}, 'no array "labels": it holds data.npy'),
+        ({"data": pixels}, 'no array "labels": it holds data .*--source npz'),
         ({"data": pixels, "labels": labels[:9]}, "instead of 10 integers"),
         ({"data": pixels, "labels": labels * 1.0}, '"labels" of type float64'),
         ({"data": pixels, "labels": labels - 1}, "has the label 0"),
-        ({"data": pixels.astype(object), "labels": labels}, "of type object instead of uint8"),
+        ({"data": pixels.astype(object), "labels": labels}, 'array "data" holds Python objects'),
     ]:
         np.savez(path, **arrays)
         with pytest.raises(DataError, match=f"train_data_batch_1.npz .*{message}"):

@@ -156,6 +156,45 @@ def test_class_folders_leave_nothing_behind(tmp_path):
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
 
+def test_npz_files_of_four_channels(tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (90, 8, 12, 4), dtype=np.uint8)
+    labels = generator.permutation(np.arange(90) % 3)
+    names_of_classes = np.array(["cytoplasm", "membrane", "nucleus"])
+    (tmp_path / "in").mkdir()
+    for part, rows in ((2, slice(20)), (10, slice(20, 90))):
+        np.savez_compressed(
+            tmp_path / "in" / f"part{part}.npz",
+            images=pixels[rows],
+            labels=labels[rows],
+            class_names=names_of_classes,
+        )
+    arguments = ["--source", "npz", "--input", "in", "--output_dir", "out"]
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("reading 2 .npz files: in/part2.npz, in/part10.npz\n")
+    assert "prepared out: 90 images, 3 classes, 12x8 4-channel, 0.0 MB in " in result.stdout
+    images = PreparedImages(tmp_path / "out")
+    assert images.class_names == names_of_classes.tolist()
+    batch = images[list(range(90))]
+    np.testing.assert_array_equal(batch["pixel_values"], np.moveaxis(pixels, -1, 1))
+    np.testing.assert_array_equal(batch["class_labels"], labels)
+    assert run(tmp_path, *arguments).stdout.startswith("already prepared: 90 images, 3 classes, 12x8 4-channel")
+
+    # another pixel in a file of the same name
+    pixels[50, 3, 3, 3] ^= 1
+    path = tmp_path / "in" / "part10.npz"
+    np.savez_compressed(path, images=pixels[20:], labels=labels[20:], class_names=names_of_classes)
+    assert "error: --output_dir out holds other images" in run(tmp_path, *arguments).stderr
+    path.write_bytes(path.read_bytes()[:-100])
+    broken = run(tmp_path, *arguments, "--overwrite")
+    assert broken.returncode == 2
+    assert broken.stderr.startswith("error: in/part10.npz is not a whole zip")
+    assert broken.stderr.count("\n") == 1
+    assert names(tmp_path) == ["home", "in", "out"]
+    assert len(PreparedImages(tmp_path / "out")) == 90
+
+
 class HubStandIn(http.server.BaseHTTPRequestHandler):
     """Answers what the Hub answers for a dataset called mice/pictures, and that there is no other."""
 
@@ -271,6 +310,10 @@ def test_wrong_data_is_one_line_and_leaves_nothing(tmp_path, published, capsys, 
         (["--source", "mnist", "--input", "x"], "error: --input x: --source mnist takes none"),
         (["--source", "mnist", "--split", "test"], "error: --split test: the digits have only"),
         (["--source", "mnist", "--max_images", "0"], "error: --max_images 0: must be at least 1"),
+        (["--source", "npz"], "error: --input is missing: give the .npz files"),
+        (["--source", "npz", "--input", "nowhere.npz"], "error: --input nowhere.npz: no such file"),
+        (["--source", "npz", "--input", "x", "--split", "test"], "error: --split test: .npz files have only"),
+        (["--source", "npz", "--resolution", "64"], "error: --resolution is for --source imagefolder and dataset"),
         (["--source", "imagefolder"], "error: --input has 0 values"),
         (
             ["--source", "imagefolder", "--input", "x", "--label_column", "y"],
