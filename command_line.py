@@ -13,6 +13,22 @@ from typing import Any, TypeVar
 Options = TypeVar("Options")
 
 
+class StoppedBySignalError(Exception):
+    """The work was stopped by a signal, and can be gone on with.
+
+    Attributes:
+        signal_number: Which signal.
+    """
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class ElsewhereError(ValueError):
+    """An error that another process of the same run has met, and reports."""
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a dataclass of options.
 
@@ -48,8 +64,9 @@ def run_verb(
         argv: The arguments; by default those of the process.
 
     Returns:
-        The exit code: 0, or 2 for a wrong option or input, or 130 when interrupted. With IMAGENET64_TRACEBACK=1 in the
-        environment errors come with their traceback instead.
+        The exit code: 0, or 2 for a wrong option or input, or 128 and the number of the signal that stopped it: 130
+        when interrupted, 143 when terminated. With IMAGENET64_TRACEBACK=1 in the environment errors come with their
+        traceback instead.
     """
     options = None
     try:
@@ -58,8 +75,13 @@ def run_verb(
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("IMAGENET64_TRACEBACK") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, ElsewhereError):
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    except StoppedBySignalError as stop:
+        if str(stop):
+            print(stop, file=sys.stderr)
+        return 128 + stop.signal_number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -107,7 +129,7 @@ def _take_defaults(parser: argparse.ArgumentParser, file: Path) -> None:
         if name not in actions or name in ("config", "help"):
             raise ValueError(f"--config {file} names {name!r}, which is not an option")
         choices = actions[name].choices
-        if choices is not None and value not in choices:
+        if choices is not None and value is not None and value not in choices:
             raise ValueError(
                 f"--config {file}: {name} is {value!r}, but must be one of {', '.join(map(str, choices))}"
             )

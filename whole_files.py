@@ -53,6 +53,11 @@ def replacing_file(file: str | Path) -> Iterator[Path]:
         writing.unlink(missing_ok=True)
 
 
+def lock_path(folder: Path) -> Path:
+    """The lock of whoever writes a folder; it may outlive a process that was killed."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextlib.contextmanager
 def only_writer(folder: str | Path, waiting_seconds: float = 0.0) -> Iterator[None]:
     """Keeps two processes from writing one folder, or from taking the other's work for that of a killed process.
@@ -70,7 +75,7 @@ def only_writer(folder: str | Path, waiting_seconds: float = 0.0) -> Iterator[No
 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
+    path = lock_path(folder)
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=waiting_seconds)

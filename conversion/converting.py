@@ -16,7 +16,7 @@ from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.model_card import CARD_NAME, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
-from ..training.checkpoints import save_checkpoint
+from ..training.checkpoints import Progress, save_checkpoint
 from ..whole_files import replacing_folder
 from .components import build_empty_unet, class_names, original_scheduler, recipe_of
 from .errors import CheckpointError
@@ -89,7 +89,7 @@ def convert_files(
     step_folder = f"checkpoints/checkpoint-{params.get('step')}"
     with replacing_folder(output_dir) as writing:
         if read.optimizer_state is not None:
-            _save_training_state(writing / step_folder, read)
+            _save_training_state(writing / step_folder, read, scheduler)
         _write(writing, read, scheduler, dtype, variant, checkpoint.name)
         # What was read lies in the checkpoint's file, which may be overwritten once nothing refers to it. A network
         # refers to itself, so that only the collector finds that it is no longer needed.
@@ -227,7 +227,7 @@ def _load_and_check(
     return pipeline
 
 
-def _save_training_state(folder: Path, read: _Read) -> None:
+def _save_training_state(folder: Path, read: _Read, scheduler: EtaDDIMScheduler) -> None:
     """Writes the folder from which the training goes on."""
     params, unet = read.params, read.unet
     mapped = map_original_optimizer(read.optimizer_state, read.shapes, params, unet)
@@ -241,9 +241,9 @@ def _save_training_state(folder: Path, read: _Read) -> None:
     save_checkpoint(
         folder,
         unet=unet,
+        scheduler=scheduler,
         optimizer=optimizer,
-        step=params["step"],
-        epoch=params["epoch"],
+        progress=Progress(step=params["step"], epoch=params["epoch"]),
         options=original_train_options(params, group),
     )
 

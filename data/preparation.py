@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import tqdm
 
-from ..whole_files import only_writer, replacing_folder
+from ..whole_files import lock_path, only_writer, replacing_folder
 from .errors import DataError
 from .sources import ImageSource, ImageStream
 
@@ -84,7 +84,7 @@ class Preparation:
         """
         path = folder / RECORD_NAME
         if not path.is_file():
-            if not folder.exists() and _lock_path(folder.absolute()).exists():
+            if not folder.exists() and lock_path(folder.absolute()).exists():
                 raise DataError(
                     f"{folder} is not there yet: imagenet64-prepare is still writing it, or was killed. "
                     "Wait for it, or run it again"

@@ -1,12 +1,16 @@
 """Checkpoints of a training run: everything that the next step depends on.
 
-Data order, noise, timesteps and drop-out are functions of seed and step, so there are no states of random generators
-to keep. A checkpoint is a folder ``checkpoint-{step}`` with the network, the averaged weights, the optimizer's
-moments, the history of the importance sampler, and ``training_state.json``, which says where the run stood and with
-what options. Weights and optimizer have the names that accelerate gives them.
+Data order, noise, timesteps, drop-out and flips are functions of the seed, the step and the image's place in its
+batch, so there are no states of random generators to keep. A checkpoint is a folder ``checkpoint-{step}`` with the
+network, the averaged weights, the optimizer's moments, the history of the importance sampler, and
+``training_state.json``, which says where the run stood and with what options, and how the other files must read to be
+whole. Weights and optimizer have the names that accelerate gives them.
 """
 
+import dataclasses
+import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +18,51 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..whole_files import replacing_folder
+from ..whole_files import replacing_folder, settle_folder
 
 
 STATE_NAME = "training_state.json"
 _WEIGHTS, _AVERAGED_WEIGHTS, _OPTIMIZER = "model.safetensors", "averaged_weights.safetensors", "optimizer.bin"
-_CONFIG, _TIMESTEP_SAMPLER = "unet_config.json", "timestep_sampler.npz"
-_FORMAT_VERSION = 1
+_CONFIG, _SCHEDULER_CONFIG, _TIMESTEP_SAMPLER = "unet_config.json", "scheduler_config.json", "timestep_sampler.npz"
+_FORMAT_VERSION = 2
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint's folder is not as it was written."""
+
+
+@dataclass
+class Progress:
+    """Where a run stood. What a converted checkpoint cannot know is None.
+
+    Attributes:
+        step: Optimizer steps taken.
+        epoch: Epochs gone through.
+        images_seen: Place in the endless order of images.
+        num_processes: Processes that shared a batch.
+        images_per_step: Images of an optimizer step over all processes and accumulated pieces.
+        dataset: Fingerprint of the images.
+        began_from: What the run began from: a checkpoint, a pretrained model, or nothing.
+        lr_scheduler_step: Steps of the learning rate's course; fewer than ``step`` where fp16 skipped some.
+        gradient_scaler: State of the fp16 loss scale.
+        metrics: Sums since the last entry of the log, one row for each process.
+    """
+
+    step: int
+    epoch: float
+    images_seen: int | None = None
+    num_processes: int | None = None
+    images_per_step: int | None = None
+    dataset: str | None = None
+    began_from: str | None = None
+    lr_scheduler_step: int | None = None
+    gradient_scaler: dict[str, Any] | None = None
+    metrics: list[list[float]] | None = None
 
 
 @dataclass
@@ -33,10 +71,10 @@ class Checkpoint:
 
     Attributes:
         folder: Where it lies.
-        step: Optimizer steps taken.
-        epoch: Epochs gone through.
+        progress: Where the run stood.
         options: Options of the run by name; a converted checkpoint has those that the original's training implies.
         unet_config: Options of the network.
+        scheduler_config: Options of the scheduler that holds the noise schedule.
         weights: The network's state dict.
         averaged_weights: The moving average of the parameters in their order, with the number of its updates, or None.
         optimizer: The state dict of the optimizer.
@@ -44,10 +82,10 @@ class Checkpoint:
     """
 
     folder: Path
-    step: int
-    epoch: float
+    progress: Progress
     options: dict[str, Any]
     unet_config: dict[str, Any]
+    scheduler_config: dict[str, Any]
     weights: dict[str, torch.Tensor]
     averaged_weights: tuple[list[torch.Tensor], int] | None
     optimizer: dict[str, Any]
@@ -58,9 +96,9 @@ def save_checkpoint(
     folder: str | Path,
     *,
     unet: ClassConditionalUNet2DModel,
+    scheduler: SchedulerMixin,
     optimizer: torch.optim.Optimizer,
-    step: int,
-    epoch: float,
+    progress: Progress,
     options: Mapping[str, Any],
     averaged_weights: tuple[list[torch.Tensor], int] | None = None,
     timestep_sampler: Mapping[str, np.ndarray] | None = None,
@@ -70,56 +108,62 @@ def save_checkpoint(
     Args:
         folder: Where to, ``checkpoint-{step}`` in the ``checkpoints`` folder of the run.
         unet: The network.
+        scheduler: Holds the noise schedule.
         optimizer: Its optimizer, over ``unet.parameters()``.
-        step: Optimizer steps taken.
-        epoch: Epochs gone through.
+        progress: Where the run stands.
         options: Options of the run by name, as JSON values.
         averaged_weights: The moving average of ``unet.parameters()`` and the number of its updates.
         timestep_sampler: State of the timestep sampler.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk. What was there is as it was.
     """
-    with replacing_folder(folder) as writing:
-        save_file({name: tensor.contiguous() for name, tensor in unet.state_dict().items()}, writing / _WEIGHTS)
-        torch.save(optimizer.state_dict(), writing / _OPTIMIZER)
-        if averaged_weights is not None:
-            parameters, updates = averaged_weights
-            tensors = {f"{index:05d}": tensor.contiguous() for index, tensor in enumerate(parameters)}
-            save_file(tensors, writing / _AVERAGED_WEIGHTS, metadata={"updates": str(updates)})
-        if timestep_sampler:
-            np.savez(writing / _TIMESTEP_SAMPLER, **timestep_sampler)
-        config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-        _write_json(writing / _CONFIG, config)
-        state = {"format_version": _FORMAT_VERSION, "step": step, "epoch": epoch, "options": dict(options)}
-        _write_json(writing / STATE_NAME, state)
+    try:
+        with replacing_folder(folder) as writing:
+            save_file({name: tensor.contiguous() for name, tensor in unet.state_dict().items()}, writing / _WEIGHTS)
+            torch.save(optimizer.state_dict(), writing / _OPTIMIZER)
+            if averaged_weights is not None:
+                parameters, updates = averaged_weights
+                tensors = {f"{index:05d}": tensor.contiguous() for index, tensor in enumerate(parameters)}
+                save_file(tensors, writing / _AVERAGED_WEIGHTS, metadata={"updates": str(updates)})
+            if timestep_sampler:
+                np.savez(writing / _TIMESTEP_SAMPLER, **timestep_sampler)
+            for name, configured in ((_CONFIG, unet), (_SCHEDULER_CONFIG, scheduler)):
+                config = {key: value for key, value in configured.config.items() if not key.startswith("_")}
+                _write_json(writing / name, config)
+            files = {
+                file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                for file in sorted(writing.iterdir())
+            }
+            state = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(progress)}
+            _write_json(writing / STATE_NAME, {**state, "options": dict(options), "files": files})
+    # safetensors and torch have errors of their own for what the system refuses
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"could not write {folder} ({reason}); the checkpoints before it are as they were") from error
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Reads a checkpoint, on the CPU. No code of the files is run.
+    """Reads a checkpoint, on the CPU, after checking that it is whole. No code of the files is run.
 
     Raises:
-        ValueError: If the folder is not a whole checkpoint.
+        DamagedCheckpointError: If the folder is not a checkpoint, or not as it was written. It names the file.
     """
     folder = Path(folder)
-    for name in (STATE_NAME, _CONFIG, _WEIGHTS, _OPTIMIZER):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a checkpoint: there is no {name}")
-    state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    if state.get("format_version") != _FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format_version {state.get('format_version')}, but this version reads {_FORMAT_VERSION}"
-        )
+    state = _read_state(folder)
     averaged_weights = None
-    if (folder / _AVERAGED_WEIGHTS).is_file():
+    if _AVERAGED_WEIGHTS in state["files"]:
         averaged_weights = _read_averaged_weights(folder / _AVERAGED_WEIGHTS)
     timestep_sampler = {}
-    if (folder / _TIMESTEP_SAMPLER).is_file():
+    if _TIMESTEP_SAMPLER in state["files"]:
         with np.load(folder / _TIMESTEP_SAMPLER, allow_pickle=False) as arrays:
             timestep_sampler = dict(arrays)
     return Checkpoint(
         folder=folder,
-        step=state["step"],
-        epoch=state["epoch"],
+        progress=Progress(**{field.name: state.get(field.name) for field in dataclasses.fields(Progress)}),
         options=state["options"],
         unet_config=json.loads((folder / _CONFIG).read_text(encoding="utf-8")),
+        scheduler_config=json.loads((folder / _SCHEDULER_CONFIG).read_text(encoding="utf-8")),
         weights=load_file(folder / _WEIGHTS),
         averaged_weights=averaged_weights,
         optimizer=torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True),
@@ -128,18 +172,74 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def find_checkpoints(folder: str | Path) -> list[Path]:
-    """The whole checkpoints in a folder, by step, the latest last."""
+    """The folders of checkpoints in a folder, by step, the latest last. Their contents have not been checked."""
     found = []
     for path in Path(folder).glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and (path / STATE_NAME).is_file():
+        if number.isdecimal() and path.is_dir():
             found.append((int(number), path))
     return [path for _, path in sorted(found)]
+
+
+def remove_old_checkpoints(folder: str | Path, limit: int) -> None:
+    """Removes all but the latest ``limit`` checkpoints, and what killed processes left half written.
+
+    A checkpoint is renamed before its files are removed, so that it is never half there under its name.
+    """
+    settle_folder(folder)
+    for old in find_checkpoints(folder)[:-limit]:
+        removing = old.with_name(f".{old.name}.writing")
+        old.rename(removing)
+        shutil.rmtree(removing)
+
+
+def set_aside(folder: Path) -> Path:
+    """Gives a damaged checkpoint a name under which nobody takes it for a whole one, and returns its new place."""
+    number, aside = 1, folder.with_name(f"damaged-{folder.name}")
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"damaged-{number}-{folder.name}")
+    return folder.rename(aside)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The state file of a checkpoint whose other files are as the state file says."""
+    if not (folder / STATE_NAME).is_file():
+        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: there is no {STATE_NAME}")
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        version, files = state["format_version"], dict(state["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {STATE_NAME} is not readable") from error
+    if version != _FORMAT_VERSION:
+        raise ValueError(f"{folder} has format_version {version}, but this version reads {_FORMAT_VERSION}")
+    for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
+        if not (folder / name).is_file():
+            raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: there is no {name}")
+        stored, size = files.get(name, {"bytes": 0}), (folder / name).stat().st_size
+        if size != stored["bytes"]:
+            raise DamagedCheckpointError(
+                f"{folder} is not a whole checkpoint: {name} has {size:,} bytes, but was written with"
+                f" {stored['bytes']:,}"
+            )
+        if _sha256(folder / name) != stored["sha256"]:
+            raise DamagedCheckpointError(
+                f"{folder} is not a whole checkpoint: {name} has changed since it was written"
+            )
+    return state
 
 
 def _read_averaged_weights(file: Path) -> tuple[list[torch.Tensor], int]:
     with safe_open(file, "pt") as content:
         return [content.get_tensor(name) for name in sorted(content.keys())], int(content.metadata()["updates"])
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while piece := content.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -1,20 +1,30 @@
 """What a training run is made of, built from its options and its dataset."""
 
+import importlib.util
 import inspect
 import json
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..configs import CONFIG_DIR
 from ..data.dataset import PreparedImages
-from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, ClassConditionalUNet2DModel
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
-from .checkpoints import Checkpoint
 from .options import TrainOptions
+from .resuming import requested_network
+from .starting_point import StartingPoint
+
+
+DEFAULT_RECIPE = "res"
+# Where torch has an AdamW in one kernel.
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def load_model_config(name_or_path: str) -> dict[str, Any]:
@@ -40,40 +50,89 @@ def load_model_config(name_or_path: str) -> dict[str, Any]:
     return config
 
 
-def build_unet(
-    options: TrainOptions, dataset: PreparedImages, checkpoint: Checkpoint | None = None
-) -> ClassConditionalUNet2DModel:
-    """The network that the options name, or that of a checkpoint, for the images and classes of the dataset.
+def build_unet(config: Mapping[str, Any], start: StartingPoint) -> ClassConditionalUNet2DModel:
+    """The network of a config; with the weights of the pretrained one, if the run begins with that.
 
-    Raises:
-        ValueError: If the network has unknown options, or a checkpoint's does not fit the dataset.
+    A pretrained network of another number of classes gets a new table of classes.
     """
-    height, width = dataset.image_size
-    fitting = {
-        "in_channels": dataset.channels,
-        "num_class_embeds": None if options.unconditional else dataset.num_classes,
-        "num_train_timesteps": options.num_train_timesteps,
-    }
-    if checkpoint is None:
-        config = load_model_config(options.model_config_name_or_path) | fitting
-    else:
-        config = checkpoint.unet_config
-        for name, value in fitting.items():
-            if config[name] != value:
-                raise ValueError(f"{checkpoint.folder} has {name} {config[name]}, but data and options have {value}")
-    config["sample_size"] = height if height == width else (height, width)
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
-    unknown = sorted(set(config) - set(inspect.signature(ClassConditionalUNet2DModel.__init__).parameters))
-    if unknown:
-        raise ValueError(f"{options.model_config_name_or_path}: the U-Net has no option {', '.join(unknown)}")
     unet = ClassConditionalUNet2DModel(**config)
-    if options.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    if start.pretrained is not None:
+        own = unet.state_dict()
+        weights = start.pretrained.unet.state_dict()
+        fitting = {key: value if value.shape == own[key].shape else own[key] for key, value in weights.items()}
+        unet.load_state_dict(fitting)
     return unet
 
 
-def build_scheduler(options: TrainOptions) -> SchedulerMixin:
-    """The scheduler that holds the noise schedule of the training and that the pipeline samples with."""
+def unet_config(options: TrainOptions, dataset: PreparedImages, start: StartingPoint | None = None) -> dict[str, Any]:
+    """All options of the network that the options ask for, or of what the run begins with where they are silent.
+
+    Raises:
+        ValueError: If there is an unknown one among them, or a pretrained network does not fit the dataset.
+    """
+    height, width = training_size(options, dataset)
+    fitting = {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": dataset.channels,
+        "num_class_embeds": None if options.unconditional else dataset.num_classes,
+    }
+    name = options.model_config_name_or_path
+    if start is not None and start.pretrained is not None:
+        config = dict(start.pretrained.unet.config)
+        _check_pretrained(options, config, fitting)
+    elif name is None and start is not None and start.checkpoint is not None:
+        config = dict(start.checkpoint.unet_config)
+    else:
+        name = name or DEFAULT_RECIPE
+        config = load_model_config(name) | {"num_train_timesteps": options.num_train_timesteps}
+    config |= requested_network(options) | fitting
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    defaults = {
+        key: parameter.default
+        for key, parameter in inspect.signature(ClassConditionalUNet2DModel.__init__).parameters.items()
+        if key != "self"
+    }
+    unknown = sorted(set(config) - set(defaults))
+    if unknown:
+        raise ValueError(f"{name}: the U-Net has no option {', '.join(unknown)}")
+    config = defaults | config
+    config["layer_types"] = [LAYER_TYPE_ALIASES.get(layer, layer) for layer in config["layer_types"]]
+    return config
+
+
+def _check_pretrained(options: TrainOptions, config: Mapping[str, Any], fitting: Mapping[str, Any]) -> None:
+    name = options.pretrained_model_name_or_path
+    if config["in_channels"] != fitting["in_channels"]:
+        raise ValueError(
+            f"{name} has in_channels {config['in_channels']}, but the images have {fitting['in_channels']}"
+        )
+    if options.unconditional and config["num_class_embeds"] is not None:
+        raise ValueError(f"unconditional is set, but {name} has classes: leave it out")
+    if not options.unconditional and config["num_class_embeds"] is None:
+        raise ValueError(f"{name} has no classes: set unconditional")
+
+
+def training_size(options: TrainOptions, dataset: PreparedImages) -> tuple[int, int]:
+    """(height, width) in pixels of the images as the network sees them."""
+    if options.resize_to_power_of_two is None:
+        return dataset.image_size
+    rounded = math.ceil if options.resize_to_power_of_two == "up" else math.floor
+    height, width = (2 ** rounded(math.log2(side)) for side in dataset.image_size)
+    return height, width
+
+
+def build_scheduler(options: TrainOptions, start: StartingPoint | None = None) -> EtaDDIMScheduler:
+    """The scheduler that holds the noise schedule of the training and that the pipeline samples with.
+
+    Raises:
+        ValueError: If the options name another schedule or prediction than the pretrained model has.
+    """
+    if start is not None and start.checkpoint is not None:
+        return EtaDDIMScheduler.from_config(start.checkpoint.scheduler_config)
+    if start is not None and start.pretrained is not None:
+        scheduler = EtaDDIMScheduler.from_config(start.pretrained.scheduler.config, variance_type="learned_range")
+        _check_schedule(options, scheduler)
+        return scheduler
     common = {
         "num_train_timesteps": options.num_train_timesteps,
         "prediction_type": options.prediction_type,
@@ -87,6 +146,47 @@ def build_scheduler(options: TrainOptions) -> SchedulerMixin:
     return EtaDDIMScheduler(
         beta_schedule=options.beta_schedule, timestep_spacing="trailing", clip_sample=False, **common
     )
+
+
+def _check_schedule(options: TrainOptions, scheduler: EtaDDIMScheduler) -> None:
+    """Refuses options that ask for something else than the pretrained model's own schedule and prediction."""
+    name = options.pretrained_model_name_or_path
+    for key in ("prediction_type", "num_train_timesteps"):
+        if getattr(options, key) != scheduler.config[key]:
+            raise ValueError(f"{key} is {getattr(options, key)}, but {name} has {scheduler.config[key]}")
+    if options.beta_schedule is not None:
+        asked = build_scheduler(options).alphas_cumprod
+        error = float((asked - scheduler.alphas_cumprod).abs().max())
+        if error > 1e-6:
+            raise ValueError(
+                f"beta_schedule is {options.beta_schedule}, but {name} has another (alphas_cumprod differ by up to"
+                f" {error:.2g}): leave it out"
+            )
+
+
+def build_optimizer(
+    options: TrainOptions, parameters: Iterable[torch.nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW, on the device of its parameters.
+
+    Raises:
+        ValueError: If 8-bit moments are asked for where they cannot be had.
+    """
+    arguments = {
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "weight_decay": options.adam_weight_decay,
+        "eps": options.adam_epsilon,
+    }
+    if options.optimizer == "adamw_8bit":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("optimizer is adamw_8bit, which needs bitsandbytes: pip install bitsandbytes")
+        if device.type != "cuda":
+            raise ValueError(f"optimizer is adamw_8bit, which needs CUDA, but the run is on {device.type}: take adamw")
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **arguments)
+    return torch.optim.AdamW(parameters, fused=device.type in _FUSED_DEVICES, **arguments)
 
 
 def build_pipeline(

@@ -10,7 +10,7 @@ class LossTerms:
     """What one batch costs, each (batch,): the mean over the pixels of each image.
 
     Attributes:
-        simple: Squared error of the prediction.
+        simple: Squared error of the prediction, times its weight if the loss weights by the signal-to-noise ratio.
         vlb: Weighted term of the variational bound, in nats per dimension.
     """
 
@@ -36,14 +36,30 @@ class HybridLoss:
             config: what the network's first half predicts.
         vlb_weight: lambda.
         device: Where the losses are computed.
+        snr_gamma: If given, L_simple has Min-SNR-gamma weights (Hang et al. 2023, https://arxiv.org/abs/2303.09556,
+            section 3.4): an error of the predicted image counts min(SNR, gamma), where the signal-to-noise ratio SNR
+            is abar / (1 - abar). As an error of the noise is SNR times that of the image and one of the velocity
+            SNR + 1 times, these count min(SNR, gamma) / SNR and min(SNR, gamma) / (SNR + 1). The paper takes 5. The
+            bound is not weighted.
+
+    Raises:
+        ValueError: If snr_gamma is not above 0, or the scheduler has another prediction type.
     """
 
-    def __init__(self, scheduler, vlb_weight: float = 0.001, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        scheduler,
+        vlb_weight: float = 0.001,
+        device: torch.device | str = "cpu",
+        snr_gamma: float | None = None,
+    ):
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, but must be one of epsilon, sample, v_prediction"
             )
+        if snr_gamma is not None and not snr_gamma > 0:
+            raise ValueError(f"snr_gamma is {snr_gamma}, but must be above 0")
         self.vlb_weight = vlb_weight
 
         # one value for each timestep, made in float64
@@ -66,6 +82,18 @@ class HybridLoss:
         self._log_beta = table(beta.log())
         self._log_beta_tilde = table(beta_tilde.clamp(min=1e-10).log())
         self._mean_of_original = table(mean_of_original)
+        self._simple_weight = None
+        if snr_gamma is not None:
+            self._simple_weight = table(self._min_snr_weight(alpha_prod, snr_gamma)).flatten()
+
+    def _min_snr_weight(self, alpha_prod: torch.Tensor, gamma: float) -> torch.Tensor:
+        """The weight of the plain error at each timestep, (num_train_timesteps,)."""
+        snr = alpha_prod / (1 - alpha_prod)
+        if self.prediction_type == "epsilon":
+            # as a ratio of its own, which is 1 and not 0 / 0 where nothing is left of the signal
+            return (gamma / snr).clamp(max=1)
+        weight = snr.clamp(max=gamma)
+        return weight if self.prediction_type == "sample" else weight / (snr + 1)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4), (batch, channels, h, w)."""
@@ -100,6 +128,8 @@ class HybridLoss:
         else:  # Salimans and Ho 2022, https://arxiv.org/abs/2202.00512, appendix D
             target = sqrt_alpha_prod * noise - sqrt_beta_prod * original_samples
         simple = (target - prediction).square().mean(dim=(1, 2, 3))
+        if self._simple_weight is not None:
+            simple = self._simple_weight[timesteps] * simple
 
         # 2. the predicted image, as the sampler would clip it
         with torch.no_grad():

@@ -8,46 +8,103 @@ from ..command_line import option
 
 @dataclass
 class TrainOptions:
-    """Options of `train`. The help texts say what each one is."""
+    """Options of `train`. The help texts say what each one is; docs/training.md has the original's names for them."""
 
     train_data_dir: str = field(metadata={"help": "Folder written by prepare_imagenet64.py."})
 
     # where it goes
-    output_dir: str = option("outputs/train", "Folder for the pipeline, the logs and the sample grids.")
-    model_config_name_or_path: str = option(
-        "res",
-        "The U-Net: a recipe (res, res_conv, res_res, res_res_atn, res_large, demo; original/res and so on for the"
-        " original's own) or a JSON file. Image size, channels and number of classes come from the dataset.",
-    )
+    output_dir: str = option("outputs/train", "Folder for the pipeline, checkpoints, logs and sample grids.")
     seed: int = option(0, "Seed of weights, data order, noise, timesteps and class drop-out.")
+    dry_run: bool = option(
+        False, "Say what would be trained, from where, and what it costs in time and memory; write nothing."
+    )
+
+    # where it begins
+    resume_from_checkpoint: str = option(
+        "latest",
+        "latest: the newest whole checkpoint in output_dir, or a fresh start; never: a fresh start; or a checkpoint"
+        " folder, also a converted one, where output_dir has none yet.",
+    )
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "Fine-tune these weights: a pipeline folder or a Hub id. Noise schedule and prediction type are theirs.",
+    )
+
+    # the network
+    model_config_name_or_path: str | None = option(
+        None,
+        "The U-Net: a recipe (res, res_conv, res_res, res_res_atn, res_large, demo; original/res and so on for the"
+        " original's own) or a JSON file (default: res). Image size, channels and number of classes come from the"
+        " dataset. Each of the options that follow replaces one entry.",
+    )
+    stem_channels: int | None = option(None, "Width of the first convolution.")
+    block_out_channels: list[int] | None = field(
+        default=None, metadata={"help": "Width of each level, from the highest resolution down."}
+    )
+    layer_types: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers of every level: resnet, convnext, class_attention, self_attention, channel_attention, or"
+            " the original's res, conv, clsAtn, atn, chnAtn."
+        },
+    )
+    time_embed_dim: int | None = option(None, "Width of the time embedding.")
+    class_embed_dim: int | None = option(None, "Width of the class embedding.")
+    attention_patch_size: int | None = option(None, "Side of the patches of self-attention.")
+    dropout: float | None = option(None, "Probability of dropping a feature inside resnet and convnext layers.")
+    time_embedding_type: str | None = option(
+        None,
+        "Encoding of the timestep.",
+        choices=["sinusoidal", "original_interleaved", "original_sine", "original_alternating"],
+    )
+    class_attention_type: str | None = option(
+        None, "identity is the original's, in which the class has no effect.", choices=["channel", "identity"]
+    )
+    output_head_type: str | None = option(None, "original is the original's narrow one.", choices=["conv", "original"])
+    unconditional: bool = option(False, "Train without classes.")
 
     # what is learned
-    prediction_type: str = option(
-        "v_prediction", "What the network predicts.", choices=["v_prediction", "epsilon", "sample"]
+    prediction_type: str | None = option(
+        None,
+        "What the network predicts (default: v_prediction, or as the weights that it begins with).",
+        choices=["v_prediction", "epsilon", "sample"],
     )
-    num_train_timesteps: int = option(1000, "Number of diffusion timesteps T.")
-    beta_schedule: str = option(
-        "squaredcos_cap_v2",
-        "Noise schedule; original_cosine is the original's, whose alphas_cumprod never exceeds 0.999.",
+    num_train_timesteps: int | None = option(
+        None, "Number of diffusion timesteps T (default: 1000, or as the weights that it begins with)."
+    )
+    beta_schedule: str | None = option(
+        None,
+        "Noise schedule (default: squaredcos_cap_v2, or as the weights that it begins with); original_cosine is the"
+        " original's, whose alphas_cumprod never exceeds 0.999.",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
     )
-    unconditional: bool = option(False, "Train without classes.")
     class_dropout_prob: float = option(
         0.2, "Probability of training an image without its class, which classifier-free guidance needs; in [0, 1]."
     )
     vlb_weight: float = option(0.001, "Weight of the variational bound, which trains the variance.")
+    snr_gamma: float | None = option(
+        None, "Min-SNR weighting of the loss with this gamma (5 is usual; default: no weighting)."
+    )
     timestep_sampling: str = option(
         "uniform",
         "How timesteps are drawn; importance draws those of large loss more often.",
         choices=["uniform", "importance"],
     )
     random_flip: bool = option(False, "Mirror half of the images.")
+    resize_to_power_of_two: str | None = option(
+        None, "Resample the images to the next power of two (default: as they are).", choices=["up", "down"]
+    )
 
     # how it is learned
     train_batch_size: int = option(128, "Images per process and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
-    max_train_steps: int | None = option(None, "Optimizer steps; by default as num_train_epochs says.")
+    max_train_steps: int | None = option(None, "Optimizer steps (default: as num_train_epochs says).")
     num_train_epochs: float = option(100.0, "Epochs, if max_train_steps is not given.")
+    optimizer: str = option(
+        "adamw",
+        "AdamW, fused where the device can; adamw_8bit keeps its moments in 8 bits and needs bitsandbytes and CUDA.",
+        choices=["adamw", "adamw_8bit"],
+    )
     learning_rate: float = option(3e-4, "Largest learning rate.")
     lr_scheduler: str = option(
         "constant_with_warmup",
@@ -65,20 +122,28 @@ class TrainOptions:
     ema_inv_gamma: float = option(1.0, "Decay after n steps is 1 - (1 + n / ema_inv_gamma) ^ -ema_power.")
     ema_power: float = option(0.75, "See ema_inv_gamma.")
     mixed_precision: str | None = option(
-        None, "Default: what accelerate is configured for.", choices=["no", "fp16", "bf16"]
+        None, "Precision (default: what accelerate is configured for).", choices=["no", "fp16", "bf16"]
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-
-    # stopping and going on
-    checkpointing_steps: int = option(0, "Optimizer steps between two checkpoints; 0 writes none.")
-    checkpoints_total_limit: int | None = option(None, "How many checkpoints are kept; default: all.")
-    resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder, also a converted one, or latest for the newest in output_dir."
-    )
+    torch_compile: bool = option(False, "Compile the network with torch.compile; the first steps take minutes.")
 
     # data
     dataset_in_memory: bool = option(False, "Hold all images in memory instead of reading them from the disk.")
     dataloader_num_workers: int = option(0, "Processes that read images, per training process.")
+
+    # what is kept
+    checkpointing_steps: int = option(
+        1000, "Optimizer steps between two checkpoints; 0 writes one only when the run is asked to stop."
+    )
+    checkpoints_total_limit: int = option(
+        2, "How many checkpoints are kept, each about four times as large as the network; 0 keeps all."
+    )
+    pipeline_steps: int = option(
+        0, "Optimizer steps between two pipelines that are kept, in output_dir/pipelines; 0 keeps only the last one."
+    )
+    push_to_hub: bool = option(False, "Upload the final pipeline with its model card.")
+    hub_model_id: str | None = option(None, "Where to, user/name (default: the name of output_dir).")
+    hub_private_repo: bool = option(False, "Make a new repository private.")
 
     # what is seen
     report_to: str = option("tensorboard", "Tracker: tensorboard, wandb, comet_ml, ..., all, or none.")
@@ -96,8 +161,10 @@ class TrainOptions:
                 f"train_data_dir is {self.train_data_dir}, but there is no such folder: make it with"
                 " prepare_imagenet64.py"
             )
+        if self.layer_types is not None:
+            # the original separates them by commas
+            self.layer_types = [name for entry in self.layer_types for name in entry.split(",") if name]
         for name in (
-            "num_train_timesteps",
             "train_batch_size",
             "gradient_accumulation_steps",
             "logging_steps",
@@ -106,7 +173,15 @@ class TrainOptions:
             "num_inference_steps",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "lr_warmup_steps", "sample_steps", "dataloader_num_workers", "checkpointing_steps"):
+        for name in (
+            "seed",
+            "lr_warmup_steps",
+            "sample_steps",
+            "dataloader_num_workers",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "pipeline_steps",
+        ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("vlb_weight", "adam_weight_decay", "max_grad_norm", "ema_power", "guidance_scale"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
@@ -116,10 +191,34 @@ class TrainOptions:
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("class_dropout_prob", "ema_max_decay"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("max_train_steps", "checkpoints_total_limit"):
+        for name in ("max_train_steps", "num_train_timesteps"):
             if getattr(self, name) is not None:
                 self._require(name, getattr(self, name) >= 1, "at least 1")
+        if self.snr_gamma is not None:
+            self._require("snr_gamma", self.snr_gamma > 0, "above 0")
+        if self.pretrained_model_name_or_path is not None:
+            for name in ("model_config_name_or_path", *NETWORK_OPTIONS):
+                if name != "dropout" and getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, but pretrained_model_name_or_path brings its own network:"
+                        " leave one of them out"
+                    )
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)}, but must be {what}")
+
+
+# Options that replace one entry of the network's config.
+NETWORK_OPTIONS = (
+    "stem_channels",
+    "block_out_channels",
+    "layer_types",
+    "time_embed_dim",
+    "class_embed_dim",
+    "attention_patch_size",
+    "dropout",
+    "time_embedding_type",
+    "class_attention_type",
+    "output_head_type",
+)

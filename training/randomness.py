@@ -60,3 +60,13 @@ class StepRandomness:
         for image, seed in zip(noise, self.noise_seeds.tolist(), strict=True):
             image.normal_(generator=generator.manual_seed(seed))
         return noise
+
+
+def seed_network(seed: int, step: int, piece: int, process: int) -> None:
+    """Seeds torch's generators for what the network draws itself, which is drop-out.
+
+    Those draws are not told apart by image. So with drop-out alone the result depends on how a batch is shared, but
+    still not on where the run was stopped.
+    """
+    state = np.random.SeedSequence([_STREAM, seed, step, piece, process]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))

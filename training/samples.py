@@ -1,5 +1,6 @@
 """The sample grid of a training run: the same classes and the same noise every time, so that grids can be compared."""
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -30,14 +31,22 @@ def draw_sample_grid(
             guidance_scale=options.guidance_scale,
             num_inference_steps=min(options.num_inference_steps, options.num_train_timesteps),
             generator=generators,
+            output_type="np",
         ).images
-        images.extend(zip(batch, drawn, strict=True))
+        images.extend(zip(batch, _to_pictures(drawn), strict=True))
     images = sorted(gather_object(images), key=lambda pair: pair[0])
     if not accelerator.is_main_process:
         return None
     names = pipeline.config.id2label or {}
     captions = [names.get(label, "") for label in labels]
     return image_grid([image for _, image in images], captions, columns=options.num_samples_per_class)
+
+
+def _to_pictures(images: np.ndarray) -> list[Image.Image]:
+    """Pictures of images in [0, 1], (images, height, width, channels): grey, or of the first three channels."""
+    channels = images.shape[-1]
+    shown = images[..., :3] if channels >= 3 else images[..., :1].repeat(3, axis=-1)
+    return [Image.fromarray(image) for image in (shown * 255).round().astype(np.uint8)]
 
 
 def _labels(pipeline: ClassConditionalPipeline, options: TrainOptions) -> list[int | None]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imagenet64_diffusion import ClassConditionalUNet2DModel, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion import ClassConditionalUNet2DModel, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.conversion.converting import convert_files
 from imagenet64_diffusion.conversion.original_optimizer import map_original_optimizer
 from imagenet64_diffusion.conversion.original_weights import (
@@ -56,7 +56,8 @@ def test_the_next_step_is_the_originals(tmp_path, recipe):
     convert_files(model_file(recipe), params_file(recipe), out, optimizer_file, "original_interleaved")
     folder = find_checkpoints(out / "checkpoints")[-1]
     stored = load_checkpoint(folder)
-    assert (folder.name, stored.step, stored.epoch) == ("checkpoint-2", 2, 3)
+    assert (folder.name, stored.progress.step, stored.progress.epoch) == ("checkpoint-2", 2, 3)
+    assert EtaDDIMScheduler(**stored.scheduler_config).alphas_cumprod.max() == pytest.approx(0.999, abs=1e-9)
 
     unet = ClassConditionalUNet2DModel(**stored.unet_config).train()
     unet.load_state_dict(stored.weights)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.training_utils import compute_snr
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.conversion.original_weights import map_original_weights, original_unet_config
@@ -144,3 +146,71 @@ def test_half_precision_output_is_taken_in_float32():
     output = torch.cat([prediction, variance], dim=1).bfloat16()
     expected = loss(output.float(), original, noise, noisy, timesteps)
     assert torch.equal(loss(output, original, noise, noisy, timesteps).total, expected.total)
+
+
+def simple_terms(plan, snr_gamma, timesteps):
+    """The plain errors of one batch with their weights, and without."""
+    original, noise, prediction, variance, _ = batch(len(timesteps))
+    both = []
+    for gamma in (snr_gamma, None):
+        loss = HybridLoss(plan, snr_gamma=gamma)
+        noisy = loss.add_noise(original, noise, timesteps)
+        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+        torch.testing.assert_close(terms.total, terms.simple + terms.vlb)
+        both.append(terms)
+    assert torch.equal(both[0].vlb, both[1].vlb)
+    return both[0].simple, both[1].simple
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("gamma", [0.5, 5.0, 1e30])
+def test_min_snr_weights(prediction_type, gamma):
+    """Against diffusers' signal-to-noise ratio of a stock scheduler, and in float64 against the paper's weights."""
+    timesteps = torch.arange(1000)
+    weighted, plain = simple_terms(scheduler(prediction_type), gamma, timesteps)
+
+    snr = compute_snr(DDPMScheduler(beta_schedule="squaredcos_cap_v2"), timesteps)
+    divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
+    torch.testing.assert_close(weighted, torch.minimum(snr, torch.tensor(gamma)) / divisor * plain, rtol=1e-3, atol=0)
+
+    alpha_prod = scheduler().alphas_cumprod.tolist()
+    for t in (0, 1, 250, 500, 750, 999):
+        snr = alpha_prod[t] / (1 - alpha_prod[t])
+        expected = min(snr, gamma) / {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[prediction_type]
+        assert weighted[t].item() == pytest.approx(expected * plain[t].item(), rel=1e-5), t
+
+
+def test_min_snr_without_a_bound_is_the_error_of_the_image():
+    """A weight of SNR makes any prediction's error that of the image, as the paper derives it, times SNR."""
+    original, noise, guess, variance, timesteps = (values.double() for values in batch())
+    timesteps = timesteps.long()
+    for prediction_type in ("epsilon", "sample", "v_prediction"):
+        plan = scheduler(prediction_type)
+        loss = HybridLoss(plan, snr_gamma=1e30)
+        abar = plan.alphas_cumprod[timesteps].double()[:, None, None, None]
+        noisy = abar.sqrt() * original + (1 - abar).sqrt() * noise
+        guessed_noise = (noisy - abar.sqrt() * guess) / (1 - abar).sqrt()
+        prediction = {
+            "sample": guess,
+            "epsilon": guessed_noise,
+            "v_prediction": abar.sqrt() * guessed_noise - (1 - abar).sqrt() * guess,
+        }[prediction_type]
+        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+        snr = (abar / (1 - abar)).flatten()
+        expected = snr * (original - guess).square().mean((1, 2, 3))
+        # the tables are float32, whose rounding the division by a small abar enlarges
+        torch.testing.assert_close(terms.simple.double(), expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("prediction_type", "expected"), [("epsilon", 1.0), ("sample", 0.0), ("v_prediction", 0.0)])
+def test_min_snr_where_nothing_is_left_of_the_signal(prediction_type, expected):
+    plan = DDIMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    assert plan.alphas_cumprod[999] == 0
+    weighted, plain = simple_terms(plan, 5.0, torch.tensor([999]))
+    assert weighted.item() == pytest.approx(expected * plain.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan])
+def test_snr_gamma_out_of_range(gamma):
+    with pytest.raises(ValueError, match="but must be above 0"):
+        HybridLoss(scheduler(), snr_gamma=gamma)

@@ -1,0 +1,214 @@
+"""What training is said to cost, against real networks and against counts by hand."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from imagenet64_diffusion.configs import CONFIG_DIR
+from imagenet64_diffusion.training.cost import TrainingCost, _count_flops, cost_report, estimate_cost
+from tests.components import TINY_UNET, make_unet
+
+
+LAYERS = ("resnet", "convnext", "class_attention", "self_attention", "channel_attention")
+WIDER = {**TINY_UNET, "in_channels": 3, "stem_channels": 16, "block_out_channels": (32, 64), "layer_types": LAYERS}
+
+
+def saved_bytes(unet, images, dtype=None):
+    """What a real forward pass keeps, told by the address and the size of its memory."""
+    own = {parameter.data_ptr() for parameter in unet.parameters()}
+    saved, kept = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept.append(tensor)
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    samples = torch.zeros(images, unet.config.in_channels, 16, 16)
+    labels = None if unet.config.num_class_embeds is None else torch.zeros(images, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype is not None),
+    ):
+        unet(samples, torch.zeros(images, dtype=torch.long), labels)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("options", [{}, WIDER, {"num_class_embeds": None, "layer_types": ("resnet",)}])
+def test_parameters_and_what_depends_on_them(options):
+    unet = make_unet(**options)
+    cost = estimate_cost(unet.config)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    assert cost.parameters == parameters
+    assert cost.weight_bytes == cost.gradient_bytes == cost.ema_bytes == 4 * parameters
+    assert cost.optimizer_bytes == 8 * parameters
+    assert estimate_cost(unet.config, use_ema=False).ema_bytes == 0
+
+
+@pytest.mark.parametrize("recipe", ["res_res", "res_res_atn"])
+def test_the_published_figures_of_the_original(recipe):
+    """105.8 and 118.9 GFLOP; 197.6 and 212.9 million parameters, of which some are without any effect.
+
+    They are queries and keys of the class attention, two linear layers for each, which the original's program
+    has and whose result it does not use; the faithful network leaves them out.
+    """
+    config = json.loads((CONFIG_DIR / "original" / f"{recipe}.json").read_text())
+    gigaflops, millions = {"res_res": (105.8, 197.6), "res_res_atn": (118.9, 212.9)}[recipe]
+    cost = estimate_cost(config)
+    assert cost.forward_flops == pytest.approx(gigaflops * 1e9, rel=1e-3)
+    # one attention on each of three ways down and up, two in the middle, one in each stack of the head
+    widths = [256, 512, 1024, 1024, 1024, 512, 256, 128, 128, 6]
+    unused = sum(2 * (512 * width + width) for width in widths)
+    assert cost.parameters + unused == pytest.approx(millions * 1e6, rel=1e-3)
+
+
+def test_flops_of_a_real_pass():
+    unet = make_unet(**{**WIDER, "layer_types": ("resnet", "class_attention", "self_attention")}).train()
+    with FlopCounterMode(display=False) as forward:
+        output = unet(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    with FlopCounterMode(display=False) as backward:
+        output.sample.square().mean().backward()
+    cost = estimate_cost(unet.config)
+    assert cost.forward_flops == forward.get_total_flops()
+    assert cost.training_flops == forward.get_total_flops() + backward.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("layer", "multiplications"),
+    [
+        (nn.Conv2d(6, 10, 3, padding=1), 8 * 8 * 6 * 10 * 9),
+        (nn.Conv2d(6, 10, 3, stride=2, padding=1), 4 * 4 * 6 * 10 * 9),
+        (nn.Conv2d(6, 6, 7, padding=3, groups=6), 8 * 8 * 6 * 49),
+        (nn.Conv2d(6, 10, 1, groups=2), 8 * 8 * 3 * 10),
+        (nn.ConvTranspose2d(6, 10, 4, stride=2, padding=1), 8 * 8 * 6 * 10 * 16),
+    ],
+)
+@pytest.mark.parametrize("input_learns", [True, False])
+def test_flops_of_one_convolution(layer, multiplications, input_learns):
+    """By hand: padding counts as pixels; the gradients of filters and of input cost the same again."""
+    samples = torch.zeros(1, 6, 8, 8, requires_grad=input_learns)
+    assert _count_flops(lambda: layer(samples)) == (2 * multiplications, 2 * multiplications * (2 + input_learns))
+
+
+def test_larger_images_cost_in_proportion():
+    """Convolutions alone: four times the positions, but for the projections of time and class."""
+    options = {**TINY_UNET, "layer_types": ("resnet",)}
+    small, large = estimate_cost(options), estimate_cost(options, image_size=(32, 32))
+    assert large.forward_flops == pytest.approx(4 * small.forward_flops, rel=0.01)
+    assert large.activation_bytes_per_image == pytest.approx(4 * small.activation_bytes_per_image, rel=0.01)
+    assert large.weight_bytes == small.weight_bytes
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(("precision", "dtype"), [("no", None), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_of_a_real_pass(gradient_checkpointing, precision, dtype, dropout):
+    unet = make_unet(**WIDER, dropout=dropout).train()
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    one, two = saved_bytes(unet, 1, dtype), saved_bytes(unet, 2, dtype)
+    cost = estimate_cost(unet.config, precision=precision, gradient_checkpointing=gradient_checkpointing)
+    assert cost.activation_bytes_per_image == pytest.approx(two - one, rel=0.02)
+    assert cost.activation_bytes_per_pass == pytest.approx(2 * one - two, rel=0.02, abs=1000)
+
+
+def test_recomputed_layer():
+    """The head's layer is the widest one at full resolution: it keeps more than any other."""
+    options = {**TINY_UNET, "stem_channels": 32, "block_out_channels": (8,), "layer_types": ("resnet",)}
+    unet = make_unet(**options).train()
+    layer = unet.head.stack.layers[0]
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    embedding = torch.zeros(4, 16, requires_grad=True)
+    sizes = []
+    for images in (2, 4):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(torch.zeros(images, 32, 16, 16, requires_grad=True), embedding[:images], embedding[:images])
+        own = {parameter.data_ptr() for parameter in layer.parameters()}
+        sizes.append(sum(tensor.nbytes for address, tensor in kept.items() if address not in own))
+    cost = estimate_cost(options, gradient_checkpointing=True)
+    assert cost.recomputed_bytes_per_image == pytest.approx((sizes[1] - sizes[0]) / 2, rel=0.02)
+    assert estimate_cost(options).recomputed_bytes_per_image == 0
+
+
+def test_what_saves_memory():
+    plain = estimate_cost(TINY_UNET)
+    half = estimate_cost(TINY_UNET, precision="bf16")
+    checkpointed = estimate_cost(TINY_UNET, gradient_checkpointing=True)
+    assert half.activation_bytes(8) < 0.8 * plain.activation_bytes(8)
+    assert checkpointed.activation_bytes(8) < 0.6 * plain.activation_bytes(8)
+    # a second forward pass of all but what lies between the layers
+    assert checkpointed.forward_flops == plain.forward_flops
+    assert plain.training_flops < checkpointed.training_flops < plain.training_flops + plain.forward_flops
+
+
+def test_a_gpu_need_not_be_there():
+    """There autocast leaves normalisations in float32, so that half precision saves less than on the CPU."""
+    plain = estimate_cost(TINY_UNET, device_type="cuda")
+    half = estimate_cost(TINY_UNET, device_type="cuda", precision="bf16")
+    assert plain == estimate_cost(TINY_UNET)
+    on_cpu = estimate_cost(TINY_UNET, precision="bf16").activation_bytes_per_image
+    assert on_cpu < half.activation_bytes_per_image < plain.activation_bytes_per_image
+    assert half.training_flops == plain.training_flops
+
+
+def test_leaves_no_trace():
+    """Neither in the random numbers nor in autocast."""
+    state = torch.get_rng_state()
+    estimate_cost(TINY_UNET, precision="bf16", device_type="cuda", gradient_checkpointing=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.is_autocast_enabled("cuda")
+    assert torch.zeros(1).device == torch.device("cpu")
+
+
+def test_wrong_options():
+    with pytest.raises(ValueError, match="precision is 'fp8', but must be one of no, fp16, bf16"):
+        estimate_cost(TINY_UNET, precision="fp8")
+    with pytest.raises(ValueError, match="device_type is 'tpu', but must be cpu or cuda"):
+        estimate_cost(TINY_UNET, device_type="tpu")
+    with pytest.raises(ValueError, match="layer_types names 'pooling'"):
+        estimate_cost({**TINY_UNET, "layer_types": ("resnet", "pooling")})
+
+
+def test_report():
+    cost = TrainingCost(
+        parameters=197_600_000,
+        forward_flops=105_800_000_000,
+        training_flops=317_400_000_000,
+        weight_bytes=2**30,
+        gradient_bytes=2**30,
+        optimizer_bytes=2**31,
+        ema_bytes=2**30,
+        activation_bytes_per_image=2**28,
+        activation_bytes_per_pass=2**29,
+        recomputed_bytes_per_image=2**26,
+        recomputed_bytes_per_pass=2**27,
+    )
+    # 64 images of 320 MiB and 640 MiB beside them
+    assert cost_report(cost, 64, images_per_step=1024).splitlines() == [
+        "parameters          197.60 M",
+        "forward pass        105.80 GFLOP for 1 image",
+        "training step       325.02 TFLOP for 1,024 images",
+        "memory of one process, 64 images at once",
+        "  weights             1.00 GiB",
+        "  moving average      1.00 GiB",
+        "  gradients           1.00 GiB",
+        "  optimizer           2.00 GiB",
+        "  activations        20.62 GiB",
+        "  total              25.62 GiB",
+    ]
+
+
+def test_report_of_a_small_network():
+    lines = cost_report(estimate_cost(TINY_UNET), 1).splitlines()
+    assert "for 1 image" in lines[2]
+    assert lines[-1].endswith("MiB")

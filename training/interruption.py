@@ -1,0 +1,82 @@
+"""Signals that ask a run to stop, and how its processes agree on the step after which they do."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def leave_stopping_to_parent(worker: int) -> None:
+    """Keeps a process that reads images alive when its whole process group is asked to stop; a ``worker_init_fn``.
+
+    Its parent needs its images up to the checkpoint, and then ends it. A second SIGTERM, as from a parent that cannot
+    wait, has its usual effect.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+class StopRequest:
+    """Inside, SIGTERM and SIGINT are noted instead of ending the process.
+
+    Job schedulers and launchers may send a signal to one process or to all, and at different steps. So the processes
+    tell one another at each step what they have noted, and look at the answer at the next one, when it has long
+    arrived: none waits for the others, and all stop after the same step. A second SIGINT, which is a person who does
+    not want to wait, interrupts at once.
+
+    Args:
+        accelerator: Whose processes agree.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._noted = 0
+        self._earlier: dict[signal.Signals, Any] = {}
+        self._group = None
+        if accelerator.num_processes > 1:
+            # on the host, so that no accelerator has to be waited for
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._on_its_way: tuple[torch.Tensor, Any] | None = None
+
+    def __enter__(self) -> "StopRequest":
+        # only the main thread may set handlers; a run in another one, as in a notebook's server, goes without
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        # on an error the others may never answer
+        if kind is None and self._on_its_way is not None:
+            self._on_its_way[1].wait()
+
+    def agreed(self) -> int:
+        """The number of the signal after which all processes stop now, or 0. Every process asks at every step."""
+        if self._group is None:
+            return self._noted
+        answer = 0
+        if self._on_its_way is not None:
+            number, exchange = self._on_its_way
+            exchange.wait()
+            answer = int(number)
+            if answer:
+                return answer
+        number = torch.tensor(self._noted)
+        exchange = torch.distributed.all_reduce(
+            number, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        self._on_its_way = (number, exchange)
+        return answer
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._noted == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._noted = number
