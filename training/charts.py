@@ -27,13 +27,14 @@ _GRADIENT_COLOUR, _RATE_COLOUR = "#CC79A7", "#333333"
 def read_metrics(metrics_file: Path, max_entries: int = 20_000) -> dict[str, np.ndarray]:
     """The entries of a training log as columns.
 
-    Args: metrics_file: A file with one JSON object a line, which has at least the ``step``. A line that is
-        not one, such
-            as the last one of a run that was killed, is passed over.
+    Args:
+        metrics_file: A file with one JSON object a line, which has at least the ``step``. A line that is not
+            one, such as the last one of a run that was killed, is passed over.
         max_entries: Of a longer log only so many lines are read, evenly spread up to the last one.
 
-    Returns: For each of `METRICS` its values in the order of the lines, float64 (entries,), NaN where an
-        entry has none; no entries if there is no such file.
+    Returns:
+        For each of `METRICS` its values in the order of the lines, float64 (entries,), NaN where an entry has
+        none; no entries if there is no such file.
     """
     rows = []
     lines = metrics_file.read_bytes().splitlines() if metrics_file.is_file() else []
@@ -75,9 +76,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def draw_loss_chart(metrics_file: Path, file: Path, title: str = "") -> None:
     """Draws the losses of a run, and below them the norm of its gradient and its learning rate.
 
-    Args: metrics_file: The log, as `read_metrics` takes it. Where it is missing or has no entries, nothing is
-        drawn and
-            ``file`` stays as it is.
+    Args:
+        metrics_file: The log, as `read_metrics` takes it. Where it is missing or has no entries, nothing is
+            drawn and ``file`` stays as it is.
         file: The picture, a PNG of 1200x1000 pixels; it appears whole or not at all.
         title: What stands above.
     """

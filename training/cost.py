@@ -27,10 +27,11 @@ _AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 class TrainingCost:
     """What a network costs. FLOPs count a multiplication and the addition that follows as two.
 
-    Attributes: parameters: Number of parameters. forward_flops: FLOPs of one forward pass of one image, of
-        convolutions and matrix products alone. training_flops: FLOPs of one forward and backward pass of one
-        image, with what gradient checkpointing computes
-            a second time.
+    Attributes:
+        parameters: Number of parameters.
+        forward_flops: FLOPs of one forward pass of one image, of convolutions and matrix products alone.
+        training_flops: FLOPs of one forward and backward pass of one image, with what gradient checkpointing
+            computes a second time.
         weight_bytes: Bytes of the parameters.
         gradient_bytes: Bytes of their gradients.
         optimizer_bytes: Bytes of the two moments of AdamW.
@@ -85,9 +86,9 @@ def estimate_cost(
     The loss is taken for a mean square: the few maps of the image's size that the true one keeps are not
     counted.
 
-    Args: unet_config: Options of `ClassConditionalUNet2DModel`, for example ``unet.config``; names that begin
-        with an
-            underscore are passed over.
+    Args:
+        unet_config: Options of `ClassConditionalUNet2DModel`, for example ``unet.config``; names that begin
+            with an underscore are passed over.
         image_size: Height and width of the images in pixels, one int or (height, width); by default the
             network's ``sample_size``.
         precision: ``"no"`` for float32, ``"fp16"`` or ``"bf16"`` for autocast with float32 weights.
@@ -97,8 +98,9 @@ def estimate_cost(
         device_type: ``"cpu"`` or ``"cuda"``, which need not be there: autocast leaves other operations in
             float32 on the one than on the other.
 
-    Raises: ValueError: If precision or device_type is not one of these, or the options of the network do not
-        fit together.
+    Raises:
+        ValueError: If precision or device_type is not one of these, or the options of the network do not fit
+            together.
     """
     if precision not in _AUTOCAST_DTYPES:
         raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(_AUTOCAST_DTYPES)}")
@@ -108,8 +110,7 @@ def estimate_cost(
     dtype = _AUTOCAST_DTYPES[precision]
 
     with FakeTensorMode():
-        # on the CPU, because a backward pass even of fake tensors wants the GPU that they are on; types do
-        # not matter
+        # on the CPU, because a backward pass even of fake tensors wants the GPU that they are on
         with torch.device("cpu"):
             unet = ClassConditionalUNet2DModel(**options).train()
             if gradient_checkpointing:
@@ -147,10 +148,11 @@ def estimate_cost(
 def cost_report(cost: TrainingCost, images_per_process: int, images_per_step: int | None = None) -> str:
     """The cost in a few aligned lines for people.
 
-    Args: cost: What `estimate_cost` found. images_per_process: Images that one process passes through the
-        network at once. images_per_step: Images of one optimizer step, over all processes and accumulated
-        passes; by default those of
-            one process and pass.
+    Args:
+        cost: What `estimate_cost` found.
+        images_per_process: Images that one process passes through the network at once.
+        images_per_step: Images of one optimizer step, over all processes and accumulated passes; by default
+            those of one process and pass.
     """
     images_per_step = images_per_step or images_per_process
     total = cost.memory_bytes(images_per_process)
@@ -229,8 +231,7 @@ def _autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
 def _saved_bytes(network: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Bytes of what a forward pass saves for the backward pass, each storage once and the network's own not at all."""
     own = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
-    # the storages themselves, not their addresses alone: an address that is free may be given to the next
-    # tensor
+    # the storages themselves, not their addresses alone: a free address may go to the next tensor
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,8 +264,7 @@ def _count_flops(forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
     )
-    # attention as plain matrix products: the fused kernels differ by device, and not all of them can be
-    # counted
+    # attention as plain matrix products: fused kernels differ by device, and not all can be counted
     with counter, sdpa_kernel(SDPBackend.MATH):
         output = forward()
         forward_flops = counter.get_total_flops()
