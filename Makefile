@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality style clean
+.PHONY: help install demo test soak quality style clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each: a fe
 
 test: $(INSTALLED)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+soak: $(INSTALLED)  ## kill and stop training runs at random moments, for minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
 quality: $(INSTALLED)  ## check style, change nothing
 	$(BIN)/ruff check .

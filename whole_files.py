@@ -49,12 +49,19 @@ def replacing_file(file: str | Path) -> Iterator[Path]:
         _sync(writing)
         writing.replace(file)
         _sync(file.parent)
+    except OSError as error:
+        # what a full disk says does not say where
+        if error.filename is None:
+            raise OSError(f"could not write {file} ({error.strerror or error})") from error
+        raise
     finally:
         writing.unlink(missing_ok=True)
 
 
 def lock_path(folder: Path) -> Path:
     """The lock of whoever writes a folder; it may outlive a process that was killed."""
+    # "." has a name too, and one folder one lock, by whatever way it is reached
+    folder = folder.resolve()
     return folder.with_name(f".{folder.name}.lock")
 
 
@@ -69,18 +76,22 @@ def only_writer(folder: str | Path, waiting_seconds: float = 0.0) -> Iterator[No
         waiting_seconds: How long to wait for another process to end.
 
     Raises:
-        OSError: If another process still writes to the folder.
+        OSError: If another process still writes to the folder, or none can.
     """
     import filelock
 
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, but must be a folder")
     path = lock_path(folder)
     lock = filelock.FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=waiting_seconds)
     except filelock.Timeout as error:
         raise OSError(f"{folder}: another process is writing to it now") from error
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to ({error.strerror})") from error
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..whole_files import replacing_file
+from ..chart_style import BLACK, BLUE, DPI, GREEN, ORANGE, PURPLE, VERMILION, finish_axes, save_figure
 
 
 if TYPE_CHECKING:
@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 QUARTERS = ("loss_quarter_1", "loss_quarter_2", "loss_quarter_3", "loss_quarter_4")
 METRICS = ("step", "loss", *QUARTERS, "gradient_norm", "lr")
 
-_WIDTH, _HEIGHT, _DPI = 1200, 1000, 100
+_WIDTH, _HEIGHT = 1200, 1000
 _MAX_POINTS = 2000
-# Of Okabe and Ito's colours, which the colour-blind can tell apart, those that stand out from white.
-_LOSS_COLOUR = "#0072B2"
-_QUARTER_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2")
-_GRADIENT_COLOUR, _RATE_COLOUR = "#CC79A7", "#333333"
+_LOSS_COLOUR = BLUE
+_QUARTER_COLOURS = (VERMILION, ORANGE, GREEN, BLUE)
+_GRADIENT_COLOUR, _RATE_COLOUR = PURPLE, BLACK
 
 
 def read_metrics(metrics_file: Path, max_entries: int = 20_000) -> dict[str, np.ndarray]:
@@ -97,7 +96,7 @@ def draw_loss_chart(metrics_file: Path, file: Path, title: str = "") -> None:
     line = {"linewidth": 2, "solid_capstyle": "round", "marker": "o" if len(step) <= 30 else None}
     above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "frameon": False, "fontsize": 11}
 
-    figure = Figure(figsize=(_WIDTH / _DPI, _HEIGHT / _DPI), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH / DPI, _HEIGHT / DPI), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(hspace=0.04)
     loss_axes, quarter_axes, gradient_axes = figure.subplots(3, 1, sharex=True, height_ratios=(4, 4, 2))
     if title:
@@ -105,7 +104,7 @@ def draw_loss_chart(metrics_file: Path, file: Path, title: str = "") -> None:
 
     loss_axes.plot(step, metrics["loss"][shown], color=_LOSS_COLOUR, alpha=0.3, linewidth=1, label="as logged")
     loss_axes.plot(step, loss[shown], color=_LOSS_COLOUR, label="smoothed", **line)
-    _finish(loss_axes, "loss", [metrics["loss"], loss])
+    finish_axes(loss_axes, "loss", _limits([metrics["loss"], loss]))
     loss_axes.legend(ncols=2, **above)
 
     # an entry of the legend without a line, which says what the others are shares of
@@ -114,14 +113,14 @@ def draw_loss_chart(metrics_file: Path, file: Path, title: str = "") -> None:
         if np.isfinite(values).any():
             last = 100 if number == 3 else 25 * number + 24
             quarter_axes.plot(step, values[shown], color=colour, label=f"{25 * number}\N{EN DASH}{last} %", **line)
-    _finish(quarter_axes, "smoothed loss by timestep", quarters)
+    finish_axes(quarter_axes, "smoothed loss by timestep", _limits(quarters))
     if len(quarter_axes.lines) > 1:
         quarter_axes.legend(ncols=5, **above)
     else:
         _say(quarter_axes, "the log has no losses by timestep")
 
     gradient_axes.plot(step, gradient_norm[shown], color=_GRADIENT_COLOUR, **line)
-    _finish(gradient_axes, "gradient norm", [gradient_norm])
+    finish_axes(gradient_axes, "gradient norm", _limits([gradient_norm]))
     gradient_axes.yaxis.label.set_color(_GRADIENT_COLOUR)
     rate_axes = gradient_axes.twinx()
     rate_axes.plot(
@@ -138,8 +137,7 @@ def draw_loss_chart(metrics_file: Path, file: Path, title: str = "") -> None:
     margin = 0.01 * np.ptp(step) or 1
     gradient_axes.set_xlim(step.min() - margin, step.max() + margin)
     figure.align_ylabels([loss_axes, quarter_axes, gradient_axes])
-    with replacing_file(file) as writing:
-        figure.savefig(writing, format="png")
+    save_figure(figure, file)
 
 
 def _number(value: object) -> float:
@@ -166,31 +164,6 @@ def _limits(curves: list[np.ndarray]) -> tuple[float, float] | None:
         ninth_tenth, high = np.percentile(values, [90, 98])
         highs.append(min(high, 3 * ninth_tenth) if ninth_tenth > 0 else high)
     return min(values.min() for values in curves), max(highs)
-
-
-def _finish(axes: "Axes", label: str, curves: list[np.ndarray]) -> None:
-    """Labels and limits of the y-axis, which is logarithmic where the values spread far enough for it."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axes.set_ylabel(label, fontsize=12)
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    limits = _limits(curves)
-    if limits is None:
-        return
-    low, high = limits
-    if low > 0 and high > 3 * low:
-        ratio = high / low
-        subs = (1, 1.5, 2, 3, 5, 7) if ratio < 10 else (1, 2, 5) if ratio < 1000 else (1,)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=subs))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(low / ratio**0.05, high * ratio**0.08)
-    else:
-        room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        axes.set_ylim(low - room, high + 1.5 * room)
 
 
 def _say(axes: "Axes", text: str) -> None:

@@ -136,7 +136,8 @@ def save_checkpoint(
                 for file in sorted(writing.iterdir())
             }
             state = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(progress)}
-            _write_json(writing / STATE_NAME, {**state, "options": dict(options), "files": files})
+            state |= {"options": dict(options), "files": files}
+            _write_json(writing / STATE_NAME, {**state, "sha256": _sha256_of_state(state)})
     # safetensors and torch have errors of their own for what the system refuses
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
@@ -208,11 +209,18 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: there is no {STATE_NAME}")
     try:
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        version, files = state["format_version"], dict(state["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        version, digest = state["format_version"], state.pop("sha256", None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {STATE_NAME} is not readable") from error
-    if version != _FORMAT_VERSION:
+    is_whole = digest == _sha256_of_state(state)
+    # the first version had no digest
+    if version != _FORMAT_VERSION and (is_whole or digest is None):
         raise ValueError(f"{folder} has format_version {version}, but this version reads {_FORMAT_VERSION}")
+    if not is_whole:
+        raise DamagedCheckpointError(
+            f"{folder} is not a whole checkpoint: {STATE_NAME} has changed since it was written"
+        )
+    files = state["files"]
     for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
         if not (folder / name).is_file():
             raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: there is no {name}")
@@ -240,6 +248,10 @@ def _sha256(file: Path) -> str:
         while piece := content.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _sha256_of_state(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ONE_INTERRUPT_SECONDS = 1.0
 
 
 def leave_stopping_to_parent(worker: int) -> None:
@@ -28,7 +30,8 @@ class StopRequest:
     Job schedulers and launchers may send a signal to one process or to all, and at different steps. So the processes
     tell one another at each step what they have noted, and look at the answer at the next one, when it has long
     arrived: none waits for the others, and all stop after the same step. A second SIGINT, which is a person who does
-    not want to wait, interrupts at once.
+    not want to wait, interrupts at once; one within a second of the first is the same Ctrl-C, which a terminal sends
+    to all processes and a launcher of several sends on to them.
 
     Args:
         accelerator: Whose processes agree.
@@ -36,6 +39,7 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator):
         self._noted = 0
+        self._interrupted_at = 0.0
         self._earlier: dict[signal.Signals, Any] = {}
         self._group = None
         if accelerator.num_processes > 1:
@@ -77,6 +81,9 @@ class StopRequest:
         return answer
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._noted == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._noted == signal.SIGINT and now - self._interrupted_at > _ONE_INTERRUPT_SECONDS:
+                raise KeyboardInterrupt
+            self._interrupted_at = now
         self._noted = number

@@ -15,9 +15,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from ..command_line import StoppedBySignalError
+from ..command_line import ElsewhereError, StoppedBySignalError
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -171,7 +172,8 @@ class Trainer:
             self._draw_chart()
         if options.push_to_hub:
             on_main_process(accelerator, lambda: self._push(model_dir))
-        accelerator.end_training()
+        with self._reporting():
+            accelerator.end_training()
         return model_dir
 
     def _make_room(self) -> None:
@@ -179,7 +181,6 @@ class Trainer:
         if self.options.push_to_hub:
             create_repo(self._repo_id(), private=self.options.hub_private_repo or None, exist_ok=True)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        settle_folder(self.output_dir / CHECKPOINTS_NAME)
         for folder, _ in self.start.damaged:
             aside = set_aside(folder)
             self._print(f"{folder} is now {aside.name}")
@@ -251,7 +252,8 @@ class Trainer:
     def _stop(self, signal_number: int, saved_step: int) -> None:
         if saved_step != self.global_step:
             self._save_checkpoint()
-        self.accelerator.end_training()
+        with self._reporting():
+            self.accelerator.end_training()
         message = (
             f"stopped by {signal.Signals(signal_number).name} after step {self.global_step:,} of"
             f" {self.max_train_steps:,}; {self._checkpoint_folder()} keeps it: the same command goes on from there"
@@ -269,11 +271,14 @@ class Trainer:
         The state is the same in every process, but for the sums of the log, which come together here; one writes.
         """
         options, accelerator = self.options, self.accelerator
+        # weights that are not finite must not take the place of good ones
         if not self.metrics.is_empty():
-            # weights that are not finite must not take the place of good ones
             self._finite_means()
+        if not all(torch.stack([weight.isfinite().all() for weight in self.unet.parameters()])):
+            raise self._not_finite(f"the weights are not finite after step {self.global_step}")
         metrics = self.metrics.state()
-        if accelerator.is_main_process:
+
+        def write() -> None:
             averaged = None
             if self.ema is not None:
                 averaged = ([parameter.cpu() for parameter in self.ema.shadow_params], self.ema.optimization_step)
@@ -303,7 +308,8 @@ class Trainer:
                 remove_old_checkpoints(self._checkpoint_folder().parent, options.checkpoints_total_limit)
             if self.global_step < self.max_train_steps:
                 self._draw_chart()
-        accelerator.wait_for_everyone()
+
+        on_main_process(accelerator, write)
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -331,12 +337,18 @@ class Trainer:
 
     def _save_pipeline(self, folder: Path) -> None:
         """Writes the pipeline with the averaged weights; the folder appears whole or not at all."""
-        if self.accelerator.is_main_process:
-            with self._averaged_weights(), replacing_folder(folder) as writing:
-                pipeline = self._sampling_pipeline()
-                pipeline.save_pretrained(writing)
-                write_model_card(pipeline, writing, samples=self._last_grid, training_facts=self._training_facts())
-        self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            pipeline, facts = self._sampling_pipeline(), self._training_facts()
+            try:
+                with self._averaged_weights(), replacing_folder(folder) as writing:
+                    pipeline.save_pretrained(writing)
+                    write_model_card(pipeline, writing, samples=self._last_grid, training_facts=facts)
+            # safetensors has an error of its own for what the system refuses
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"could not write {folder} ({error})") from error
+
+        on_main_process(self.accelerator, write)
 
     def _push(self, model_dir: Path) -> None:
         commit = push_folder(
@@ -363,18 +375,30 @@ class Trainer:
             for name, value in vars(self.options).items()
         }
         # what a killed run has written of the steps to come is not shown
-        purged = {"tensorboard": {"purge_step": self.global_step + 1}} if self.global_step else {}
+        purged = {"tensorboard": {"purge_step": self.global_step + 1}}
         self.accelerator.init_trackers("train", config=config, init_kwargs=purged)
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """A tracker that meets a full disk does not say where."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"could not report to {self.options.report_to} in {self.output_dir} ({reason})") from error
 
     def _finite_means(self) -> dict[str, float | None]:
         try:
             return self.metrics.means()
         except FloatingPointError as error:
-            found = find_checkpoints(self.output_dir / CHECKPOINTS_NAME)
-            kept = f"{found[-1]} is from before" if found else "there is no checkpoint from before"
-            raise FloatingPointError(
-                f"{error}; {kept}. A smaller learning_rate, or bf16 instead of fp16, may help"
-            ) from None
+            raise self._not_finite(str(error)) from None
+
+    def _not_finite(self, what: str) -> Exception:
+        if not self.accelerator.is_main_process:
+            return ElsewhereError(what)
+        found = find_checkpoints(self.output_dir / CHECKPOINTS_NAME)
+        kept = f"{found[-1]} is from before" if found else "there is no checkpoint from before"
+        return FloatingPointError(f"{what}; {kept}. A smaller learning_rate, or bf16 instead of fp16, may help")
 
     def _log(self, progress_bar: tqdm) -> None:
         values = {
@@ -387,7 +411,9 @@ class Trainer:
         self.metrics.clear()
         if self.accelerator.is_main_process:
             MetricsFile(self.output_dir).append({"step": self.global_step, **values})
-        self.accelerator.log({name: value for name, value in values.items() if value is not None}, self.global_step)
+        with self._reporting():
+            known = {name: value for name, value in values.items() if value is not None}
+            self.accelerator.log(known, self.global_step)
         progress_bar.set_postfix(
             {"loss": f"{values['loss']:.4f}", "images/s": f"{values['images_per_second']:.0f}"}, refresh=False
         )
@@ -409,7 +435,8 @@ class Trainer:
             for tracker in self.accelerator.trackers:
                 arrangement = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 if tracker.name in ("tensorboard", "wandb"):
-                    tracker.log_images({"samples": np.asarray(grid)[None]}, step=self.global_step, **arrangement)
+                    with self._reporting():
+                        tracker.log_images({"samples": np.asarray(grid)[None]}, step=self.global_step, **arrangement)
 
     def _training_facts(self) -> dict[str, Any]:
         """What the model card says of the training."""
@@ -461,6 +488,11 @@ def train(options: TrainOptions) -> Path | None:
             print(describe_run(plan, accelerator))
         return None
     with contextlib.ExitStack() as stack:
-        lock = only_writer(options.output_dir, _SECONDS_FOR_ANOTHER_RUN_TO_END)
-        on_main_process(accelerator, lambda: stack.enter_context(lock))
+
+        def take_place() -> None:
+            stack.enter_context(only_writer(options.output_dir, _SECONDS_FOR_ANOTHER_RUN_TO_END))
+            # before looking for a checkpoint, which may be between its two names
+            settle_folder(Path(options.output_dir) / CHECKPOINTS_NAME)
+
+        on_main_process(accelerator, take_place)
         return Trainer(make_plan(options, accelerator), accelerator).run()

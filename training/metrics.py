@@ -113,6 +113,8 @@ class MetricsWindow:
             row = torch.tensor(rows[self._accelerator.process_index])
         else:
             row = torch.tensor(rows).sum(0) / self._accelerator.num_processes
+            # every process counts every step, but only its own images
+            row[:4] *= self._accelerator.num_processes / len(rows)
         self._sums += row.to(self._sums)
 
     def _raise_non_finite(self) -> None:
@@ -145,18 +147,36 @@ class MetricsFile:
         self.path = output_dir / METRICS_NAME
 
     def forget_after(self, step: int) -> None:
-        """Takes out what an earlier run wrote of the steps that are to come."""
+        """Takes out what an earlier run wrote of the steps that are to come, and what is no entry.
+
+        A machine that lost its power may leave anything at the end of a file.
+        """
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
             if len(kept) < len(lines):
                 with replacing_file(self.path) as writing:
                     writing.write_text("".join(kept), encoding="utf-8")
 
     def append(self, values: dict[str, Any]) -> None:
-        """Adds an entry."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Adds an entry.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.path} ({error.strerror})") from error
+
+
+def _step_of(line: str) -> float:
+    """The step of an entry; infinity for a line that is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,16 +1,32 @@
 """What a run is going to do, found out before anything is built or written."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from ..command_line import ElsewhereError
 from ..data.dataset import PreparedImages
 from .components import training_size, unet_config
 from .options import TrainOptions
 from .resuming import check_changes
-from .starting_point import StartingPoint, find_starting_point, resolve_options
+from .starting_point import StartingPoint, find_starting_point, on_every_process, resolve_options
+
+
+# What may be another on each machine.
+_OF_A_MACHINE = (
+    "train_data_dir",
+    "output_dir",
+    "resume_from_checkpoint",
+    "pretrained_model_name_or_path",
+    "model_config_name_or_path",
+    "dataset_in_memory",
+    "dataloader_num_workers",
+)
 
 
 @dataclass
@@ -67,7 +83,10 @@ def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
         ValueError: If options, dataset and what the run begins from do not fit together.
         OSError: If something cannot be read.
     """
-    dataset = PreparedImages(options.train_data_dir, in_memory=options.dataset_in_memory)
+    dataset = on_every_process(
+        accelerator, lambda: PreparedImages(options.train_data_dir, in_memory=options.dataset_in_memory)
+    )
+    _require_one_run(options, dataset, accelerator)
     start = find_starting_point(options, accelerator)
     options = resolve_options(options, start)
     images_per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
@@ -78,8 +97,11 @@ def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
         first_step = progress.step
         # a converted checkpoint knows its epoch alone
         images_seen = round(progress.epoch * len(dataset)) if progress.images_seen is None else progress.images_seen
-    images_to_come = options.num_train_epochs * len(dataset) - images_seen
-    max_train_steps = options.max_train_steps or max(1, first_step + round(images_to_come / images_per_step))
+    max_train_steps = options.max_train_steps
+    if max_train_steps is None:
+        # exactly, and halves up, so that it is the same number from wherever the run goes on
+        steps_to_come = (Fraction(options.num_train_epochs) * len(dataset) - images_seen) / images_per_step
+        max_train_steps = max(1, first_step + math.floor(steps_to_come + Fraction(1, 2)))
 
     config = unet_config(options, dataset, start)
     warnings = [f"{reason}; the one before it is used" for _, reason in start.damaged]
@@ -109,6 +131,19 @@ def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
         max_train_steps=max_train_steps,
         warnings=warnings,
     )
+
+
+def _require_one_run(options: TrainOptions, dataset: PreparedImages, accelerator: Accelerator) -> None:
+    """Each machine has a command line and images of its own, which must say and be the same."""
+    if accelerator.num_processes == 1:
+        return
+    own = {name: value for name, value in vars(options).items() if name not in _OF_A_MACHINE}
+    first, *others = gather_object([own | {"the images' fingerprint": dataset.fingerprint}])
+    for number, other in enumerate(others, start=1):
+        for name, value in other.items():
+            if value != first[name]:
+                message = f"{name} is {first[name]}, but process {number} has {value}: all machines must have the same"
+                raise ValueError(message) if accelerator.is_main_process else ElsewhereError(message)
 
 
 def _changed_classes(id2label: dict[int, str] | None, dataset: PreparedImages) -> list[str]:

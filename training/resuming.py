@@ -94,8 +94,9 @@ def check_changes(
         for name in _STEERING
         if name in before and before[name] != getattr(options, name)
     ]
-    if options.dropout is not None and checkpoint.unet_config.get("dropout") != options.dropout:
-        changes.append(f"dropout was {checkpoint.unet_config.get('dropout')} and is {options.dropout}")
+    dropouts = [config.get("dropout") for config in (checkpoint.unet_config, unet_config)]
+    if dropouts[0] != dropouts[1]:
+        changes.append(f"dropout was {dropouts[0]} and is {dropouts[1]}")
     if options.lr_scheduler in ("linear", "cosine") and before.get("lr_scheduler") == options.lr_scheduler:
         ends = before.get("max_train_steps")
         if ends is not None and ends != max_train_steps:

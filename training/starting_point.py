@@ -1,5 +1,6 @@
 """Where a run begins: at a checkpoint of its own, at somebody's, at a pretrained pipeline, or at nothing."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 from ..command_line import ElsewhereError
 from ..pipelines.loading import load_pipeline
@@ -55,9 +56,12 @@ def find_starting_point(options: TrainOptions, accelerator: Accelerator) -> Star
         return StartingPoint(checkpoint=checkpoint, began_from=began_from, damaged=damaged)
     if options.pretrained_model_name_or_path is None:
         return StartingPoint()
-    # one process of each machine downloads what is not in its cache
-    with accelerator.local_main_process_first():
-        pretrained = load_pipeline(options.pretrained_model_name_or_path, dtype=torch.float32)
+    pretrained = on_every_process(
+        accelerator,
+        lambda: load_pipeline(options.pretrained_model_name_or_path, dtype=torch.float32),
+        # one process of each machine downloads what is not in its cache
+        in_turn=True,
+    )
     return StartingPoint(pretrained=pretrained, began_from=options.pretrained_model_name_or_path)
 
 
@@ -141,14 +145,16 @@ def on_main_process(accelerator: Accelerator, find: Callable[[], Result]) -> Res
         return find()
     outcome: list[Any] = [None, None]
     tensors: list[torch.Tensor] = []
+    own_error = None
     if accelerator.is_main_process:
         try:
             outcome[0] = _without_tensors(find(), tensors)
         except (ValueError, OSError) as error:
-            outcome[1] = error
+            # its text alone is sent: not every error can be
+            own_error, outcome[1] = error, str(error)
     broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise outcome[1] if accelerator.is_main_process else ElsewhereError(str(outcome[1]))
+        raise own_error or ElsewhereError(outcome[1])
     shapes = [[(tuple(tensor.shape), tensor.dtype) for tensor in tensors]]
     broadcast_object_list(shapes)
     if not accelerator.is_main_process:
@@ -156,6 +162,36 @@ def on_main_process(accelerator: Accelerator, find: Callable[[], Result]) -> Res
     # one after the other, so that a device never holds more than one of them
     tensors = [broadcast(tensor.to(accelerator.device)).cpu() for tensor in tensors]
     return _with_tensors(outcome[0], tensors)
+
+
+def on_every_process(accelerator: Accelerator, find: Callable[[], Result], in_turn: bool = False) -> Result:
+    """What each process finds; if one cannot, none goes on.
+
+    Args:
+        accelerator: Whose processes these are.
+        find: Runs in every process.
+        in_turn: The others of a machine begin when its first process is done.
+
+    Raises:
+        ValueError, OSError: What `find` raises in the main process, or a ValueError there that says what it raised in
+            another one; in the others `ElsewhereError`, so that it is said once.
+    """
+    if accelerator.num_processes == 1:
+        return find()
+    found, own_error = None, None
+    with accelerator.local_main_process_first() if in_turn else contextlib.nullcontext():
+        try:
+            found = find()
+        except (ValueError, OSError) as error:
+            own_error = error
+    errors = gather_object([None if own_error is None else str(own_error)])
+    failed = {number: error for number, error in enumerate(errors) if error is not None}
+    if not failed:
+        return found
+    number, error = next(iter(failed.items()))
+    if not accelerator.is_main_process:
+        raise ElsewhereError(error)
+    raise own_error or ValueError(f"process {number} of {accelerator.num_processes}: {error}")
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,10 @@ class OptimizerStep:
                 randomness = self._randomness(step, piece)
                 timesteps, weights = self.timestep_sampler.sample(randomness.timestep_uniforms)
                 timesteps_on_device = self._on_device(timesteps)
+                # before the seeding: a loader that begins draws a number itself
+                batch = next(batches)
                 seed_network(options.seed, step, piece, accelerator.process_index)
-                losses = self._losses(next(batches), randomness, timesteps_on_device)
+                losses = self._losses(batch, randomness, timesteps_on_device)
                 loss = (losses * self._on_device(weights.astype(np.float32))).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -19,7 +19,7 @@ from tests.conversion.originals import (
     unpack_optimizer,
     write_small,
 )
-from tests.verbs.runs import run_script
+from tests.verbs.runs import prepare_noise, run_script
 
 
 def names(folder):
@@ -159,7 +159,7 @@ def test_names_dtype_and_finishing(tmp_path):
     assert json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())["set_alpha_to_one"]
 
 
-def test_training_goes_on_and_comes_back(prepared, tmp_path):
+def test_training_goes_on_and_comes_back(tmp_path):
     """The whole way: a checkpoint and its optimizer, two more steps of our training, the original's files again."""
     write_small(tmp_path / "small")
     shapes = {name: tensor.shape for name, tensor in small_weights().items()}
@@ -172,7 +172,8 @@ def test_training_goes_on_and_comes_back(prepared, tmp_path):
     torch.save({"state": moments, "param_groups": [group]}, tmp_path / "small" / "optim_1e_7s.pkl")
     assert main(["--checkpoint", str(tmp_path / "small"), "--output_dir", str(tmp_path / "ours")]) == 0
 
-    arguments = ["--train_data_dir", prepared, "--output_dir", tmp_path / "run", "--max_train_steps", 9]
+    data = prepare_noise(tmp_path, size=64, channels=1)
+    arguments = ["--train_data_dir", data, "--output_dir", tmp_path / "run", "--max_train_steps", 9]
     arguments += ["--resume_from_checkpoint", tmp_path / "ours" / "1e_7s" / "checkpoints" / "checkpoint-7"]
     arguments += ["--prediction_type", "epsilon", "--beta_schedule", "original_cosine", "--num_train_timesteps", 20]
     arguments += ["--use_ema", "false", "--report_to", "none", "--train_batch_size", 4, "--num_inference_steps", 2]

@@ -2,7 +2,7 @@
 
 import json
 import re
-import shutil
+import subprocess
 
 import pytest
 import torch
@@ -11,34 +11,29 @@ from safetensors.torch import load_file
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.train_imagenet64 import main
+from imagenet64_diffusion.training.checkpoints import load_checkpoint
 from tests.verbs.runs import run_script
-
-
-TINY = {
-    "stem_channels": 8,
-    "block_out_channels": [8, 16],
-    "layer_types": ["resnet", "class_attention", "channel_attention"],
-    "time_embed_dim": 16,
-    "class_embed_dim": 16,
-}
+from tests.verbs.training_runs import TINY, Life
 
 
 @pytest.fixture
 def train(tmp_path, prepared):
-    """Trains a tiny network as a subprocess; gives the finished process and the output folder."""
+    """Trains a tiny network in a process of its own, or several; gives the finished process and the output folder."""
     (tmp_path / "unet.json").write_text(json.dumps(TINY))
 
-    def run(*arguments, name="out", processes=1):
+    def run(*arguments, name="out", processes=1, as_command=False):
         output_dir = tmp_path / name
-        finished = run_script(
-            "train_imagenet64.py",
+        arguments = [
             *("--train_data_dir", prepared, "--output_dir", output_dir),
             *("--model_config_name_or_path", tmp_path / "unet.json", "--num_inference_steps", 2),
             *("--lr_warmup_steps", 0, "--logging_steps", 2, "--num_samples_per_class", 2),
             *arguments,
-            processes=processes,
-        )
-        return finished, output_dir
+        ]
+        if as_command or processes > 1:
+            return run_script("train_imagenet64.py", *arguments, processes=processes), output_dir
+        life = Life(arguments, tmp_path / f"{name}.txt")
+        code = life.end()
+        return subprocess.CompletedProcess(arguments, code, life.output(), life.output()), output_dir
 
     return run
 
@@ -52,11 +47,20 @@ def losses(output_dir):
 
 
 def test_from_data_to_pipeline(train):
-    finished, output_dir = train("--max_train_steps", 6, "--train_batch_size", 8, "--sample_steps", 3)
+    finished, output_dir = train("--max_train_steps", 6, "--train_batch_size", 8, "--sample_steps", 3, as_command=True)
     assert finished.returncode == 0, finished.stderr
     assert "96 images of 1x16x16, 3 classes, predicting v_prediction" in finished.stdout
     assert "images/s" in finished.stderr
-    assert sorted(path.name for path in output_dir.iterdir()) == ["metrics.jsonl", "model", "sample_grids", "train"]
+    assert sorted(path.name for path in output_dir.iterdir()) == [
+        "checkpoints",
+        "loss_chart.png",
+        "metrics.jsonl",
+        "model",
+        "sample_grids",
+        "train",
+    ]
+    assert [path.name for path in (output_dir / "checkpoints").iterdir()] == ["checkpoint-6"]
+    assert list(output_dir.parent.glob(".*")) == []
     assert [path.name for path in sorted((output_dir / "sample_grids").iterdir())] == [
         "step_0000003.png",
         "step_0000006.png",
@@ -66,7 +70,11 @@ def test_from_data_to_pipeline(train):
     assert [path for path in (output_dir / "train").iterdir() if path.name.startswith("events.out.tfevents")]
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
-    assert set(rows[0]) == {"step", "loss", "gradient_norm", "lr", "images_per_second"}
+    quarters = [f"loss_quarter_{number}" for number in range(1, 5)]
+    assert list(rows[0]) == [
+        *("step", "loss", *quarters, "gradient_norm", "lr", "epoch", "images_per_second", "peak_memory_gib")
+    ]
+    assert [row["epoch"] for row in rows] == [pytest.approx(step * 8 / 96) for step in (2, 4, 6)]
 
     card = (output_dir / "model" / "README.md").read_text()
     assert "| optimizer steps | 6 |" in card
@@ -118,7 +126,8 @@ def test_options(train, options):
 
 def test_pieces_and_processes_do_not_matter(train):
     """A batch of 16 at once, in two pieces, or on two processes: the same weights to float32 rounding."""
-    options = ("--max_train_steps", 5, "--learning_rate", "1e-3", "--adam_epsilon", "1e-4", "--report_to", "none")
+    options = ("--max_train_steps", 10, "--learning_rate", "1e-3", "--adam_epsilon", "1e-4", "--report_to", "none")
+    options += ("--lr_scheduler", "cosine")
     runs = {
         "whole": train("--train_batch_size", 16, *options, name="whole"),
         "pieces": train("--train_batch_size", 8, "--gradient_accumulation_steps", 2, *options, name="pieces"),
@@ -126,57 +135,44 @@ def test_pieces_and_processes_do_not_matter(train):
     }
     for finished, _ in runs.values():
         assert finished.returncode == 0, finished.stderr
-    assert "5 steps of 16 images" in runs["processes"][0].stdout
+    assert "10 steps of 16 images" in runs["processes"][0].stdout
     assert "on 2 x cpu" in runs["processes"][0].stdout
-    whole = weights(runs["whole"][1])
+
+    logs, states = {}, {}
+    for name, (_, output_dir) in runs.items():
+        logs[name] = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        states[name] = load_checkpoint(output_dir / "checkpoints" / "checkpoint-10")
+        assert states[name].progress.images_seen == 160
+        assert states[name].averaged_weights[1] == 10
     for name in ("pieces", "processes"):
-        output_dir = runs[name][1]
-        assert losses(output_dir) == pytest.approx(losses(runs["whole"][1]), rel=1e-4)
-        for key, weight in weights(output_dir).items():
+        for entry, expected in zip(logs[name], logs["whole"], strict=True):
+            for key in ("step", "lr", "epoch"):
+                assert entry[key] == expected[key]
+            for key in ("loss", "gradient_norm"):
+                assert entry[key] == pytest.approx(expected[key], rel=1e-4), name
+        whole = dict(states["whole"].weights)
+        for key, weight in states[name].weights.items():
             torch.testing.assert_close(weight, whole[key], atol=2e-5, rtol=1e-3, msg=f"{name}: {key}")
-        grids = [(path / "sample_grids" / "step_0000005.png") for path in (output_dir, runs["whole"][1])]
+        averages = zip(states[name].averaged_weights[0], states["whole"].averaged_weights[0], strict=True)
+        for weight, expected in averages:
+            torch.testing.assert_close(weight, expected, atol=2e-5, rtol=1e-3)
+        grids = [(runs[run][1] / "sample_grids" / "step_0000010.png") for run in (name, "whole")]
         assert Image.open(grids[0]).size == Image.open(grids[1]).size
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "importance"])
-def test_goes_on_from_a_checkpoint(train, sampling):
-    """Six steps in one go, and three, a stop, and three more: the same weights and losses, bit for bit."""
-    options = ("--train_batch_size", 8, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--report_to", "none")
-    options += ("--timestep_sampling", sampling, "--num_train_timesteps", 2, "--logging_steps", 1)
-    finished, whole_dir = train(*options, "--max_train_steps", 30, name="whole")
-    assert finished.returncode == 0, finished.stderr
-    keep = ("--checkpointing_steps", 5, "--checkpoints_total_limit", 2)
-    finished, parts_dir = train(*options, *keep, "--max_train_steps", 30, name="parts")
-    assert finished.returncode == 0, finished.stderr
-    checkpoints = parts_dir / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-25", "checkpoint-30"]
-    # as if it had been stopped after step 25
-    shutil.rmtree(checkpoints / "checkpoint-30")
-    shutil.rmtree(parts_dir / "model")
-    # of whose later steps the log has entries, the last one cut short
-    with (parts_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 31, "lo')
-    finished, _ = train(*options, *keep, "--max_train_steps", 30, "--resume_from_checkpoint", "latest", name="parts")
-    assert finished.returncode == 0, finished.stderr
-    assert losses(parts_dir) == losses(whole_dir)
-    assert all(torch.equal(weight, weights(whole_dir)[name]) for name, weight in weights(parts_dir).items())
-
-
-def test_a_checkpoint_that_does_not_fit(train, tmp_path):
-    options = ("--train_batch_size", 8, "--report_to", "none", "--max_train_steps", 2)
-    finished, output_dir = train(*options, "--resume_from_checkpoint", "latest")
-    assert finished.returncode == 2
-    assert "resume_from_checkpoint is latest, but there is no checkpoint in" in finished.stderr
-    finished, output_dir = train(*options, "--checkpointing_steps", 2)
-    assert finished.returncode == 0, finished.stderr
-    checkpoint = output_dir / "checkpoints" / "checkpoint-2"
-    finished, _ = train(*options, "--resume_from_checkpoint", checkpoint, "--prediction_type", "epsilon", name="b")
-    assert finished.returncode == 2
-    assert "prediction_type is epsilon, but" in finished.stderr
-    (checkpoint / "optimizer.bin").unlink()
-    finished, _ = train(*options, "--resume_from_checkpoint", checkpoint, name="c")
-    assert finished.returncode == 2
-    assert "is not a checkpoint: there is no optimizer.bin" in finished.stderr
+def test_a_checkpoint_that_cannot_be_had(tmp_path, prepared, capfd):
+    options = ["--train_data_dir", str(prepared), "--output_dir", str(tmp_path / "out")]
+    assert main([*options, "--resume_from_checkpoint", str(tmp_path / "nowhere")]) == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert message == (
+        f"error: resume_from_checkpoint is '{tmp_path / 'nowhere'}', but there is no such folder: give a checkpoint,"
+        " or latest, or never"
+    )
+    (tmp_path / "empty").mkdir()
+    assert main([*options, "--resume_from_checkpoint", str(tmp_path / "empty")]) == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert message == f"error: {tmp_path / 'empty'} is not a whole checkpoint: there is no training_state.json"
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_a_file_of_options(train, tmp_path):
@@ -205,11 +201,3 @@ def test_wrong_options(tmp_path, prepared, monkeypatch, capfd, arguments, messag
     last_line = capfd.readouterr().err.strip().splitlines()[-1]
     assert re.match(message, last_line), last_line
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_loss_that_is_no_number(train):
-    finished, output_dir = train("--max_train_steps", 40, "--learning_rate", "1e20", "--max_grad_norm", 0)
-    assert finished.returncode == 2
-    assert "error: the loss is" in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert not (output_dir / "model").exists()

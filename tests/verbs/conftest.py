@@ -1,0 +1,48 @@
+"""Training runs that several tests share."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.verbs.training_runs import EVERYTHING, TrainingRun, wait_until
+
+
+@pytest.fixture
+def new_run(tmp_path, prepared) -> Callable[..., TrainingRun]:
+    """Makes a run of a name; by default one in which everything that a checkpoint keeps has an effect."""
+
+    def make(name: str = "run", data: Path = prepared, **changes: Any) -> TrainingRun:
+        return TrainingRun(tmp_path / name, data, {**EVERYTHING, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, prepared) -> TrainingRun:
+    """The run that nothing happens to."""
+    run = TrainingRun(tmp_path_factory.mktemp("undisturbed"), prepared, EVERYTHING)
+    run.finish()
+    return run
+
+
+@pytest.fixture(scope="session")
+def killed(tmp_path_factory, prepared) -> TrainingRun:
+    """The same run, killed after step 12; to be copied."""
+    run = TrainingRun(tmp_path_factory.mktemp("killed"), prepared, EVERYTHING)
+    life = run.start()
+    wait_until((run.checkpoints / "checkpoint-12").exists, life)
+    life.send(signal.SIGKILL)
+    assert life.end() == -signal.SIGKILL
+    return run
+
+
+@pytest.fixture
+def killed_run(killed, new_run) -> TrainingRun:
+    """A copy of the run that was killed after step 12, with checkpoints of steps 6 and 12."""
+    run = new_run("killed")
+    shutil.copytree(killed.output_dir, run.output_dir)
+    return run

@@ -1,0 +1,180 @@
+"""What a run of imagenet64-train may begin from: a pipeline to fine-tune, or a converted checkpoint."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from imagenet64_diffusion.convert_checkpoints import main as convert
+from imagenet64_diffusion.train_imagenet64 import main
+from imagenet64_diffusion.training.checkpoints import load_checkpoint
+from tests.conversion.originals import small_weights, write_small
+from tests.verbs.runs import prepare_noise
+from tests.verbs.training_runs import TrainingRun, snapshot
+
+
+LEARNT = {
+    "max_train_steps": 60,
+    "train_batch_size": 16,
+    "learning_rate": 5e-3,
+    "lr_warmup_steps": 0,
+    "beta_schedule": "linear",
+    "num_train_timesteps": 50,
+    "prediction_type": "epsilon",
+    "logging_steps": 1,
+    "num_inference_steps": 2,
+    "num_samples_per_class": 1,
+    "report_to": "none",
+    "use_ema": False,
+}
+TUNED = {
+    "max_train_steps": 1,
+    "train_batch_size": 64,
+    "learning_rate": 1e-12,
+    "lr_warmup_steps": 0,
+    "adam_weight_decay": 0,
+    "logging_steps": 1,
+    "num_inference_steps": 2,
+    "num_samples_per_class": 1,
+    "report_to": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory, prepared) -> TrainingRun:
+    """A run that has learnt something."""
+    run = TrainingRun(tmp_path_factory.mktemp("learnt"), prepared, LEARNT)
+    run.finish()
+    return run
+
+
+@pytest.fixture
+def tuned(tmp_path, prepared, learnt):
+    """Makes a run that begins with the pipeline of the one that has learnt."""
+
+    def make(**changes) -> TrainingRun:
+        options = {"pretrained_model_name_or_path": learnt.output_dir / "model", **TUNED, **changes}
+        return TrainingRun(tmp_path / "tuned", prepared, options)
+
+    return make
+
+
+def unet_weights(run):
+    return load_file(run.output_dir / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def with_classes(prepared, folder, names):
+    """A copy of the images whose record has other names of classes."""
+    shutil.copytree(prepared, folder)
+    record = json.loads((folder / "preparation.json").read_text())
+    (folder / "preparation.json").write_text(json.dumps({**record, "class_names": names}))
+    return folder
+
+
+def test_fine_tuning_begins_with_the_weights(tuned, learnt):
+    """Weights, schedule and prediction are the pipeline's, and the first loss is one of a model that has learnt."""
+    run = tuned()
+    life = run.finish()
+    assert f"training from {learnt.output_dir / 'model'}: " in life.output()
+    assert "predicting epsilon" in life.output()
+    before = unet_weights(learnt)
+    for name, weight in unet_weights(run).items():
+        torch.testing.assert_close(weight, before[name], atol=1e-9, rtol=0)
+    course = [entry["loss"] for entry in learnt.metrics()]
+    assert run.metrics()[0]["loss"] < 0.5 * course[0]
+    assert run.metrics()[0]["loss"] == pytest.approx(sum(course[-20:]) / 20, rel=0.25)
+    configs = [
+        json.loads((one.output_dir / "model/scheduler/scheduler_config.json").read_text()) for one in (run, learnt)
+    ]
+    assert configs[0] == configs[1]
+    assert configs[0]["beta_schedule"] == "linear"
+    # the same command goes on with it, and says from what the whole began
+    assert "all 1 steps have been taken already" in run.finish().output()
+    progress = load_checkpoint(run.checkpoints / "checkpoint-1").progress
+    assert progress.began_from == str(learnt.output_dir / "model")
+
+
+def test_fine_tuning_with_other_classes(tuned, learnt, prepared, tmp_path):
+    """A table of another size begins anew, all else is kept."""
+    data = with_classes(prepared, tmp_path / "data", ["dark", "grey", "light", "none"])
+    run = tuned(train_data_dir=data)
+    assert "has 3 classes and the images have 4: the class embedding begins anew" in run.finish().output()
+    before, after = unet_weights(learnt), unet_weights(run)
+    different = [name for name, weight in after.items() if weight.shape != before[name].shape]
+    assert different == [name for name in after if "class" in name and "embed" in name and "weight" in name]
+    for name in set(after) - set(different):
+        torch.testing.assert_close(after[name], before[name], atol=1e-9, rtol=0)
+
+
+def test_fine_tuning_with_other_names(tuned, prepared, tmp_path):
+    data = with_classes(prepared, tmp_path / "data", ["dark", "gray", "light"])
+    output = tuned(train_data_dir=data).finish().output()
+    assert "class 1 is 'grey' for the pretrained model and 'gray' for the images" in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data_dir": "coloured"}, "has in_channels 1, but the images have 3"),
+        ({"unconditional": True}, "has classes: leave it out"),
+        ({"prediction_type": "sample"}, "prediction_type is sample, but .* has epsilon"),
+        ({"num_train_timesteps": 60}, "num_train_timesteps is 60, but .* has 50"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos_cap_v2, but .* has another"),
+        ({"stem_channels": 16}, "stem_channels is 16, but pretrained_model_name_or_path brings its own network"),
+        ({"pretrained_model_name_or_path": "nowhere"}, "nowhere"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_fine_tuning_that_does_not_fit(tuned, tmp_path, capsys, changes, message):
+    if changes.get("train_data_dir"):
+        changes = {"train_data_dir": prepare_noise(tmp_path, size=16, channels=3)}
+    run = tuned()
+    before = snapshot(run.folder)
+    assert main(run.arguments(**changes)) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    last_line = captured.err.strip().splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert re.search(message, last_line), last_line
+    assert snapshot(run.folder) == before
+
+
+def test_a_converted_checkpoint(tmp_path):
+    """The original's weights and moments are gone on with, and then the run's own."""
+    write_small(tmp_path / "small")
+    shapes = {name: tensor.shape for name, tensor in small_weights().items()}
+    moments = {
+        index: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.full(shape, 100.0)}
+        for index, shape in enumerate(shapes.values())
+    }
+    group = {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.01, "amsgrad": False}
+    group["params"] = list(range(len(shapes)))
+    torch.save({"state": moments, "param_groups": [group]}, tmp_path / "small" / "optim_1e_7s.pkl")
+    assert convert(["--checkpoint", str(tmp_path / "small"), "--output_dir", str(tmp_path / "ours")]) == 0
+    start = tmp_path / "ours" / "1e_7s" / "checkpoints" / "checkpoint-7"
+
+    options = {"resume_from_checkpoint": start, "max_train_steps": 9, "train_batch_size": 4, "use_ema": False}
+    options |= {"num_inference_steps": 2, "num_samples_per_class": 1, "report_to": "none", "logging_steps": 1}
+    options |= {"learning_rate": 1e-12, "adam_weight_decay": 0, "lr_scheduler": "constant"}
+    data = prepare_noise(tmp_path, size=64, channels=1)
+    run = TrainingRun(tmp_path / "run", data, {**options, "model_config_name_or_path": None})
+    life = run.finish()
+    assert f"training from step 7 of {start}" in life.output()
+    assert "predicting epsilon" in life.output()
+    assert "learning_rate was 0.0003 and is 1e-12" in life.output()
+    assert [entry["step"] for entry in run.metrics()] == [8, 9]
+    # its one epoch of our 12 images, then two steps of four
+    checkpoint, original = load_checkpoint(run.checkpoints / "checkpoint-9"), load_checkpoint(start)
+    assert checkpoint.progress.images_seen == 12 + 8
+    for name, weight in checkpoint.weights.items():
+        torch.testing.assert_close(weight, original.weights[name], atol=1e-9, rtol=0)
+    for index, state in checkpoint.optimizer["state"].items():
+        assert state["step"] == 9
+        # a clipped gradient adds at most a thousandth in each of two steps
+        before = original.optimizer["state"][index]["exp_avg_sq"]
+        torch.testing.assert_close(state["exp_avg_sq"], 0.999**2 * before, atol=2.1e-3, rtol=1e-6)
+        assert before.max() == 100
+    assert "from step 9 of" in run.finish().output()

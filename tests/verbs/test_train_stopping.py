@@ -1,0 +1,153 @@
+"""A run of imagenet64-train that is asked to stop writes a checkpoint first, from which the same command goes on."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.verbs.runs import ROOT
+from tests.verbs.training_runs import TrainingRun, assert_equal_runs, wait_until
+
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def assert_stopped(run: TrainingRun, life, number: signal.Signals) -> int:
+    """The run says after which step it was stopped, and the checkpoint of that step is there; gives the step."""
+    assert life.end() == EXIT_CODES[number], life.output()
+    step = max(int(name.split("-")[1]) for name in run.checkpoint_names())
+    assert life.errors()[-1] == (
+        f"stopped by {number.name} after step {step} of 20; {run.checkpoints}/checkpoint-{step} keeps it: the same"
+        " command goes on from there"
+    )
+    assert "Traceback" not in life.output()
+    assert not any(name.startswith(".") for name in run.checkpoint_names())
+    assert not (run.output_dir / "model").exists()
+    return step
+
+
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_asked_to_stop(new_run, undisturbed, number):
+    """By a signal to the whole process group, as from a terminal or a job scheduler, so that workers get it too."""
+    run = new_run(dataloader_num_workers=2)
+    life = run.start()
+    wait_until(lambda: len(run.metrics()) == 2, life)
+    life.send(number, group=True)
+    assert assert_stopped(run, life, number) in range(8, 12)
+    if number == signal.SIGTERM:
+        # and in a step that has a checkpoint anyway
+        life = run.start(dataloader_num_workers=0)
+        wait_until((run.checkpoints / ".checkpoint-18.writing").exists, life)
+        life.send(number)
+        assert assert_stopped(run, life, number) == 18
+    run.finish()
+    assert_equal_runs(run, undisturbed)
+
+
+def test_interrupted_twice(new_run):
+    """The second time at once, and what was being written is gone."""
+    run = new_run(sample_steps=0, num_inference_steps=4000, num_train_timesteps=4000, timestep_sampling="uniform")
+    # the first of them waits for pictures that take long
+    life = run.start(sample_steps=8)
+    wait_until(lambda: len(run.metrics()) == 2, life)
+    life.send(signal.SIGINT)
+    time.sleep(0.2)
+    # a launcher of several processes sends what the terminal has sent
+    life.send(signal.SIGINT)
+    time.sleep(1)
+    assert not life.is_over()
+    life.send(signal.SIGINT)
+    assert life.end(20) == 130
+    assert life.errors()[-1] == "interrupted"
+    assert run.checkpoint_names() == ["checkpoint-6"]
+    assert sorted(path.name for path in run.output_dir.iterdir()) == ["checkpoints", "loss_chart.png", "metrics.jsonl"]
+
+
+def test_as_a_command(new_run, undisturbed):
+    """Python itself, from its start to its exit code."""
+    run = new_run()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_imagenet64.py"), *run.arguments()],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: len(run.metrics()) >= 2)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "stopped by SIGTERM after step" in errors.splitlines()[-1]
+    run.finish()
+    assert_equal_runs(run, undisturbed)
+
+
+# ---------------------------------------------------------------------- for minutes, with make soak
+
+SOAK_SEED = int(os.environ.get("IMAGENET64_SOAK_SEED", random.randrange(10**6)))
+
+
+def moments(run: TrainingRun):
+    """Where a run can be hit, by name: a condition for which to wait, and at most so many seconds to wait on."""
+    checkpoints, metrics = run.checkpoints, run.output_dir / "metrics.jsonl"
+    oldest = next(iter(sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))), None)
+    size = metrics.stat().st_size if metrics.exists() else 0
+    return {
+        "any time": (lambda: True, 6.0),
+        "a step": (lambda: metrics.exists() and metrics.stat().st_size > size, 0.3),
+        "a checkpoint": (lambda: any(checkpoints.glob(".*.writing")), 0.03),
+        "a removal": (lambda: oldest is not None and not oldest.exists(), 0.002),
+        "an entry of the log": (lambda: metrics.exists() and metrics.stat().st_size > size, 0.0),
+        "the final pipeline": ((run.output_dir / ".model.writing").exists, 0.03),
+    }
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_twenty_random_moments(new_run, undisturbed, number, capsys):
+    """Chains of lives that all end early, until there were twenty of them; each chain ends as if undisturbed."""
+    rng = random.Random(f"{SOAK_SEED} {number.name}")
+    begin, hits, chains = time.monotonic(), [], 0
+    print(f"IMAGENET64_SOAK_SEED={SOAK_SEED} draws the moments again")
+    while len(hits) < 20:
+        chains += 1
+        run = new_run(f"chain_{chains}")
+        for _ in range(rng.randint(2, 4)):
+            workers = rng.choice([0, 2])
+            name = rng.choice(list(moments(run)))
+            happens, longest = moments(run)[name]
+            life = run.start(dataloader_num_workers=workers)
+            wait = rng.uniform(0, longest)
+            while not happens() and not life.is_over():
+                time.sleep(0.0002)
+            time.sleep(wait)
+            if life.is_over():
+                assert life.end() == 0, life.output()
+                continue
+            life.send(number, group=rng.random() < 0.5)
+            code = life.end()
+            # the end may have come first; before its first step and after its last one a run ends at once
+            assert code in (0, -number, EXIT_CODES.get(number)), life.output()
+            assert "Traceback" not in life.output()
+            if code != 0:
+                left = sorted(path.name for path in run.output_dir.rglob(".*")) if run.output_dir.exists() else []
+                hits.append((name, code, run.checkpoint_names(), left))
+        run.finish()
+        assert_equal_runs(run, undisturbed)
+        shutil.rmtree(run.folder)
+    with capsys.disabled():
+        print(f"\n{number.name}, IMAGENET64_SOAK_SEED={SOAK_SEED}: {len(hits)} hits in {chains} chains, all equal,")
+        print(f"in {time.monotonic() - begin:.0f} s")
+        for name, code, names, left in hits:
+            print(f"  {name}: exit code {code}, {' '.join(names) or 'no checkpoint'}, half written: {left}")
