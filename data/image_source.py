@@ -4,8 +4,8 @@ import concurrent.futures
 import io
 import os
 import pathlib
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -49,6 +49,25 @@ def convert_image(
     Raises:
         ValueError: the image holds floating-point or 32-bit values, whose range nobody knows.
     """
+    image = convert_colors(image, color_mode)
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if image.size != (resolution, resolution):
+        square = (left, top, left + side, top + side)
+        image = image.resize((resolution, resolution), RESIZE_FILTERS[resize_filter], box=square)
+    return to_planes(image)
+
+
+def convert_colors(image: PIL.Image.Image, color_mode: str = "rgb") -> PIL.Image.Image:
+    """Makes an 8-bit image of one colour mode out of any image, turned as its EXIF orientation says.
+
+    Args:
+        image: any image; it is laid on white where it is transparent.
+        color_mode: "rgb" or "grayscale".
+
+    Raises:
+        ValueError: the image holds floating-point or 32-bit values, whose range nobody knows.
+    """
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels, which have no defined range; store the image with 8 or 16 bits")
@@ -62,13 +81,54 @@ def convert_image(
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image)
-    image = image.convert("L" if color_mode == "grayscale" else "RGB")
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    if image.size != (resolution, resolution):
-        square = (left, top, left + side, top + side)
-        image = image.resize((resolution, resolution), RESIZE_FILTERS[resize_filter], box=square)
+    return image.convert("L" if color_mode == "grayscale" else "RGB")
+
+
+def to_planes(image: PIL.Image.Image) -> np.ndarray:
+    """Gives the pixels of an 8-bit image as uint8 (channels, height, width)."""
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+
+def decode_image(
+    stored: dict[str, Any] | None, name: str, convert: Callable[[PIL.Image.Image], np.ndarray]
+) -> np.ndarray:
+    """Decodes an image and converts it.
+
+    Args:
+        stored: what datasets stores of an image: "bytes", its file's content, or else "path", its file; None when
+            there is none.
+        name: what errors call it where there is no path.
+        convert: what makes pixels of it.
+
+    Raises:
+        DataError: it is missing, broken, or of a kind that ``convert`` refuses with a ValueError.
+    """
+    if stored is None:
+        raise DataError(f"{name} is missing")
+    name = str(stored["path"] or name)
+    try:
+        encoded = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+        with PIL.Image.open(encoded) as image:
+            return convert(image)
+    # Pillow's decoders raise all of these for broken files
+    except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(f"{name} is not a readable image ({error})") from error
+
+
+class LoadedImages(NamedTuple):
+    """An opened dataset of images.
+
+    Attributes:
+        images: its only column holds images that are not decoded, as `decode_image` takes them.
+        labels: int64 (images,), or None.
+        class_names: the name of each class, where there are labels.
+        label_column: where the labels were found.
+    """
+
+    images: "datasets.Dataset"
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    label_column: str | None
 
 
 class ImageDatasetSource:
@@ -140,24 +200,44 @@ class ImageDatasetSource:
         Raises:
             DataError: the dataset cannot be loaded or has no images with labels.
         """
+        loaded = self.load(work_folder)
+        resolution, _, color_mode = self._convert
+        return ImageStream(
+            class_names=loaded.class_names,
+            image_size=(1 if color_mode == "grayscale" else 3, resolution, resolution),
+            num_images=len(loaded.images),
+            blocks=self._blocks(loaded.images, loaded.labels),
+            details={"image_column": loaded.images.column_names[0], "label_column": loaded.label_column},
+        )
+
+    def load(self, work_folder: pathlib.Path, needs_labels: bool = True) -> LoadedImages:
+        """Loads the dataset and finds its columns, for reading in any order.
+
+        Args:
+            work_folder: as for `open`.
+            needs_labels: whether images without labels are an error. If not, the labels are None where nobody has
+                named their column and there is none, more than one, or one that is not whole.
+
+        Raises:
+            DataError: as for `open`.
+        """
         import datasets
 
         dataset = self._load(work_folder / "datasets")
-        image_column, label_column, class_names = self._find_columns(dataset)
-        dataset = dataset.select_columns([image_column, label_column])
-        labels = _checked_labels(dataset, label_column, class_names, self.summary)
-        if class_names is None:
-            class_names = [str(label) for label in range(int(labels.max(initial=0)) + 1)]
+        image_column = self._find_images(dataset.features)
+        labels = class_names = label_column = None
+        try:
+            label_column, class_names = self._find_labels(dataset.features)
+            labels = _checked_labels(dataset, label_column, class_names, self.summary)
+            if class_names is None:
+                class_names = [str(label) for label in range(int(labels.max(initial=0)) + 1)]
+        except DataError:
+            if needs_labels or self._label_column is not None:
+                raise
+            class_names = label_column = None
         # Not decoded by datasets: a broken image must be named, and decoding is shared among threads here.
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-        resolution, _, color_mode = self._convert
-        return ImageStream(
-            class_names=class_names,
-            image_size=(1 if color_mode == "grayscale" else 3, resolution, resolution),
-            num_images=len(dataset),
-            blocks=self._blocks(dataset, image_column, labels),
-            details={"image_column": image_column, "label_column": label_column},
-        )
+        images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        return LoadedImages(images, labels, class_names, label_column)
 
     def _load(self, cache_folder: pathlib.Path) -> "datasets.Dataset":
         import datasets
@@ -203,23 +283,27 @@ class ImageDatasetSource:
             raise DataError(f"--split {self._split}: {self._input} is the split {loaded.split}")
         return loaded
 
-    def _find_columns(self, dataset: "datasets.Dataset") -> tuple[str, str, list[str] | None]:
+    def _find_images(self, features: "datasets.Features") -> str:
         import datasets
 
-        features = dataset.features
         image_column = self._column(features, "image", self._image_column, (datasets.Image,))
-        label_column = self._column(features, "label", self._label_column, (datasets.ClassLabel,))
         feature = features[image_column]
         if not (isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "string")):
             raise DataError(f"--image_column {image_column}: its type is {feature}, which is no image")
+        return image_column
+
+    def _find_labels(self, features: "datasets.Features") -> tuple[str, list[str] | None]:
+        import datasets
+
+        label_column = self._column(features, "label", self._label_column, (datasets.ClassLabel,))
         feature = features[label_column]
         if isinstance(feature, datasets.ClassLabel):
-            return image_column, label_column, list(feature.names)
+            return label_column, list(feature.names)
         if "int" not in str(getattr(feature, "dtype", None)):
             raise DataError(
                 f"--label_column {label_column}: its type is {feature}, but labels are classes or integers"
             )
-        return image_column, label_column, None
+        return label_column, None
 
     def _column(self, features: "datasets.Features", role: str, named: str | None, types: tuple[type, ...]) -> str:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
@@ -239,30 +323,20 @@ class ImageDatasetSource:
             )
         return found[0]
 
-    def _blocks(
-        self, dataset: "datasets.Dataset", image_column: str, labels: np.ndarray
-    ) -> Generator[ImageBlock, None, None]:
+    def _blocks(self, images: "datasets.Dataset", labels: np.ndarray) -> Generator[ImageBlock, None, None]:
+        image_column = images.column_names[0]
         # Threads: the decoders of Pillow run without the interpreter's lock.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(dataset), _IMAGES_AT_ONCE):
-                stored = dataset[start : start + _IMAGES_AT_ONCE][image_column]
+            for start in range(0, len(images), _IMAGES_AT_ONCE):
+                stored = images[start : start + _IMAGES_AT_ONCE][image_column]
                 positions = range(start, start + len(stored))
                 pixels = list(pool.map(self._decode, stored, positions))
                 yield ImageBlock(np.stack(pixels), labels[start : start + len(stored)])
 
     def _decode(self, stored: dict[str, Any] | None, position: int) -> np.ndarray:
-        name = f"{self._input} image {position}"
-        if stored is None:
-            raise DataError(f"{name} is missing")
-        if stored["path"]:
-            name = str(stored["path"])
-        try:
-            encoded = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-            with PIL.Image.open(encoded) as image:
-                return convert_image(image, *self._convert)
-        # Pillow's decoders raise all of these for broken files
-        except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
-            raise DataError(f"{name} is not a readable image ({error})") from error
+        return decode_image(
+            stored, f"{self._input} image {position}", lambda image: convert_image(image, *self._convert)
+        )
 
 
 def _folder_of_classes(folder: pathlib.Path, split: str) -> pathlib.Path:

@@ -130,7 +130,7 @@ def _find_files(inputs: Sequence[pathlib.Path]) -> list[pathlib.Path]:
             inside = [path for path in item.glob("*") if path.suffix.lower() == ".npz" and path.name[0] != "."]
             if not inside:
                 raise DataError(f"--input {item}: the folder holds no .npz file")
-            found += sorted(inside, key=_natural_order)
+            found += sorted(inside, key=natural_order)
         elif not item.exists():
             raise DataError(f"--input {item}: no such file or folder")
         elif item.suffix.lower() == ".npy":
@@ -148,8 +148,9 @@ def _find_files(inputs: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     return found
 
 
-def _natural_order(path: pathlib.Path) -> list[int | str]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+def natural_order(path: pathlib.PurePath) -> list[list[int | str]]:
+    """A key that sorts the numbers in names by their values, so that part2 comes before part10."""
+    return [[int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)] for name in path.parts]
 
 
 def _open_file(path: pathlib.Path) -> _ImageFile:

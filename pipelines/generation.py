@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..schedulers.original_schedule import original_timesteps
 from ..version import __version__
 from ..whole_files import replacing_file
 from .generation_options import GenerateOptions
-from .loading import load_pipeline, swap_scheduler
+from .loading import load_pipeline
 from .pictures import image_grid, save_animation
 from .pipeline_class_conditional import ClassConditionalPipeline
+from .sampler import Sampler
 
 
 MANIFEST_NAME = "manifest.json"
@@ -45,12 +45,12 @@ def generate(options: GenerateOptions) -> Path:
     device = torch.device(options.device or _best_device())
     pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    if options.scheduler is not None:
-        swap_scheduler(pipeline, options.scheduler)
+    sampler = Sampler.from_options(options)
+    sampler.prepare(pipeline)
     labels = _class_ids(pipeline, options)
     names = [_caption(pipeline, label) for label in labels]
 
-    drawn = _Recorder(pipeline, options, num_animated=min(len(labels), _MAX_IMAGES_IN_GRID))
+    drawn = _Recorder(pipeline, options, sampler, num_animated=min(len(labels), _MAX_IMAGES_IN_GRID))
     output_dir.mkdir(parents=True, exist_ok=True)
     digits = max(5, len(str(len(labels))))
     images: list[dict[str, Any]] = []
@@ -82,9 +82,12 @@ def generate(options: GenerateOptions) -> Path:
 class _Recorder:
     """Draws images batch by batch and keeps the first ones, with their way from noise, for grid and animation."""
 
-    def __init__(self, pipeline: ClassConditionalPipeline, options: GenerateOptions, num_animated: int):
+    def __init__(
+        self, pipeline: ClassConditionalPipeline, options: GenerateOptions, sampler: Sampler, num_animated: int
+    ):
         self.pipeline = pipeline
         self.options = options
+        self.sampler = sampler
         self.kept: list[Image.Image] = []
         self.timesteps: list[float] = []
         self._num_animated = num_animated
@@ -95,10 +98,7 @@ class _Recorder:
     def images(self, labels: list[int | None]) -> Iterator[Image.Image]:
         """The images in order."""
         options = self.options
-        arguments: dict[str, Any] = {"num_inference_steps": options.num_inference_steps or 100}
-        if options.step_size is not None:
-            num_train_timesteps = self.pipeline.scheduler.config.num_train_timesteps
-            arguments = {"timesteps": original_timesteps(num_train_timesteps, options.step_size)}
+        arguments = self.sampler.arguments(self.pipeline)
         num_batches = -(-len(labels) // options.batch_size)
         with tqdm(desc="drawing", unit="step") as progress_bar:
             for start in range(0, len(labels), options.batch_size):
@@ -111,10 +111,6 @@ class _Recorder:
 
                 output = self.pipeline(
                     batch,
-                    guidance_scale=options.guidance_scale,
-                    guidance_interval=tuple(options.guidance_interval),
-                    eta=options.eta,
-                    clip_sample=options.clip_sample,
                     generator=[torch.Generator().manual_seed(options.seed + start + i) for i in range(len(batch))],
                     callback_on_step_end=on_step_end,
                     **arguments,
@@ -161,11 +157,16 @@ def _class_ids(pipeline: ClassConditionalPipeline, options: GenerateOptions) -> 
     elif asked == ["all"]:
         labels = list(range(num_classes))
     else:
-        labels = [_class_id(pipeline, label, num_classes) for label in asked]
+        labels = [class_id(pipeline, label, num_classes) for label in asked]
     return [label for label in labels for _ in range(options.num_images_per_label)]
 
 
-def _class_id(pipeline: ClassConditionalPipeline, label: str, num_classes: int) -> int | None:
+def class_id(pipeline: ClassConditionalPipeline, label: str, num_classes: int) -> int | None:
+    """The id of a class that is given by its id or its name; None for null.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if label == "null":
         return None
     try:
@@ -213,14 +214,14 @@ def _manifest(
         "model": options.model,
         "device": str(device),
         "options": asdict(options),
-        "scheduler": {"class": type(pipeline.scheduler).__name__, "config": _plain(pipeline.scheduler.config)},
+        "scheduler": {"class": type(pipeline.scheduler).__name__, "config": plain_config(pipeline.scheduler.config)},
         "timesteps": timesteps,
         "note": "each image is drawn from noise of torch.Generator().manual_seed(seed) on the CPU",
     }
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """A config as JSON holds it."""
+def plain_config(config: Any) -> dict[str, Any]:
+    """A config as JSON holds it, without diffusers' own entries."""
     return json.loads(
         json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, default=str)
     )

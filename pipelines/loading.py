@@ -173,7 +173,7 @@ def load_pipeline(
             patterns += _weight_patterns(variant)
         if scheduler is None:
             patterns.append("scheduler/*.json")
-        folder = _download(
+        folder = download_snapshot(
             str(pretrained_model_name_or_path),
             patterns,
             revision=revision,
@@ -230,8 +230,13 @@ def _weight_patterns(variant: str | None) -> list[str]:
     return ["unet/*.json", f"{name}.safetensors", f"{name}-*-of-*.safetensors"]
 
 
-def _download(repo_id: str, patterns: list[str], **options: Any) -> Path:
+def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path:
     """The local snapshot of a repository, without the code that it carries.
+
+    Args:
+        repo_id: Its id.
+        patterns: The files that are wanted, as `huggingface_hub.snapshot_download` takes them.
+        options: Further arguments of that function, such as ``revision``.
 
     Raises:
         OSError: With one sentence that says why, whatever the Hub's client raises.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from imagenet64_diffusion.command_line import option, parse_options, run_verb
+from imagenet64_diffusion.command_line import SubCommand, option, parse_options, run_sub_commands, run_verb
 
 
 @dataclass
@@ -102,3 +102,71 @@ def test_help_says_each_default_once(capsys):
     assert "How large. (default: 3)" in shown
     assert "Some names; default: a. (default" not in shown
     assert "Where. (default" not in shown
+
+
+COMMANDS = {
+    "paint": SubCommand(Options, lambda options: print(f"painting {options}"), "Paints a house.", "--place x"),
+    "sell": SubCommand(Options, lambda options: fail(options), "Sells it. Slowly.", "--place x\n--size 4"),
+}
+
+
+def fail(options):
+    raise ValueError(f"nobody wants {options.place}")
+
+
+def run_command(*arguments) -> int:
+    return run_sub_commands(COMMANDS, "Deals with houses.", [str(argument) for argument in arguments])
+
+
+def test_a_sub_command_is_its_verb(capsys):
+    assert run_command("paint", "--place", "there", "--size", 2) == 0
+    assert capsys.readouterr().out == f"painting {Options('there', 2)}\n"
+    assert run_command("sell", "--place", "there") == 2
+    assert capsys.readouterr().err == "error: nobody wants there\n"
+    assert run_command("sell", "--place", "there", "--size", 0) == 2
+    assert capsys.readouterr().err == "error: size is 0, but must be at least 1\n"
+
+
+def test_a_sub_command_takes_a_file_of_options(tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("place: there\nsize: 7\n")
+    assert run_command("paint", "--config", tmp_path / "options.yaml", "--size", 8) == 0
+    assert capsys.readouterr().out == f"painting {Options('there', 8)}\n"
+    (tmp_path / "options.yaml").write_text("colour: red\n")
+    assert run_command("paint", "--config", tmp_path / "options.yaml") == 2
+    assert "names 'colour', which is not an option" in capsys.readouterr().err
+
+
+def test_which_sub_commands_there_are(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/houses", "sell"])
+    shown = (
+        "usage: houses {paint,sell} [options]\n\nDeals with houses.\n\n  paint  Paints a house.\n  sell   Sells it.\n"
+    )
+    for arguments, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
+        assert run_command(*arguments) == code
+        captured = capsys.readouterr()
+        assert (captured.out if code == 0 else captured.err).startswith(shown)
+        assert (captured.err if code == 0 else captured.out) == ""
+    # without arguments those of the process
+    with pytest.raises(SystemExit):
+        run_sub_commands(COMMANDS, "Deals with houses.")
+    assert "--place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("pant", ", perhaps paint"), ("sel", ", perhaps sell"), ("rent", ""), ("--size", "")]
+)
+def test_an_unknown_sub_command(capsys, name, hint):
+    assert run_command(name, "--place", "x") == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: there is no {name!r}{hint}: take one of paint, sell\n"
+    assert captured.out == ""
+
+
+def test_help_of_a_sub_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["houses"])
+    with pytest.raises(SystemExit) as stop:
+        run_command("sell", "--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: houses sell [-h]")
+    assert "\nSells it. Slowly.\n\nExample:\n\n    houses sell --place x \\\n        --size 4\n\noptions:" in shown

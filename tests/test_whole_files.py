@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from imagenet64_diffusion.whole_files import replacing_file, replacing_folder
+from imagenet64_diffusion.whole_files import only_writer, replacing_file, replacing_folder, settle_folder
 
 
 def names(folder):
@@ -93,4 +94,103 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match="file"), replacing_folder(tmp_path / "file" / "model"):
         pass
     assert time.monotonic() - begin < 10
+    assert names(tmp_path) == ["file"]
+
+
+def test_settling_a_folder(tmp_path):
+    """What killed writers left: halves go, and an old folder comes back unless the new one is there."""
+    assert settle_folder(tmp_path / "nowhere") is None
+    for name in (".a.writing", ".b.replaced", ".c.replaced", "c", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    settle_folder(tmp_path)
+    assert names(tmp_path) == ["b", "c", "d"]
+    assert names(tmp_path / "b") == [".b.replaced"]
+    assert names(tmp_path / "c") == ["c"]
+
+
+def test_killed_at_any_call(tmp_path):
+    """A writer that dies at its k-th step, for every k: the old folder is there or the new one, never a half."""
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from imagenet64_diffusion.whole_files import replacing_folder\n"
+        "left = int(sys.argv[2])\n"
+        "def die(event, arguments):\n"
+        "    global left\n"
+        "    if event in ('os.rename', 'os.mkdir', 'open', 'shutil.rmtree', 'os.remove', 'os.rmdir', 'os.scandir'):\n"
+        "        left -= 1\n"
+        "        if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(die)\n"
+        "with replacing_folder(sys.argv[1]) as writing:\n"
+        "    for name in 'ab': (writing / name).write_text('new')\n"
+        "print(left)\n"
+    )
+
+    def write(calls):
+        return subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "model"), str(calls)], capture_output=True, text=True
+        )
+
+    found = set()
+    for calls in range(1, 100):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        (tmp_path / "model").mkdir()
+        for name in "ab":
+            (tmp_path / "model" / name).write_text("old")
+        finished = write(calls)
+        settle_folder(tmp_path)
+        assert names(tmp_path) == ["model"], calls
+        assert names(tmp_path / "model") == ["a", "b"], calls
+        contents = {(tmp_path / "model" / name).read_text() for name in "ab"}
+        assert len(contents) == 1, calls
+        found |= contents
+        if finished.returncode == 0:
+            break
+        assert finished.returncode == -signal.SIGKILL, finished.stderr
+    assert finished.returncode == 0
+    assert calls > 10
+    assert found == {"old", "new"}
+
+
+def test_one_writer_at_a_time(tmp_path, monkeypatch):
+    """By whatever name the folder is called; when it ends or is killed, the next one may write."""
+    program = (
+        "import sys, time; from imagenet64_diffusion.whole_files import only_writer\n"
+        "with only_writer(sys.argv[1]): print('writing', flush=True); sys.stdin.read()\n"
+    )
+    folder = tmp_path / "deep" / "out"
+    for end in ("kill", "finish"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+        )
+        assert process.stdout.readline() == b"writing\n"
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        for name in (folder, ".", "../out"):
+            with pytest.raises(OSError, match="another process is writing to it now"), only_writer(name):
+                pass
+        begin = time.monotonic()
+        with pytest.raises(OSError, match="another process"), only_writer(folder, waiting_seconds=0.5):
+            pass
+        assert 0.4 < time.monotonic() - begin < 10
+        if end == "kill":
+            process.kill()
+        else:
+            process.stdin.close()
+        process.wait()
+        process.stdout.close()
+        with only_writer(folder):
+            assert ".out.lock" in names(folder.parent)
+        assert names(folder.parent) == ["out"]
+
+
+def test_no_writer_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(NotADirectoryError, match="file is a file, but must be a folder"),
+        only_writer(tmp_path / "file"),
+    ):
+        pass
+    with pytest.raises(OSError, match="file/out cannot be written to"), only_writer(tmp_path / "file" / "out"):
+        pass
     assert names(tmp_path) == ["file"]

@@ -1,0 +1,101 @@
+"""Measures models so that the numbers can be trusted and compared: python evaluate_models.py --help."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from imagenet64_diffusion.command_line import SubCommand, run_sub_commands
+from imagenet64_diffusion.evaluation.options import (
+    ClassifierOptions,
+    ModelOptions,
+    ReferenceOptions,
+    ScoreOptions,
+    SweepOptions,
+)
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+# torch, diffusers and accelerate take seconds to import, which --help should not
+
+
+def reference(options: ReferenceOptions) -> "Path":
+    """Measures real images and returns the folder of the measurement."""
+    from imagenet64_diffusion.evaluation.measuring import measure_reference
+
+    return measure_reference(options)
+
+
+def model(options: ModelOptions) -> "Path":
+    """Draws images from a model, measures them and returns the folder of the measurement."""
+    from imagenet64_diffusion.evaluation.measuring import measure_model
+
+    return measure_model(options)
+
+
+def score(options: ScoreOptions) -> dict[str, Any]:
+    """Computes metrics from two measurements and returns them with their protocol."""
+    from imagenet64_diffusion.evaluation.scoring import score as run
+
+    return run(options)
+
+
+def sweep(options: SweepOptions) -> "Path":
+    """Measures many models under many samplers and returns the table."""
+    from imagenet64_diffusion.evaluation.sweeping import sweep as run
+
+    return run(options)
+
+
+def classifier(options: ClassifierOptions) -> "Path":
+    """Trains a small classifier and returns its folder."""
+    from imagenet64_diffusion.evaluation.classifier_training import train_classifier
+
+    return train_classifier(options).folder
+
+
+COMMANDS = {
+    "reference": SubCommand(
+        ReferenceOptions,
+        reference,
+        "Measures real images, to compare models with.",
+        "--source data/imagenet64\n--output_dir outputs/reference",
+    ),
+    "model": SubCommand(
+        ModelOptions,
+        model,
+        "Draws images from a model and measures them. The same call goes on where one was stopped; with accelerate"
+        " launch several processes share the work.",
+        "--model outputs/run/model\n--output_dir outputs/measured\n--num_images 50000 --num_inference_steps 100",
+    ),
+    "score": SubCommand(
+        ScoreOptions,
+        score,
+        "FID and other numbers from two measurements, with their protocol.",
+        "--reference outputs/reference\n--model outputs/measured",
+    ),
+    "sweep": SubCommand(
+        SweepOptions,
+        sweep,
+        "Many models under many samplers: a table and charts. The same call goes on where one was stopped.",
+        "--reference outputs/reference\n--models outputs/run --output_dir outputs/sweep\n"
+        "--num_images 10000 --num_inference_steps 50 100 --eta 0 1",
+    ),
+    "classifier": SubCommand(
+        ClassifierOptions,
+        classifier,
+        "Trains a small classifier on a dataset, to measure with. Say --protocol classifier --weights its_folder.",
+        "--train_data_dir data/digits\n--output_dir outputs/classifier",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command imagenet64-evaluate; returns the exit code."""
+    return run_sub_commands(COMMANDS, __doc__.splitlines()[0].partition(":")[0] + ".", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Measuring images by features: statistics of features, distances between sets of them, and other metrics.
+
+These names are loaded on first use, so that a command line can print its help without torch. The metrics
+``kernel_distance`` and ``inception_score`` come from the modules of their names.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+# public name -> module that defines it
+_EXPORTS = {
+    "FeatureStatistics": "statistics",
+    "density_and_coverage": "manifolds",
+    "frechet_distance": "frechet",
+    "precision_and_recall": "manifolds",
+}
+
+__all__ = ["FeatureStatistics", "density_and_coverage", "frechet_distance", "precision_and_recall"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from .frechet import frechet_distance
+    from .manifolds import density_and_coverage, precision_and_recall
+    from .statistics import FeatureStatistics

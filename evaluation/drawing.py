@@ -1,0 +1,170 @@
+"""Images drawn from a model, as a source that is measured like any other: image i is always the same."""
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.dataset import PreparedImages
+from ..pipelines.generation import class_id, plain_config
+from ..pipelines.loading import load_pipeline
+from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..pipelines.sampler import Sampler
+
+
+# keeps the draws of classes apart from those of noise, which come from the same seed
+_CLASS_STREAM = 0xC1A55
+
+
+class ModelImages:
+    """Images that a model draws, by their number.
+
+    Image i is drawn from the noise of ``torch.Generator().manual_seed(seed + i)`` on the CPU and has a class that is a
+    function of i. So it does not matter who draws it, in what batch, and when, beyond what rounding in the network
+    leaves.
+
+    Args:
+        model: Pipeline folder or Hub id.
+        sampler: How to draw.
+        num_images: How many there are, at least 1.
+        class_labels: ``["uniform"]``: image i has class i modulo the number of classes; ``["frequencies"]``: classes
+            are drawn as often as ``class_counts`` says; or classes by id or name, of which image i has the i-th, and
+            again from the first. ``null`` is the null class.
+        class_counts: Images of each class in a dataset, (num_classes,).
+        seed: Seed of image 0.
+        device: Where to draw.
+        dtype: What the network computes in.
+
+    Attributes:
+        pipeline: The model.
+        image_size: (channels, height, width) of every image.
+        description: All that the images depend on, as JSON values.
+
+    Raises:
+        ValueError: If the settings do not fit the model.
+        OSError: If the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        sampler: Sampler,
+        num_images: int,
+        *,
+        class_labels: Sequence[str] = ("uniform",),
+        class_counts: np.ndarray | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.pipeline = load_pipeline(model, dtype=dtype).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        sampler.prepare(self.pipeline)
+        scheduler, config = self.pipeline.scheduler, self.pipeline.unet.config
+        if sampler.eta and "eta" not in inspect.signature(scheduler.step).parameters:
+            # the number would be known by a setting that it does not depend on
+            raise ValueError(f"eta is {sampler.eta:g}, but {type(scheduler).__name__} takes none: leave it 0")
+        self.model, self.seed = str(model), seed
+        size = config.sample_size
+        self.image_size = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self._arguments = sampler.arguments(self.pipeline)
+        self._labels = _choose_classes(self.pipeline, class_labels, class_counts, num_images, seed)
+        self.description: dict[str, Any] = {
+            "model": self.model,
+            "weights_sha256": _weights_digest(self.pipeline),
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": plain_config(scheduler.config),
+            **plain_config(dataclasses.asdict(sampler) | self._arguments | {"scheduler": type(scheduler).__name__}),
+            "class_labels": list(class_labels),
+            "class_counts": class_counts.tolist() if list(class_labels) == ["frequencies"] else None,
+            "seed": seed,
+            "num_images": num_images,
+            "image_size": list(self.image_size),
+            "dtype": str(dtype).removeprefix("torch."),
+            "num_classes": config.num_class_embeds,
+            "id2label": plain_config(self.pipeline.config).get("id2label"),
+        }
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draws the images from start to stop.
+
+        Returns:
+            uint8 (stop - start, channels, height, width), and int64 (stop - start,), -1 for the null class; None for a
+            model without classes. They are the pixels that generate_images.py writes.
+
+        Raises:
+            ValueError: If the model draws something that is not finite, or an option does not fit its scheduler.
+        """
+        labels = self._labels[start:stop]
+        drawn = self.pipeline(
+            labels,
+            generator=[torch.Generator().manual_seed(self.seed + index) for index in range(start, stop)],
+            output_type="pt",
+            **self._arguments,
+        ).images
+        broken = ~drawn.flatten(1).isfinite().all(dim=1)
+        if broken.any():
+            index = start + int(broken.nonzero()[0])
+            scheduler = type(self.pipeline.scheduler).__name__
+            raise ValueError(f"{self.model} draws image {index} with values that are not finite, under {scheduler}")
+        # as they would be read from files
+        pixels = (drawn.float() * 255).round().to(torch.uint8).cpu()
+        if self.pipeline.unet.config.num_class_embeds is None:
+            return pixels, None
+        return pixels, torch.tensor([-1 if label is None else label for label in labels])
+
+
+def _choose_classes(
+    pipeline: ClassConditionalPipeline,
+    asked: Sequence[str],
+    class_counts: np.ndarray | None,
+    num_images: int,
+    seed: int,
+) -> list[int | None]:
+    """The class of each image; None is the null class."""
+    num_classes = pipeline.unet.config.num_class_embeds
+    if num_classes is None:
+        if list(asked) not in (["uniform"], ["null"]):
+            raise ValueError(f"class_labels is {' '.join(asked)}, but the model has no classes: leave it out")
+        return [None] * num_images
+    if list(asked) == ["uniform"]:
+        return [index % num_classes for index in range(num_images)]
+    if list(asked) == ["frequencies"]:
+        if class_counts is None:
+            raise ValueError("class_labels is frequencies, which needs train_data_dir, a prepared dataset")
+        if len(class_counts) != num_classes:
+            raise ValueError(f"train_data_dir has {len(class_counts)} classes, but the model has {num_classes}")
+        # all at once, and so the same whatever part of them is drawn
+        uniforms = np.random.default_rng([_CLASS_STREAM, seed]).random(num_images)
+        cumulative = np.cumsum(class_counts) / np.sum(class_counts)
+        # class k where cumulative[k - 1] <= u < cumulative[k]
+        return np.searchsorted(cumulative, uniforms, side="right").tolist()
+    chosen = [class_id(pipeline, label, num_classes) for label in asked]
+    return [chosen[index % len(chosen)] for index in range(num_images)]
+
+
+def _weights_digest(pipeline: ClassConditionalPipeline) -> str:
+    """Tells models apart whose folders have the same name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def count_classes(folder: str | Path) -> np.ndarray:
+    """Images of each class in a prepared dataset, int64 (num_classes,).
+
+    Raises:
+        ValueError: If the folder is not a whole prepared dataset.
+    """
+    images = PreparedImages(folder)
+    return np.bincount(images.labels(), minlength=images.num_classes)

@@ -1,0 +1,270 @@
+"""The options of evaluate_models.py, a dataclass for each of its commands."""
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+
+from ..command_line import option
+
+
+# the keys of protocols.PROTOCOLS, whose module brings torch, for which --help should not wait
+PROTOCOL_NAMES = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "pixels")
+
+
+def _check_at_least(options: object, smallest: int, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} is {value}, but must be at least {smallest}")
+
+
+@dataclass
+class ExtractionOptions:
+    """What measuring images has in common, wherever they are from. The help texts say what each one is."""
+
+    output_dir: str = field(metadata={"help": "Folder for the measurement; the same call goes on with one."})
+    protocol: str = option(
+        "clean",
+        "How features are made: clean and legacy_tensorflow (Inception of clean-fid), original (the original program's"
+        " own, which compares with nothing else), dinov2, classifier (give its folder or Hub id as weights), pixels.",
+        choices=list(PROTOCOL_NAMES),
+        metavar="NAME",
+    )
+    weights: str | None = option(
+        None,
+        "The extractor's weights: a file, or for dinov2 and classifier a folder or Hub id (default: fetched once).",
+    )
+    num_features: int = option(
+        50_000, "Keep the features of so many images, evenly spread, for KID, precision and so on; 0 keeps none."
+    )
+    batch_size: int = option(64, "Images at a time; it does not change the numbers beyond rounding.")
+    device: str | None = option(None, "Such as cpu or cuda (default: what accelerate finds).")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        _check_at_least(self, 1, "batch_size")
+        _check_at_least(self, 0, "num_features")
+        if self.protocol not in PROTOCOL_NAMES:
+            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(PROTOCOL_NAMES)}")
+        if not self.output_dir:
+            raise ValueError("output_dir is empty: name a folder")
+
+
+@dataclass
+class ReferenceOptions(ExtractionOptions):
+    """Options of `measure_reference`."""
+
+    source: str = field(
+        default="",
+        metadata={
+            "help": "The images: a prepared folder, a folder of image files, an .npz of images, or a dataset saved or"
+            " on the Hub.",
+            "required": True,
+        },
+    )
+    split: str | None = option(None, "Split of a dataset (default: train).")
+    resolution: int | None = option(None, "Crop and resize to this height and width, for image files and datasets.")
+    color_mode: str = option(
+        "rgb", "What to make of image files and of images of datasets.", choices=["rgb", "grayscale"]
+    )
+    max_images: int | None = option(None, "Only so many images, evenly spread.")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        super().__post_init__()
+        if not self.source:
+            raise ValueError("source is empty: name a folder, a file or a dataset")
+        _check_at_least(self, 1, "resolution", "max_images")
+
+
+@dataclass
+class SamplingOptions:
+    """How images are drawn; the names are those of generate_images.py."""
+
+    num_images: int = option(50_000, "How many images are drawn. Numbers compare only between equal ones.")
+    class_labels: list[str] = field(
+        default_factory=lambda: ["uniform"],
+        metadata={
+            "help": "uniform: every class as often; frequencies: as often as in train_data_dir; or classes by id or"
+            " name, null for none."
+        },
+    )
+    train_data_dir: str | None = option(None, "Prepared dataset whose classes are counted for frequencies.")
+    seed: int = option(0, "Seed of the first image; the next one's is one more, and so on.")
+    dtype: str = option("float32", "What the network computes in.", choices=["float32", "bfloat16", "float16"])
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        _check_at_least(self, 1, "num_images")
+        _check_at_least(self, 0, "seed")
+        self.class_labels = [str(label) for label in self.class_labels]
+        if not self.class_labels:
+            raise ValueError("class_labels is empty: name classes, or uniform, or frequencies")
+        special = sorted({"uniform", "frequencies"}.intersection(self.class_labels))
+        if special and len(self.class_labels) > 1:
+            raise ValueError(f"class_labels names {special[0]!r} among others, but it must stand alone")
+        if self.train_data_dir is not None and special != ["frequencies"]:
+            raise ValueError("train_data_dir is for class_labels frequencies: leave it out, or ask for these")
+        if self.train_data_dir is None and special == ["frequencies"]:
+            raise ValueError("class_labels is frequencies, which needs train_data_dir, a prepared dataset")
+
+
+@dataclass
+class ModelOptions(SamplingOptions, ExtractionOptions):
+    """Options of `measure_model`."""
+
+    model: str = field(default="", metadata={"help": "Pipeline folder or Hub id.", "required": True})
+    scheduler: str | None = option(
+        None, "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep."
+    )
+    num_inference_steps: int | None = option(None, "Denoising steps; 100 where step_size is not given either.")
+    step_size: int | None = option(None, "The original program's way to say the steps: every step_size-th timestep.")
+    guidance_scale: float = option(1.0, "1 draws without guidance, as published FIDs are.")
+    guidance_interval: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Begin and end of guidance as fractions of the steps.", "nargs": 2},
+    )
+    eta: float = option(0.0, "0 is DDIM, 1 is DDPM; the original's DDIM_scale S is sqrt(S) here.")
+    clip_sample: bool | None = option(None, "Clip the predicted image at each step; default: as the model says.")
+    keep_images: str | None = option(
+        None,
+        "Keep the images: png in a folder, or npz as the evaluator of guided-diffusion reads it.",
+        choices=["png", "npz"],
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        ExtractionOptions.__post_init__(self)
+        SamplingOptions.__post_init__(self)
+        if not self.model:
+            raise ValueError("model is empty: name a pipeline folder or a Hub id")
+        from ..pipelines.sampler import Sampler
+
+        Sampler.from_options(self)
+
+
+METRICS = (
+    "fid",
+    "kid",
+    "inception_score",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "class_accuracy",
+)
+
+
+@dataclass
+class ScoreOptions:
+    """Options of `score`."""
+
+    reference: str = field(
+        metadata={"help": "Measurement of real images, written by reference: its folder, or the .npz of it alone."}
+    )
+    model: str = field(metadata={"help": "Measurement of drawn images, written by model; likewise."})
+    output: str | None = option(None, "JSON file for the numbers and their protocol (default: scores.json in model).")
+    metrics: list[str] = field(
+        default_factory=lambda: ["all"],
+        metadata={
+            "help": f"all: what the two measurements allow; or some of {', '.join(METRICS)}. fid is the Frechet"
+            " distance of the protocol's features: with dinov2 it is FD-DINOv2."
+        },
+    )
+    seed: int = option(0, "Seed of KID's subsets and of the splits of the Inception Score.")
+    device: str = option("cpu", "Where precision, recall, density and coverage are computed, such as cuda.")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown metric or a seed below 0."""
+        _check_at_least(self, 0, "seed")
+        if not self.metrics:
+            raise ValueError(f"metrics is empty: name some of {', '.join(METRICS)}, or all")
+        unknown = [name for name in self.metrics if name not in (*METRICS, "all")]
+        if unknown:
+            raise ValueError(f"metrics names {unknown[0]!r}, but must be all, or some of {', '.join(METRICS)}")
+
+
+@dataclass
+class SweepOptions(SamplingOptions, ExtractionOptions):
+    """Options of `sweep`."""
+
+    reference: str = field(
+        default="", metadata={"help": "Measurement of real images, written by reference.", "required": True}
+    )
+    models: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Pipeline folders or Hub ids; a folder with several pipelines in it stands for all of them.",
+            "required": True,
+        },
+    )
+    scheduler: list[str] = field(
+        default_factory=lambda: ["own"], metadata={"help": "Schedulers; own is the pipeline's."}
+    )
+    num_inference_steps: list[int] = field(default_factory=list, metadata={"help": "Denoising steps."})
+    step_size: list[int] = field(default_factory=list, metadata={"help": "Steps, the original program's way."})
+    guidance_scale: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Guidance scales."})
+    guidance_interval: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Begin and end of guidance as fractions of the steps.", "nargs": 2},
+    )
+    eta: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "Etas."})
+    clip_sample: bool | None = option(None, "Clip the predicted image at each step; default: as the model says.")
+    grid: str | None = option(
+        None, "YAML or JSON file: a list of samplers, each with some of the options above, instead of their product."
+    )
+    share: str = option(
+        "images",
+        "images: all processes draw for one model, then for the next; models: each process takes models of its own.",
+        choices=["images", "models"],
+    )
+    keep_features: bool = option(False, "Keep the measurement of each entry, with its features.")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        ExtractionOptions.__post_init__(self)
+        SamplingOptions.__post_init__(self)
+        if not self.reference:
+            raise ValueError("reference is empty: name a measurement of real images")
+        if not self.models:
+            raise ValueError("models is empty: name pipeline folders or Hub ids")
+        for name in ("scheduler", "guidance_scale", "eta"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: name at least one, or leave it out")
+        if self.grid is not None:
+            for item in (item for item in fields(self) if item.name in GRID_OPTIONS):
+                default = item.default if item.default_factory is MISSING else item.default_factory()
+                if getattr(self, item.name) != default:
+                    raise ValueError(f"grid says how images are drawn, and so does {item.name}: give one of them")
+
+
+# the options of a sweep whose product is its samplers
+GRID_OPTIONS = (
+    "scheduler",
+    "num_inference_steps",
+    "step_size",
+    "guidance_scale",
+    "guidance_interval",
+    "eta",
+    "clip_sample",
+)
+
+
+@dataclass
+class ClassifierOptions:
+    """Options of `train_classifier`."""
+
+    train_data_dir: str = field(metadata={"help": "Folder written by prepare_imagenet64.py."})
+    output_dir: str = field(metadata={"help": "Folder for the classifier; one that is there is replaced."})
+    epochs: int = option(20, "Times through the images.")
+    batch_size: int = option(64, "Images per step, at least 2.")
+    learning_rate: float = option(5e-3, "Largest learning rate.")
+    seed: int = option(0, "Seed of weights and order.")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        _check_at_least(self, 1, "epochs")
+        # batch normalisation needs two
+        _check_at_least(self, 2, "batch_size")
+        _check_at_least(self, 0, "seed")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}, but must be above 0")

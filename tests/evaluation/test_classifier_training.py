@@ -1,0 +1,109 @@
+"""The small classifier that one trains oneself."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForImageClassification
+
+from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
+from imagenet64_diffusion.evaluate_models import main
+from imagenet64_diffusion.evaluation.classifier_training import train_classifier
+from imagenet64_diffusion.evaluation.options import ClassifierOptions
+from imagenet64_diffusion.evaluation.weights import file_digest
+from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions, prepare
+
+
+def options(prepared, folder, **changes) -> ClassifierOptions:
+    return ClassifierOptions(str(prepared), str(folder), **{"epochs": 8, "batch_size": 16, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory):
+    return train_classifier(options(prepared, tmp_path_factory.mktemp("trained") / "classifier"))
+
+
+def test_it_learns_what_it_has_not_seen(trained, prepared):
+    """By loading it as anybody would, and with every tenth image of a class counted by hand."""
+    assert trained.accuracy > 0.9
+    images = PreparedImages(prepared)
+    held_out = [index for label in range(3) for index in np.flatnonzero(images.labels() == label)[9::10]]
+    assert trained.num_held_out == len(held_out) == 9
+    network = AutoModelForImageClassification.from_pretrained(trained.folder).eval()
+    batch = images[held_out]
+    with torch.no_grad():
+        answers = network(pixel_values=to_model_range(batch["pixel_values"])).logits.argmax(dim=1)
+    assert (answers == batch["class_labels"]).float().mean() == pytest.approx(trained.accuracy)
+    assert network.config.id2label == {0: "dark", 1: "grey", 2: "light"}
+    assert network.config.image_size == [16, 16]
+
+
+def test_one_seed_one_file(trained, prepared, tmp_path):
+    torch.rand(1)
+    before = torch.get_rng_state()
+    again = train_classifier(options(prepared, tmp_path / "again")).folder
+    assert torch.equal(torch.get_rng_state(), before)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (again, trained.folder))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    # and in the place of one that is there
+    train_classifier(options(prepared, again, seed=1, epochs=1))
+    changed = load_file(again / "model.safetensors")
+    assert any(not np.array_equal(changed[name], ours[name]) for name in ours)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
+
+
+def test_the_card(trained, prepared):
+    text = (trained.folder / "README.md").read_text()
+    assert "# A small classifier of 96 images, 3 classes, 16x16 grayscale" in text
+    assert f"{trained.accuracy:.1%} of 9 held-out images" in text
+    assert PreparedImages(prepared).fingerprint in text
+    assert file_digest(trained.folder / "model.safetensors") in text
+    assert "--epochs 8 --batch_size 16 --learning_rate 0.005 --seed 0" in text
+
+
+def test_a_last_batch_of_one(prepared, tmp_path):
+    # 87 images in batches of 43 leave one, with which batch normalisation cannot work
+    assert train_classifier(options(prepared, tmp_path / "out", batch_size=43, epochs=1)).num_held_out == 9
+
+
+def prepare_few(folder, count: int, classes: int):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (count, 16, 16, 1)).astype(np.uint8)
+    folder.mkdir()
+    np.savez(folder / "images.npz", images=images, labels=np.arange(count) % classes)
+    return prepare(PrepareOptions(source="npz", input=[str(folder / "images.npz")], output_dir=str(folder / "data")))
+
+
+def test_wrong_data_and_folders(prepared, tmp_path, capsys):
+    one_class = prepare_few(tmp_path / "one", 20, 1)
+    few = prepare_few(tmp_path / "few", 18, 2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("keep")
+    for arguments, message in (
+        (["--train_data_dir", tmp_path / "none"], f"{tmp_path / 'none'}"),
+        (["--train_data_dir", one_class], "whose images are of one class: there is nothing to tell apart"),
+        (["--train_data_dir", few], "where no class has 10 images: none is left to try the classifier on"),
+        (["--output_dir", tmp_path / "mine"], f"output_dir is {tmp_path / 'mine'}, which holds other files"),
+        (["--learning_rate", "nan"], "learning_rate is nan, but must be above 0"),
+        (["--batch_size", "1"], "batch_size is 1, but must be at least 2"),
+        (["--epochs", "0"], "epochs is 0, but must be at least 1"),
+        (["--learning_rate", "1e30"], "the loss is nan: give a smaller learning_rate than 1e+30"),
+    ):
+        command = ["classifier", "--train_data_dir", prepared, "--output_dir", tmp_path / "out", *arguments]
+        assert main([str(word) for word in command]) == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1
+        assert message in error[0]
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "keep"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_the_config_says_the_size(trained):
+    config = json.loads((trained.folder / "config.json").read_text())
+    assert config["image_size"] == [16, 16]
+    assert config["num_channels"] == 1

@@ -1,0 +1,283 @@
+"""Streamed mean and covariance against numpy's of the whole, and the file."""
+
+import io
+import json
+import math
+import resource
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from imagenet64_diffusion.evaluation import FeatureStatistics
+
+
+HEADER = {"protocol": "pixels", "images": 5, "note": "größer"}
+
+
+def random_features(num_images=3000, num_features=24, seed=0, mean=5.0):
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((num_features, num_features))
+    return rng.standard_normal((num_images, num_features)) @ mixing + mean
+
+
+def streamed(features, batch_sizes):
+    statistics = FeatureStatistics(features.shape[1])
+    start = 0
+    while start < len(features):
+        size = batch_sizes[0]
+        batch_sizes = [*batch_sizes[1:], size]
+        statistics.update(features[start : start + size])
+        start += size
+    return statistics
+
+
+def assert_moments(statistics, features, rtol=1e-12):
+    features = np.asarray(features, dtype=np.float64)
+    covariance = np.cov(features, rowvar=False)
+    assert statistics.count == len(features)
+    np.testing.assert_allclose(statistics.mean, features.mean(axis=0), rtol=rtol)
+    np.testing.assert_allclose(statistics.covariance, covariance, rtol=0, atol=rtol * np.abs(covariance).max())
+    np.testing.assert_array_equal(statistics.covariance, statistics.covariance.T)
+
+
+@pytest.mark.parametrize("batch_sizes", [[1], [64], [7, 1, 300, 2], [1024], [3000], [2999, 1]])
+def test_batches_of_any_size(batch_sizes):
+    features = random_features()
+    statistics = streamed(features, batch_sizes)
+    assert_moments(statistics, features)
+    np.testing.assert_array_equal(statistics.covariance, streamed(features, [128]).covariance)
+    assert statistics.mean.dtype == statistics.covariance.dtype == np.float64
+
+
+def test_reading_between_batches():
+    features = random_features(500)
+    statistics = FeatureStatistics(24)
+    for start in range(0, 500, 50):
+        statistics.update(features[start : start + 50])
+        assert_moments(statistics, features[: start + 50])
+
+
+def test_merging_in_any_order():
+    features = random_features()
+    whole = np.split(features, [1, 1, 40, 2600])
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        merged = FeatureStatistics(24)
+        for index in order:
+            merged.merge(streamed(whole[index], [33]))
+        assert_moments(merged, features)
+
+
+def test_merging_leaves_the_other_as_it_is():
+    first, second = random_features(30, seed=1), random_features(40, seed=2)
+    statistics, other = streamed(first, [8]), streamed(second, [8])
+    statistics.merge(other)
+    statistics.update(second)
+    assert_moments(other, second)
+    assert_moments(statistics, np.concatenate([first, second, second]))
+    statistics.merge(statistics)
+    assert_moments(statistics, np.concatenate([first, second, second] * 2))
+
+
+def test_mean_far_from_zero():
+    """Sums of squares would lose all digits here."""
+    features = random_features(2000, mean=1e8)
+    exact = features - 1e8
+    statistics = streamed(features, [100])
+    np.testing.assert_allclose(statistics.covariance, np.cov(exact, rowvar=False), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_tensors(dtype):
+    features = torch.from_numpy(random_features(100)).to(dtype).requires_grad_()
+    assert_moments(streamed(features, [30]), features.detach().to(torch.float64).numpy())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.longdouble])
+def test_arrays(dtype):
+    features = random_features(100).astype(dtype)
+    assert_moments(streamed(features[:, ::-1], [30]), features[:, ::-1])
+
+
+def test_one_feature():
+    statistics = FeatureStatistics(1)
+    statistics.update(np.array([[1.0], [2.0], [6.0]]))
+    assert (statistics.mean.item(), statistics.covariance.item()) == (3.0, 7.0)
+
+
+def test_too_few_images():
+    statistics = FeatureStatistics(4)
+    with pytest.raises(ValueError, match="at least one image"):
+        statistics.mean  # noqa: B018
+    statistics.update(np.ones((0, 4)))
+    statistics.update(np.ones((1, 4)))
+    with pytest.raises(ValueError, match="at least two images, but count is 1"):
+        statistics.covariance  # noqa: B018
+    np.testing.assert_array_equal(statistics.mean, np.ones(4))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite(value):
+    features = random_features(20)
+    statistics = streamed(features, [6])
+    broken = features.copy()
+    broken[[7, 12], 3] = value
+    with pytest.raises(ValueError, match="must be finite, but row 7 is not"):
+        statistics.update(broken)
+    assert_moments(statistics, features)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.ones((3, 5)), "of 4 features, but there are 5"),
+        (np.ones(4), r"shape \(images, features\), but have \(4,\)"),
+        (np.ones((3, 4), dtype=np.uint8), "floating-point numbers, but are uint8"),
+        (torch.ones(3, 4, dtype=torch.int64), "floating-point numbers, but are torch.int64"),
+    ],
+)
+def test_wrong_batches(features, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureStatistics(4).update(features)
+
+
+def test_wrong_numbers_of_features():
+    with pytest.raises(ValueError, match="num_features must be at least 1"):
+        FeatureStatistics(0)
+    with pytest.raises(ValueError, match="of 4 features, but the others are of 5"):
+        FeatureStatistics(4).merge(FeatureStatistics(5))
+
+
+def test_file(tmp_path):
+    features = random_features()
+    file = tmp_path / "deep" / "statistics.npz"
+    streamed(features[:2000], [64]).save(file, HEADER)
+    with np.load(file, allow_pickle=False) as arrays:
+        np.testing.assert_allclose(arrays["covariance"], np.cov(features[:2000], rowvar=False), rtol=0, atol=1e-10)
+        assert (int(arrays["count"]), json.loads(str(arrays["header"]))) == (2000, HEADER)
+    loaded = FeatureStatistics.load(file)
+    assert loaded.header == HEADER
+    assert_moments(loaded, features[:2000])
+    loaded.update(features[2000:])
+    assert_moments(loaded, features)
+    loaded.save(file)
+    assert FeatureStatistics.load(str(file)).header == HEADER
+    assert [path.name for path in file.parent.iterdir()] == ["statistics.npz"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_file_of_few_images(tmp_path, count):
+    features = random_features(50)
+    streamed(features[:count], [1]).save(tmp_path / "few.npz")
+    loaded = FeatureStatistics.load(tmp_path / "few.npz")
+    assert (loaded.count, loaded.header) == (count, {})
+    loaded.update(features[count:])
+    assert_moments(loaded, features)
+
+
+def test_a_refused_header_leaves_the_old_file(tmp_path):
+    statistics = streamed(random_features(5), [5])
+    statistics.save(tmp_path / "statistics.npz", HEADER)
+    for header in ({"a": object()}, {"a": math.nan}):
+        with pytest.raises(ValueError, match="must be of JSON values"):
+            statistics.save(tmp_path / "statistics.npz", header)
+    assert FeatureStatistics.load(tmp_path / "statistics.npz").header == HEADER
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 2000 bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, request):
+    streamed(random_features(5), [5]).save(tmp_path / "statistics.npz", HEADER)
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match="File too large"):
+        streamed(random_features(9), [5]).save(tmp_path / "statistics.npz", HEADER)
+    assert FeatureStatistics.load(tmp_path / "statistics.npz").count == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.npz"]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.npz"):
+        FeatureStatistics.load(tmp_path / "nothing.npz")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    statistics = streamed(random_features(50, 6), [10])
+    statistics.save(tmp_path / "saved.npz", HEADER)
+    return tmp_path / "saved.npz"
+
+
+def changed_value(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("covariance", None, "holds no feature statistics: it has no covariance"),
+        ("format", lambda text: np.array('{"name": "other", "version": 1}'), "must be .* but says .*other"),
+        ("header", lambda text: np.array("[1]"), "must be a JSON object"),
+        ("header", lambda text: np.array("{"), "is not JSON"),
+        ("header", lambda text: np.array([1.0]), "must be one text"),
+        ("header", lambda text: np.array({"a": 1}, dtype=object), "Python objects"),
+        ("count", lambda count: np.array(50.0), "must be one int64 number"),
+        ("count", lambda count: np.array(-1), "count must be at least 0"),
+        ("count", lambda count: np.array(1), "count is 1, but mean or covariance is not 0"),
+        ("mean", lambda mean: mean[:-1], r"but have \(5,\) and \(6, 6\)"),
+        ("mean", lambda mean: mean.astype(np.float32), "must be of float64, but is of float32"),
+        ("mean", lambda mean: changed_value(mean, 2, math.nan), "has a NaN or an infinity"),
+        ("covariance", lambda matrix: changed_value(matrix, (2, 2), math.inf), "has a NaN or an infinity"),
+        ("covariance", lambda matrix: changed_value(matrix, (2, 3), 9.0), "is not symmetric"),
+        ("covariance", lambda matrix: -matrix, "negative variance"),
+    ],
+)
+def test_wrong_files(saved, key, change, message):
+    with np.load(saved) as file:
+        arrays = dict(file)
+    if change is None:
+        del arrays[key]
+    else:
+        arrays[key] = change(arrays[key])
+    np.savez(saved, **arrays)
+    with pytest.raises(ValueError, match=rf"saved\.npz.*{message}"):
+        FeatureStatistics.load(saved)
+
+
+def test_damaged_files(saved):
+    whole = saved.read_bytes()
+    middle = whole.index(np.load(saved)["covariance"].tobytes()) + 40
+    damaged = {
+        "cut off": whole[: len(whole) // 2],
+        "empty": b"",
+        "one bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "no zip": b"\x93NUMPY" * 100,
+    }
+    for content in damaged.values():
+        saved.write_bytes(content)
+        with pytest.raises(ValueError, match=r"saved\.npz"):
+            FeatureStatistics.load(saved)
+
+
+def test_sizes_that_do_not_exist(saved):
+    """A header that asks for terabytes is seen before memory is."""
+    with zipfile.ZipFile(saved) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    header = io.BytesIO()
+    description = {"descr": "<f8", "fortran_order": False, "shape": (10**7, 10**7)}
+    np.lib.format.write_array_header_1_0(header, description)
+    members["covariance.npy"] = header.getvalue() + bytes(64)
+    with zipfile.ZipFile(saved, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"saved\.npz.*ends early"):
+        FeatureStatistics.load(saved)

@@ -1,0 +1,121 @@
+"""What a sweep measures: models, their trainings and steps, and the grid of samplers."""
+
+import re
+
+import pytest
+
+from imagenet64_diffusion.evaluation.grids import find_models, sampler_grid
+from imagenet64_diffusion.evaluation.options import GRID_OPTIONS, PROTOCOL_NAMES, SweepOptions
+from imagenet64_diffusion.evaluation.protocols import PROTOCOLS
+from imagenet64_diffusion.pipelines.sampler import Sampler
+
+
+def options(**changes) -> SweepOptions:
+    return SweepOptions(**{"output_dir": "out", "reference": "reference", "models": ["model"], **changes})
+
+
+def make_pipelines(folder, *names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model_index.json").write_text("{}")
+
+
+def test_a_folder_stands_for_the_pipelines_in_it(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    make_pipelines(run, "pipelines/step_0001000", "pipelines/step_0000500", "model", "pipelines/.step_2.writing")
+    make_pipelines(other, "469e_600000s", "23e_30000s", "checkpoint-7", "best")
+    found = find_models([str(run), str(other / "best"), str(other), "me/on-the-hub"])
+    assert found == [
+        (f"{other}/checkpoint-7", str(other), 7),
+        (f"{other}/23e_30000s", str(other), 30_000),
+        (f"{other}/469e_600000s", str(other), 600_000),
+        (f"{other}/best", f"{other}/best", None),
+        (f"{run}/pipelines/step_0000500", str(run), 500),
+        (f"{run}/pipelines/step_0001000", str(run), 1000),
+        (f"{run}/model", str(run), None),
+        ("me/on-the-hub", "me/on-the-hub", None),
+    ]
+    # one that is a pipeline itself stands for itself alone
+    (run / "model_index.json").write_text("{}")
+    assert find_models([str(run)]) == [(str(run), str(run), None)]
+
+
+def test_names_that_stand_for_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty, a folder in which there is no pipeline"):
+        find_models([str(tmp_path / "empty")])
+    for name in ("./run", "run", "a/b/c", str(tmp_path / "none")):
+        with pytest.raises(ValueError, match="which is neither a folder nor a Hub id"):
+            find_models([name])
+
+
+def test_the_product_of_the_options():
+    grid = sampler_grid(
+        options(scheduler=["own", "DDIM"], num_inference_steps=[50], step_size=[10, 1], guidance_scale=[1, 2.0, 2.0])
+    )
+    steps = [{"num_inference_steps": 50}, {"step_size": 10}, {"step_size": 1}]
+    assert grid == [
+        Sampler(scheduler=scheduler, guidance_scale=guidance, **step)
+        for scheduler in (None, "DDIM")
+        for step in steps
+        for guidance in (1, 2.0)
+    ]
+    assert sampler_grid(options()) == [Sampler()]
+    # where nothing is guided, the interval is no setting
+    grid = sampler_grid(options(guidance_scale=[1.0, 3.0], guidance_interval=[0.2, 0.5], eta=[0.0, 1.0]))
+    assert [(sampler.guidance_interval, sampler.eta) for sampler in grid] == [
+        ((0.0, 1.0), 0.0),
+        ((0.0, 1.0), 1.0),
+        ((0.2, 0.5), 0.0),
+        ((0.2, 0.5), 1.0),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["json", "yaml"])
+def test_a_grid_file(tmp_path, ending):
+    file = tmp_path / f"grid.{ending}"
+    file.write_text(
+        '[{"step_size": 10, "guidance_interval": [0.1, 0.9], "guidance_scale": 2}, {"scheduler": "own"}, {}]'
+        if ending == "json"
+        else "- step_size: 10\n  guidance_interval: [0.1, 0.9]\n  guidance_scale: 2\n- scheduler: own\n- {}\n"
+    )
+    listed = Sampler(step_size=10, guidance_scale=2, guidance_interval=(0.1, 0.9))
+    assert sampler_grid(options(grid=str(file))) == [listed, Sampler()]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "which is not YAML"),
+        ("{}", "which must hold a list of samplers, each with names and values"),
+        ("[]", "which must hold a list of samplers"),
+        ("[1]", "which must hold a list of samplers"),
+        ("- {steps: 3}", "which names 'steps', but must be made of scheduler, num_inference_steps, step_size"),
+        ("- {num_inference_steps: ten}", "num_inference_steps is 'ten', but must be a whole number"),
+        ("- {guidance_interval: [1]}", "guidance_interval is (1,), but must be two fractions"),
+        ("- {guidance_interval: 1}", "guidance_interval is 1, but must be two fractions"),
+    ],
+)
+def test_wrong_grid_files(tmp_path, text, message):
+    file = tmp_path / "grid.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"grid is {file}") + ".*" + re.escape(message)):
+        sampler_grid(options(grid=str(file)))
+
+
+def test_wrong_options():
+    for changes, message in (
+        ({"models": []}, "models is empty"),
+        ({"reference": ""}, "reference is empty"),
+        ({"scheduler": []}, "scheduler is empty: name at least one"),
+        ({"grid": "x", "step_size": [1]}, "grid says how images are drawn, and so does step_size"),
+        ({"protocol": "cleaner"}, "protocol is 'cleaner', but must be one of clean"),
+        ({"output_dir": ""}, "output_dir is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            options(**changes)
+
+
+def test_names_that_are_written_twice_agree():
+    assert tuple(PROTOCOLS) == PROTOCOL_NAMES
+    assert set(GRID_OPTIONS) == set(Sampler.__dataclass_fields__)

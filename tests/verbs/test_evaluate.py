@@ -1,0 +1,682 @@
+"""imagenet64-evaluate, as its users run it."""
+
+import csv
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler
+from imagenet64_diffusion.evaluate_models import main
+from imagenet64_diffusion.evaluation.measurement import Measurement
+from imagenet64_diffusion.generate_images import main as generate
+from tests.components import make_pipeline, make_unet
+from tests.verbs.evaluation_runs import EvaluationLife, assert_same_numbers, evaluate, to_arguments
+from tests.verbs.runs import run_script
+from tests.verbs.training_runs import distributed, free_port, snapshot, wait_until
+
+
+# eta 1, so that every step draws noise of its own
+DRAWING = {"protocol": "pixels", "num_images": 45, "num_inference_steps": 2, "eta": 1.0, "seed": 100, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """What a training leaves: pipelines of two steps, with different weights."""
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    make_pipeline().save_pretrained(folder / "pipelines" / "step_0000010")
+    make_pipeline(class_embed_dim=8).save_pretrained(folder / "pipelines" / "step_0000020")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run) -> Path:
+    return run / "pipelines" / "step_0000010"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, model) -> Path:
+    """A measurement that nothing has happened to, in one batch, which keeps its images."""
+    folder = tmp_path_factory.mktemp("measured") / "measured"
+    assert evaluate("model", model=model, output_dir=folder, batch_size=64, keep_images="npz", **DRAWING) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, prepared) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "reference"
+    assert evaluate("reference", source=prepared, output_dir=folder, protocol="pixels", device="cpu") == 0
+    return folder
+
+
+def draw_by_hand(model: Path) -> np.ndarray:
+    """The images of `DRAWING` one at a time, uint8 (images, height, width)."""
+    pipeline = ClassConditionalPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for number in range(DRAWING["num_images"]):
+        drawn = pipeline(
+            number % 3,
+            guidance_scale=1.0,
+            num_inference_steps=2,
+            eta=1.0,
+            generator=torch.Generator().manual_seed(100 + number),
+        )
+        images.append(np.asarray(drawn.images[0]))
+    return np.stack(images)
+
+
+def features_by_hand(images: np.ndarray) -> np.ndarray:
+    """Means of 2x2 pixels in float64, once for each of three equal channels."""
+    boxes = images.reshape(len(images), 8, 2, 8, 2).mean(axis=(2, 4)) / 255
+    return np.tile(boxes.reshape(len(images), -1), 3)
+
+
+def together(arguments: list[str], processes: int, log: Path) -> list[EvaluationLife]:
+    """Processes that share a run, as a launcher starts them."""
+    if processes == 1:
+        return [EvaluationLife(arguments, log)]
+    port = free_port()
+    return [
+        EvaluationLife(arguments, log.with_name(f"{log.name}_{rank}"), distributed(rank, processes, port))
+        for rank in range(processes)
+    ]
+
+
+def parts(folder: Path) -> list[str]:
+    return sorted(file.name for file in (folder / "parts").glob("[0-9]*.npz"))
+
+
+def files(folder: Path) -> list[str]:
+    """With hidden ones, and whatever lies beside the folder."""
+    return sorted(str(path.relative_to(folder.parent)) for path in folder.parent.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------- model
+
+
+def test_what_is_measured_is_what_the_pipeline_draws(model, measured):
+    images = draw_by_hand(model)
+    with np.load(measured / "images.npz") as arrays:
+        assert sorted(arrays) == ["arr_0", "arr_1"]
+        assert arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_0"].shape == (45, 16, 16, 1)
+        # in batches of one rounding in the network may differ
+        assert np.abs(arrays["arr_0"].squeeze(3).astype(int) - images).max() <= 1
+        assert arrays["arr_1"].tolist() == [number % 3 for number in range(45)]
+        images = arrays["arr_0"].squeeze(3)
+    features = features_by_hand(images)
+    found = Measurement.load(measured)
+    np.testing.assert_allclose(found.features, features, atol=1e-6)
+    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), atol=1e-7)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(features.T), atol=1e-7)
+    assert found.labels.tolist() == [number % 3 for number in range(45)]
+    assert found.statistics.count == 45
+
+
+def test_batches_and_processes_do_not_matter(model, measured, tmp_path):
+    arguments = {"model": model, "output_dir": tmp_path / "seven", **DRAWING}
+    assert evaluate("model", batch_size=7, keep_images="npz", **arguments) == 0
+    assert_same_numbers(tmp_path / "seven", measured)
+    arguments["output_dir"] = tmp_path / "two"
+    finished = run_script("evaluate_models.py", *to_arguments("model", batch_size=7, **arguments), processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("measured 45 images with pixels") == 1
+    assert_same_numbers(tmp_path / "two", measured)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "features.npy",
+        "indices.npy",
+        "labels.npy",
+        "statistics.npz",
+    ]
+
+
+def test_killed_five_times_and_taken_up(model, measured, tmp_path):
+    """At random moments, with other batches and other numbers of processes each time."""
+    rng, folder = random.Random(0), tmp_path / "out"
+    for number, (batch_size, processes) in enumerate(((3, 1), (2, 2), (1, 1), (4, 1), (1, 2))):
+        arguments = to_arguments("model", model=model, output_dir=folder, batch_size=batch_size, **DRAWING)
+        before = parts(folder)
+        lives = together(arguments, processes, tmp_path / f"{number}")
+        wait_until(lambda before=before: len(parts(folder)) > len(before), lives[0])
+        time.sleep(rng.uniform(0, 0.03))
+        for life in lives:
+            life.send(signal.SIGKILL)
+        assert {life.end() for life in lives} == {-signal.SIGKILL}, lives[0].output()
+        assert not (folder / "statistics.npz").exists()
+    assert len(parts(folder)) >= 5
+    assert evaluate("model", model=model, output_dir=folder, batch_size=64, num_features=10, **DRAWING) == 0
+    left, expected = Measurement.load(folder), Measurement.load(measured)
+    np.testing.assert_allclose(left.statistics.mean, expected.statistics.mean, rtol=1e-5)
+    largest = np.abs(expected.statistics.covariance).max()
+    np.testing.assert_allclose(left.statistics.covariance, expected.statistics.covariance, rtol=0, atol=1e-5 * largest)
+    indices = np.load(folder / "indices.npy")
+    assert indices.tolist() == [0, 5, 10, 15, 20, 24, 29, 34, 39, 44]
+    np.testing.assert_allclose(left.features, expected.features[indices], rtol=1e-5)
+    # nothing of the killed ones is left
+    assert [name for name in files(folder) if name.startswith("out/")] == [
+        "out/features.npy",
+        "out/indices.npy",
+        "out/labels.npy",
+        "out/statistics.npz",
+    ]
+
+
+def test_kept_images_are_those_of_generate_images_bit_for_bit(model, tmp_path):
+    drawing = {"num_inference_steps": 3, "eta": 0.5, "guidance_scale": 2.0, "seed": 7, "device": "cpu"}
+    classes = ["goldfish", "null", "0", "goldfish", "2"]
+    common = {"model": model, "class_labels": classes, **drawing}
+    assert generate(to_arguments("", output_dir=tmp_path / "drawn", **common)[1:]) == 0
+    measuring = {"num_images": 5, "protocol": "pixels", **common}
+    for kept in ("png", "npz"):
+        assert evaluate("model", output_dir=tmp_path / kept, keep_images=kept, **measuring) == 0
+    drawn = []
+    for number in range(5):
+        with Image.open(tmp_path / "drawn" / f"{number:05d}.png") as image:
+            drawn.append(np.asarray(image))
+        with Image.open(tmp_path / "png" / "images" / f"{number:05d}.png") as image:
+            assert image.mode == "L"
+            np.testing.assert_array_equal(np.asarray(image), drawn[-1])
+    with np.load(tmp_path / "npz" / "images.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"].squeeze(3), drawn)
+        assert arrays["arr_1"].tolist() == [1, -1, 0, 1, 2]
+    assert len(list((tmp_path / "png" / "images").iterdir())) == 5
+
+    # measured as files they give the same numbers again
+    for number, source in enumerate((tmp_path / "png" / "images",)):
+        folder = tmp_path / f"again_{number}"
+        assert evaluate("reference", source=source, output_dir=folder, protocol="pixels", device="cpu") == 0
+        assert_same_numbers(folder, tmp_path / "png", relative=1e-12)
+
+
+def test_an_npz_of_kept_images_is_a_reference(measured, tmp_path):
+    folder = tmp_path / "again"
+    source = measured / "images.npz"
+    assert evaluate("reference", source=source, output_dir=folder, protocol="pixels", device="cpu") == 0
+    assert_same_numbers(folder, measured, relative=1e-12)
+    header = Measurement.load(folder).header["images"]
+    assert header["source"] == str(source)
+    assert header["num_images"] == header["of"] == 45
+    assert header["image_size"] == [1, 16, 16]
+
+
+def test_a_model_without_classes(tmp_path):
+    pipeline = make_pipeline(num_class_embeds=None, layer_types=("resnet",))
+    pipeline.save_pretrained(tmp_path / "model")
+    common = {**DRAWING, "model": tmp_path / "model", "output_dir": tmp_path / "out", "num_images": 3}
+    assert evaluate("model", keep_images="npz", **common) == 0
+    with np.load(tmp_path / "out" / "images.npz") as arrays:
+        assert sorted(arrays) == ["arr_0"]
+    assert Measurement.load(tmp_path / "out").labels is None
+
+
+def test_a_finished_measurement_is_found_again(model, measured, capsys, tmp_path):
+    before = snapshot(measured)
+    common = {**DRAWING, "model": model, "output_dir": measured}
+    # left by a call that was killed at its very end
+    (measured / "parts").mkdir()
+    (measured / "parts" / "000000000-000000045.npz").write_bytes(b"whatever")
+    assert evaluate("model", batch_size=5, **common) == 0
+    assert "measured already" in capsys.readouterr().out
+    # the same model by another name
+    shutil.copytree(model, tmp_path / "elsewhere")
+    assert evaluate("model", keep_images="npz", **{**common, "model": tmp_path / "elsewhere"}) == 0
+    assert "measured already" in capsys.readouterr().out
+
+    # and everything that would give other numbers, or more than there is, is refused
+    other = make_pipeline()
+    with torch.no_grad():
+        next(other.unet.parameters()).add_(1e-3)
+    other.save_pretrained(tmp_path / "elsewhere")
+    for changes, entry in (
+        ({"seed": 101}, "seed 100, not 101"),
+        ({"num_images": 46}, "num_images 45, not 46"),
+        ({"eta": 0.0}, "eta 1.0, not 0.0"),
+        ({"class_labels": "null"}, 'class_labels ["uniform"], not ["null"]'),
+        ({"guidance_scale": 2.0}, "guidance_scale 1.0, not 2.0"),
+        ({"scheduler": "DDIM"}, 'scheduler "EtaDDIMScheduler", not "DDIMScheduler"'),
+        ({"model": tmp_path / "elsewhere"}, 'weights_sha256 "'),
+        ({"keep_images": "png"}, "without its images as png"),
+    ):
+        assert evaluate("model", **{**common, **changes}) == 2
+        error = capsys.readouterr().err
+        assert f"error: {measured} has a measurement" in error
+        assert entry in error
+        assert error.rstrip().endswith("give another output_dir, or remove it")
+    assert snapshot(measured) == before
+
+
+def test_stopped_refused_and_gone_on_with(model, measured, tmp_path, capsys):
+    """A second run beside the first, other settings after it was interrupted, and then the same command."""
+    folder = tmp_path / "outer" / "out"
+    common = {**DRAWING, "model": model, "output_dir": folder}
+    life = EvaluationLife(to_arguments("model", batch_size=1, **common), tmp_path / "log.txt")
+    wait_until(lambda: len(parts(folder)) >= 2, life)
+    assert evaluate("model", **common) == 2
+    assert "another process is writing to it now" in capsys.readouterr().err
+    life.send(signal.SIGINT)
+    assert life.end() == 130, life.output()
+    assert life.output().rstrip().endswith("interrupted")
+    assert "Traceback" not in life.output()
+    left = snapshot(folder.parent)
+    assert sorted(left) == [*(f"out/parts/{name}" for name in parts(folder)), "out/parts/settings.json"]
+
+    assert evaluate("model", **{**common, "seed": 3}) == 2
+    assert f"{folder} has an unfinished measurement of {model} with seed 100, not 3" in capsys.readouterr().err
+    assert evaluate("model", keep_images="png", **common) == 2
+    assert "begun with keep_images None, not png" in capsys.readouterr().err
+    assert snapshot(folder.parent) == left
+    assert evaluate("model", **{**common, "batch_size": 20}) == 0
+    assert_same_numbers(folder, measured)
+
+
+def test_a_full_disk(model, measured, tmp_path):
+    folder = tmp_path / "out"
+    common = {**DRAWING, "model": model, "output_dir": folder}
+    # a part of 1 image has 1.3 kB and one of 9 images 7.6 kB
+    life = EvaluationLife(to_arguments("model", batch_size=1, **common), tmp_path / "begun.txt")
+    wait_until(lambda: len(parts(folder)) >= 1, life)
+    life.send(signal.SIGKILL)
+    life.end()
+    begun = parts(folder)
+    life = EvaluationLife(to_arguments("model", batch_size=9, **common), tmp_path / "full.txt", largest_file=6000)
+    assert life.end() == 2
+    (error,) = [line for line in life.errors() if line.startswith("error")]
+    assert error.startswith("error: could not write ")
+    assert error.endswith(".npz (File too large); what has been measured stays, and the same call goes on")
+    assert "Traceback" not in life.output()
+    assert parts(folder) == begun
+    # the parts fit, and what they are put together to does not
+    life = EvaluationLife(to_arguments("model", batch_size=3, **common), tmp_path / "later.txt", largest_file=20_000)
+    assert life.end() == 2
+    (error,) = [line for line in life.errors() if line.startswith("error")]
+    assert error == (
+        f"error: could not write {folder} (File too large); what has been measured stays, and the same call goes on"
+    )
+    assert not [name for name in files(folder) if "writing" in name or "rows" in name]
+    life = EvaluationLife(to_arguments("model", batch_size=9, **common), tmp_path / "room.txt")
+    assert life.end() == 0
+    assert_same_numbers(folder, measured)
+
+
+def test_images_that_are_not_finite(tmp_path, capsys):
+    pipeline = make_pipeline()
+    with torch.no_grad():
+        pipeline.unet.head.conv.bias.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "model")
+    common = {**DRAWING, "model": tmp_path / "model", "output_dir": tmp_path / "new" / "out"}
+    assert evaluate("model", **common) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'model'} draws image 0 with values that are not finite, under EtaDDIMScheduler" in error
+    assert not (tmp_path / "new" / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere/at/all"}, "nowhere/at/all is not a folder"),
+        ({"class_labels": "7"}, "class label 7 is out of range"),
+        ({"class_labels": ["uniform", "1"]}, "class_labels names 'uniform' among others, but it must stand alone"),
+        ({"class_labels": "frequencies"}, "class_labels is frequencies, which needs train_data_dir"),
+        ({"train_data_dir": "x"}, "train_data_dir is for class_labels frequencies"),
+        ({"scheduler": "Magic"}, "there is no scheduler named 'Magic'"),
+        ({"scheduler": "UniPCMultistep"}, "eta is 1, but UniPCMultistepScheduler takes none"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0, but must be at least 1"),
+        ({"step_size": 10}, "num_inference_steps and step_size both say the number of steps"),
+        ({"guidance_interval": [0.5, 0.4]}, "guidance_interval is (0.5, 0.4), but must be two fractions"),
+        # found out at the first step
+        ({"eta": 2.0}, "eta is 2.0"),
+        ({"num_images": 0}, "num_images is 0, but must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
+        ({"num_features": -1}, "num_features is -1, but must be at least 0"),
+        ({"seed": -1}, "seed is -1, but must be at least 0"),
+        ({"protocol": "classifier"}, "the protocol classifier needs weights"),
+        ({"weights": "somewhere"}, "the protocol pixels has no network, but weights is somewhere"),
+        ({"protocol": "clean", "weights": "somewhere"}, "weights somewhere: no such file"),
+        ({"protocol": "clean"}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_wrong_options_of_model(model, tmp_path, monkeypatch, capsys, changes, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "out"
+    assert evaluate("model", **{**DRAWING, "model": model, "output_dir": folder, **changes}) == 2
+    assert message in capsys.readouterr().err
+    assert not [name for name in files(folder) if name.startswith("out")]
+    assert not folder.exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(model, tmp_path, capsys):
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    (tmp_path / "out" / "images" / "mine.png").write_text("keep")
+    assert evaluate("model", **{**DRAWING, "model": model, "output_dir": tmp_path / "out"}) == 2
+    assert f"output_dir is {tmp_path / 'out'}, which holds other files" in capsys.readouterr().err
+    assert files(tmp_path / "out") == ["out/images/mine.png"]
+
+
+# ---------------------------------------------------------------------- reference
+
+
+def test_every_kind_of_source(prepared, reference, tmp_path):
+    """A prepared folder, the dataset that it was prepared from, and its images as files and as an .npz."""
+    from imagenet64_diffusion.data.dataset import PreparedImages
+
+    images = PreparedImages(prepared)
+    pixels = images[range(len(images))]["pixel_values"].numpy()
+    features = features_by_hand(pixels.squeeze(1))
+    found = Measurement.load(reference)
+    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), atol=1e-7)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(features.T), atol=1e-7)
+    assert found.header["images"]["fingerprint"] == images.fingerprint
+    np.testing.assert_array_equal(found.labels, images.labels())
+
+    np.savez(tmp_path / "images.npz", arr_0=pixels.transpose(0, 2, 3, 1))
+    (tmp_path / "files").mkdir()
+    for number, image in enumerate(pixels.squeeze(1)):
+        Image.fromarray(image).save(tmp_path / "files" / f"{number}.png")
+    for number, source in enumerate((tmp_path / "images.npz", tmp_path / "files", prepared.parent / "images")):
+        folder = tmp_path / str(number)
+        common = {"source": source, "output_dir": folder, "protocol": "pixels", "device": "cpu"}
+        assert evaluate("reference", batch_size=7, **common) == 0
+        np.testing.assert_allclose(Measurement.load(folder).statistics.mean, features.mean(axis=0), atol=1e-7)
+        assert Measurement.load(folder).statistics.count == 96
+        assert evaluate("reference", batch_size=8, **common) == 0  # found again
+
+
+def test_some_images_evenly_spread(prepared, tmp_path):
+    from imagenet64_diffusion.data.dataset import PreparedImages
+
+    images = PreparedImages(prepared)
+    pixels = images[np.linspace(0, 95, 20).round().astype(int)]["pixel_values"].numpy()
+    common = {"source": prepared, "output_dir": tmp_path / "out", "protocol": "pixels", "device": "cpu"}
+    assert evaluate("reference", max_images=20, num_features=4, batch_size=6, **common) == 0
+    found = Measurement.load(tmp_path / "out")
+    features = features_by_hand(pixels.squeeze(1))
+    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), atol=1e-7)
+    np.testing.assert_allclose(found.features, features[[0, 6, 13, 19]], atol=1e-6)
+    assert found.header["images"]["num_images"] == 20
+    assert found.header["images"]["of"] == 96
+
+
+def test_more_features_than_were_kept(prepared, tmp_path, capsys):
+    common = {"source": prepared, "output_dir": tmp_path / "out", "protocol": "pixels", "device": "cpu"}
+    assert evaluate("reference", num_features=4, **common) == 0
+    assert evaluate("reference", num_features=3, **common) == 0
+    assert evaluate("reference", num_features=5, **common) == 2
+    assert "with features of 4 images, not of 5" in capsys.readouterr().err
+
+
+def test_wrong_references(prepared, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "sizes").mkdir()
+    for size in (16, 20):
+        Image.new("L", (size, size)).save(tmp_path / "sizes" / f"{size}.png")
+    common = {"output_dir": tmp_path / "out", "protocol": "pixels", "device": "cpu"}
+    for changes, message in (
+        ({"source": tmp_path / "empty"}, "holds nothing, but must hold images"),
+        ({"source": tmp_path / "sizes"}, "is 20x20 pixels (width x height), but the first image"),
+        ({"source": tmp_path / "none" / "at" / "all"}, "no such file or folder"),
+        ({"source": prepared, "resolution": 8}, "resolution is 8, but"),
+        ({"source": prepared, "max_images": 0}, "max_images is 0, but must be at least 1"),
+        ({"source": ""}, "source is empty"),
+    ):
+        assert evaluate("reference", **{**common, **changes}) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    # two processes say it once, whichever of them finds it out and when
+    for name, message in (("empty", "holds nothing"), ("sizes", "process 1 of 2: ")):
+        arguments = to_arguments("reference", source=tmp_path / name, batch_size=1, **common)
+        lives = together(arguments, 2, tmp_path / f"log_{name}")
+        assert [life.end() for life in lives] == [2, 2]
+        assert [life.output().count("error: ") for life in lives] == [1, 0]
+        assert message in lives[0].output()
+    # image 0, and then the same call
+    assert parts(tmp_path / "out") == ["000000000-000000001.npz"]
+    (tmp_path / "sizes" / "20.png").unlink()
+    Image.new("L", (16, 16)).save(tmp_path / "sizes" / "20.png")
+    assert evaluate("reference", source=tmp_path / "sizes", **common) == 2
+    assert "has an unfinished measurement" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- score
+
+
+def test_score_writes_what_the_number_depends_on(reference, measured, tmp_path, capsys):
+    file = tmp_path / "new" / "scores.json"
+    assert evaluate("score", reference=reference, model=measured, output=file) == 0
+    shown = capsys.readouterr().out
+    scores = json.loads(file.read_text())
+    assert f"fid                  {scores['metrics']['fid']:.6g}" in shown
+    assert "45 images for 192 features: its covariance is singular" in shown
+    assert sorted(scores["metrics"]) == ["coverage", "density", "fid", "kid", "precision", "recall"]
+    model = scores["model"]
+    for name, value in {
+        "num_images": 45,
+        "count": 45,
+        "seed": 100,
+        "eta": 1.0,
+        "guidance_scale": 1.0,
+        "guidance_interval": [0.0, 1.0],
+        "num_inference_steps": 2,
+        "scheduler": "EtaDDIMScheduler",
+        "class_labels": ["uniform"],
+        "dtype": "float32",
+    }.items():
+        assert model[name] == value
+    assert len(model["weights_sha256"]) == 64
+    assert model["scheduler_config"]["prediction_type"] == "v_prediction"
+    assert scores["protocol"]["protocol"] == "pixels"
+    assert scores["versions"]["model"]["torch"] == torch.__version__
+    assert scores["reference"]["fingerprint"] == Measurement.load(reference).header["images"]["fingerprint"]
+
+
+def test_scores_that_cannot_be(reference, measured, prepared, classifier, tmp_path, capsys):
+    assert evaluate("score", reference=reference, model=measured, metrics=["fid", "inception_score"]) == 2
+    assert f"inception_score cannot be computed: {measured} has no probabilities" in capsys.readouterr().err
+    assert evaluate("score", reference=reference, model=measured, metrics="beauty") == 2
+    assert "metrics names 'beauty', but must be all, or some of fid, kid" in capsys.readouterr().err
+    assert evaluate("score", reference=prepared, model=measured) == 2
+    assert f"{prepared} is not a measurement: give a folder with statistics.npz" in capsys.readouterr().err
+    other = {"source": prepared, "output_dir": tmp_path / "other", "protocol": "classifier", "weights": classifier}
+    assert evaluate("reference", device="cpu", **other) == 0
+    assert evaluate("score", reference=tmp_path / "other", model=measured) == 2
+    error = capsys.readouterr().err
+    assert "features of different protocols cannot be compared" in error
+    assert f"protocol is classifier in {tmp_path / 'other'} and pixels in {measured}" in error
+    assert not (measured / "scores.json").exists()
+
+
+# ---------------------------------------------------------------------- classifier
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, prepared) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "classifier"
+    assert evaluate("classifier", train_data_dir=prepared, output_dir=folder, batch_size=16, epochs=8) == 0
+    return folder
+
+
+def test_the_classifier_measures(classifier, prepared, tmp_path, capsys):
+    """Images of a model that draws nothing but classes of its own, and a dataset whose classes the network knows."""
+    unet = make_unet()
+    pipeline = ClassConditionalPipeline(unet, EtaDDIMScheduler(), {0: "dark", 1: "grey", 2: "light"})
+    pipeline.save_pretrained(tmp_path / "model")
+    measuring = {"protocol": "classifier", "weights": classifier, "device": "cpu"}
+    assert evaluate("reference", source=prepared, output_dir=tmp_path / "reference", **measuring) == 0
+    drawing = {"model": tmp_path / "model", "num_images": 12, "num_inference_steps": 2, **measuring}
+    counts = {"class_labels": "frequencies", "train_data_dir": prepared}
+    for name, batch_size in (("model", 64), ("batches", 5)):
+        folder = tmp_path / f"{name}_measured"
+        assert evaluate("model", output_dir=folder, batch_size=batch_size, **counts, **drawing) == 0
+    assert_same_numbers(tmp_path / "batches_measured", tmp_path / "model_measured")
+    common = {"reference": tmp_path / "reference", "model": tmp_path / "model_measured"}
+    assert evaluate("score", **common) == 0
+    scores = json.loads((tmp_path / "model_measured" / "scores.json").read_text())
+    found = Measurement.load(tmp_path / "model_measured")
+    right = [row.argmax() == label for row, label in zip(found.probabilities, found.labels, strict=True)]
+    assert scores["metrics"]["class_accuracy"] == pytest.approx(sum(right) / 12)
+    assert 1 <= scores["metrics"]["inception_score"]["mean"] <= 3
+    assert scores["model"]["class_counts"] == [32, 32, 32]
+    assert len(scores["protocol"]["weights_sha256"]) == 64
+    # of the images that it was trained on it reads nearly all right
+    real = Measurement.load(tmp_path / "reference")
+    assert (real.probabilities.argmax(axis=1) == real.labels).mean() > 0.9
+
+
+# ---------------------------------------------------------------------- sweep
+
+
+SWEEP = {"protocol": "pixels", "num_images": 12, "device": "cpu", "batch_size": 12, "seed": 5}
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, run, reference) -> Path:
+    """Two checkpoints under two samplers, killed after the first entry and taken up."""
+    folder = tmp_path_factory.mktemp("swept") / "sweep"
+    common = {"reference": reference, "models": run, "output_dir": folder, "num_inference_steps": [2, 3], **SWEEP}
+    life = EvaluationLife(to_arguments("sweep", **common), folder.parent / "log.txt")
+    wait_until(lambda: len(list((folder / "cells").glob("[!.]*.json"))) >= 1, life)
+    life.send(signal.SIGKILL)
+    assert life.end() == -signal.SIGKILL
+    done = {file: file.stat().st_mtime_ns for file in (folder / "cells").glob("[!.]*.json")}
+    assert len(done) < 4
+    assert evaluate("sweep", **common) == 0
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    return folder
+
+
+def test_a_sweep_is_what_its_parts_are(swept, run, reference, tmp_path):
+    rows = table(swept)
+    steps = [run / "pipelines" / name for name in ("step_0000010", "step_0000020")]
+    assert [(row["model"], row["step"], row["num_inference_steps"]) for row in rows] == [
+        (str(steps[0]), "10", "2"),
+        (str(steps[0]), "10", "3"),
+        (str(steps[1]), "20", "2"),
+        (str(steps[1]), "20", "3"),
+    ]
+    assert {row["family"] for row in rows} == {str(run)}
+    assert {row["error"] for row in rows} == {""}
+    for row in rows[1:3]:
+        folder = tmp_path / row["step"]
+        drawing = {"model": row["model"], "num_inference_steps": row["num_inference_steps"], "output_dir": folder}
+        assert evaluate("model", **SWEEP, **drawing) == 0
+        assert evaluate("score", reference=reference, model=folder) == 0
+        metrics = json.loads((folder / "scores.json").read_text())["metrics"]
+        for name in ("fid", "precision", "recall", "density", "coverage"):
+            assert float(row[name]) == metrics[name]
+        assert float(row["kid"]) == metrics["kid"]["mean"]
+    # charts, and nothing of the measurements
+    names = {path.name for path in swept.iterdir()}
+    assert {"fid_over_steps_run.png", "fid_over_steps_run.svg", "fid_minima.png", "results.csv"} <= names
+    assert not list((swept / "measurements").iterdir())
+
+
+def test_shared_by_models_and_from_a_grid(swept, run, reference, tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("- {num_inference_steps: 2}\n- num_inference_steps: 3\n  scheduler: own\n")
+    common = {"reference": reference, "models": run, "output_dir": tmp_path / "sweep", "grid": grid, **SWEEP}
+    for life in together(to_arguments("sweep", share="models", **common), 2, tmp_path / "log"):
+        assert life.end() == 0, life.output()
+    assert (tmp_path / "sweep" / "results.csv").read_bytes() == (swept / "results.csv").read_bytes()
+
+
+def test_one_that_fails_does_not_stop_the_others(run, reference, tmp_path):
+    common = {"reference": reference, "models": run, "output_dir": tmp_path / "sweep", "num_inference_steps": 2}
+    common |= SWEEP | {"num_images": 8}
+    arguments = to_arguments("sweep", scheduler=["LCM", "own"], **common)
+    for number, processes in enumerate((2, 1)):
+        lives = together(arguments, processes, tmp_path / f"log_{number}")
+        assert {life.end() for life in lives} == {2}, lives[0].output()
+        assert f"4 measurements, of which {2 * number} are there already" in lives[0].output()
+        (error,) = [line for life in lives for line in life.errors() if line.startswith("error")]
+        assert error.startswith(f"error: 2 of 4 measurements failed, which {tmp_path / 'sweep' / 'results.csv'} says")
+        assert "LCMScheduler cannot draw with this network" in error
+        rows = table(tmp_path / "sweep")
+        assert ["LCMScheduler cannot" in row["error"] for row in rows] == [True, False, True, False]
+        assert [row["fid"] != "" for row in rows] == [False, True, False, True]
+        assert (tmp_path / "sweep" / "fid_over_steps_run.png").is_file()
+
+
+def test_changed_weights_are_measured_again(model, reference, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    common = {"reference": reference, "models": tmp_path / "model", "output_dir": tmp_path / "sweep", **SWEEP}
+    common |= {"num_images": 4, "num_inference_steps": 1}
+    assert evaluate("sweep", **common) == 0
+    (before,) = table(tmp_path / "sweep")
+    assert evaluate("sweep", **common) == 0
+    assert "1 measurements, of which 1 are there already" in capsys.readouterr().out
+    make_pipeline(class_embed_dim=8).save_pretrained(tmp_path / "model")
+    assert evaluate("sweep", **common) == 0
+    (after,) = table(tmp_path / "sweep")
+    assert after["fid"] != before["fid"]
+
+
+def test_wrong_sweeps(run, measured, reference, prepared, classifier, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "grid.yaml").write_text("- {num_inference_step: 2}\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "results.csv").write_text("mine")
+    common = {"reference": reference, "models": run, "output_dir": tmp_path / "sweep", **SWEEP}
+    for changes, message in (
+        ({"models": tmp_path / "empty"}, "a folder in which there is no pipeline"),
+        ({"models": "no/such/folder"}, "models names no/such/folder, which is neither a folder nor a Hub id"),
+        ({"reference": tmp_path / "empty"}, "is not a measurement"),
+        ({"protocol": "classifier", "weights": classifier}, "features of different protocols cannot be compared"),
+        ({"grid": tmp_path / "grid.yaml"}, "names 'num_inference_step', but must be made of scheduler, num_inf"),
+        ({"grid": tmp_path / "grid.yaml", "eta": 1}, "grid says how images are drawn, and so does eta"),
+        ({"grid": tmp_path / "none.yaml"}, "No such file or directory"),
+        ({"eta": -1}, "eta is -1.0, but must be a number that is at least 0"),
+        ({"output_dir": tmp_path / "taken"}, "which holds another results.csv"),
+    ):
+        assert evaluate("sweep", **{**common, **changes}) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "sweep").exists()
+    assert files(tmp_path / "taken" / "results.csv") == ["results.csv"]
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("name", ["reference", "model", "score", "sweep", "classifier"])
+def test_help_fits_and_has_an_example(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", ["evaluate_models.py"])
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    description, _, listed = text.partition("options:")
+    assert f" {name} --" in description.partition("Example:")[2]
+    # the example parses
+    words = description.partition("Example:")[2].replace("\\\n", " ").split()[2:]
+    assert [word for word in words if word.startswith("--") and word not in listed] == []
+    explained = [line for line in text.splitlines() if line.startswith(" " * 20) and "[" not in line]
+    assert max(map(len, [*description.splitlines()[-6:], *explained])) <= 80
+    assert "(default: )" not in text
+
+
+def test_a_file_of_options(model, measured, tmp_path, capsys):
+    options = {**DRAWING, "model": str(model), "output_dir": str(measured)}
+    (tmp_path / "options.yaml").write_text(json.dumps(options))
+    assert main(["model", "--config", str(tmp_path / "options.yaml")]) == 0
+    assert "measured already" in capsys.readouterr().out
+    assert main(["model", "--config", str(tmp_path / "options.yaml"), "--seed", "3"]) == 2
+    assert "with seed 100, not 3" in capsys.readouterr().err
+
+
+def test_a_wrong_command_as_a_process(tmp_path):
+    finished = run_script("evaluate_models.py", "modle", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: there is no 'modle', perhaps model: take one of reference, model")
