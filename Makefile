@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := outputs/demo
+# a small network that tells digits apart, whose features and answers measure the demo's
+DIGITS := --protocol classifier --weights evaluation/digits_classifier
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test soak quality style clean
@@ -20,11 +22,16 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,eval,test]'
 	@touch $@
 
-demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each: a few minutes on two cores
+demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each, measure: a few minutes on two cores
 	$(BIN)/python prepare_imagenet64.py --source mnist --output_dir $(DEMO)/data
 	$(BIN)/python train_imagenet64.py --config configs/training/demo.yaml --train_data_dir $(DEMO)/data --output_dir $(DEMO)
 	$(BIN)/python generate_images.py --model $(DEMO)/model --output_dir $(DEMO)/samples \
 		--class_labels all --num_images_per_label 10 --guidance_scale 2.5 --num_inference_steps 20
+	$(BIN)/python evaluate_models.py reference --source $(DEMO)/data --output_dir $(DEMO)/reference $(DIGITS)
+	$(BIN)/python evaluate_models.py model --model $(DEMO)/model --output_dir $(DEMO)/measured $(DIGITS) \
+		--num_images 500 --num_inference_steps 20 --batch_size 100
+	@echo
+	$(BIN)/python evaluate_models.py score --reference $(DEMO)/reference --model $(DEMO)/measured
 	@echo
 	@echo "the pipeline:   $(DEMO)/model"
 	@echo "the grid:       $(DEMO)/samples/grid.png"

@@ -18,7 +18,7 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, BLACK)
 DPI = 100
 
 
-def finish_axes(axes: "Axes", label: str, limits: tuple[float, float] | None) -> None:
+def finish_axes(axes: "Axes", label: str, limits: tuple[float, float] | None, may_be_logarithmic: bool = True) -> None:
     """Label, grid and limits of the y-axis, which is logarithmic where the values spread far enough for it.
 
     Args:
@@ -26,6 +26,7 @@ def finish_axes(axes: "Axes", label: str, limits: tuple[float, float] | None) ->
         label: Name of the y-axis.
         limits: Least and greatest value to be seen, between which and the edges some room is left; with None
             the limits stay as they are.
+        may_be_logarithmic: Whether the axis may be it.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -36,7 +37,7 @@ def finish_axes(axes: "Axes", label: str, limits: tuple[float, float] | None) ->
     if limits is None:
         return
     low, high = limits
-    if low > 0 and high > 3 * low:
+    if may_be_logarithmic and low > 0 and high > 3 * low:
         ratio = high / low
         subs = (1, 1.5, 2, 3, 5, 7) if ratio < 10 else (1, 2, 5) if ratio < 1000 else (1,)
         axes.set_yscale("log")

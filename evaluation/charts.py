@@ -26,20 +26,27 @@ _MARKERS = "os^DvPX<>p*h"
 _DASHES = ("-", "--", ":", "-.")
 _HATCHES = ("", "///", "...", "xxx")
 # text in an SVG can be searched and copied, and the same rows make the same file; names are no formulas
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "text.parse_math": False, "hatch.linewidth": 0.8}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sweep",
+    "text.parse_math": False,
+    # otherwise small bold figures get thin strokes and look like those of another font
+    "text.hinting": "force_autohint",
+    "hatch.linewidth": 0.8,
+}
 
 
 def draw_sweep_charts(rows: list[Row], folder: Path) -> list[Path]:
     """Draws those charts for which the rows have enough, each as PNG (1200 pixels wide) and SVG.
 
-    ``fid_over_steps_<family>`` for each family with at least two steps: FID over the training step, a line for
-    each sampler. ``fid_minima``, if these are more than one: the lowest FID of each family with each sampler.
+    ``fid_over_steps_<family>`` for each family with at least two steps: FID over the training step, a line
+    for each sampler. ``fid_minima``, if these are more than one: the lowest FID of each family with each sampler.
     ``trade_offs``: of each family's best checkpoint FID over the guidance scale and over the denoising steps,
     and precision against recall or else class accuracy.
 
     Args:
-        rows: Entries with the columns ``model``, ``family``, ``step`` (optimizer steps or None), ``sampler`` (its
-            title), ``num_images``, ``protocol``, the fields of `Sampler` and metrics. Those without a finite
+        rows: Entries with the columns ``model``, ``family``, ``step`` (optimizer steps or None), ``sampler``
+            (its title), ``num_images``, ``protocol``, the fields of `Sampler` and metrics. Those without a finite
             ``fid`` are passed over.
         folder: Where the charts go. Each appears whole or not at all and takes the place of an older one.
 
@@ -84,7 +91,9 @@ def with_fid(rows: Iterable[Row]) -> list[Row]:
 
 
 def fid_over_steps(rows: Iterable[Row]) -> dict[str, tuple[list[int], list[float]]]:
-    """The lines of one family: sampler -> its steps in rising order and the FID at each, the lowest if it has several.
+    """The lines of one family: sampler -> its steps in rising order, and the FID at each.
+
+    Where there are several for one step, it is the lowest.
 
     Args:
         rows: Rows with a step and a FID.
@@ -97,15 +106,16 @@ def fid_over_steps(rows: Iterable[Row]) -> dict[str, tuple[list[int], list[float
 
 
 def fid_minima(rows: Iterable[Row]) -> dict[str, dict[str, tuple[float, int | None]]]:
-    """Family -> sampler -> the lowest FID over the checkpoints, and the step of the first that has it.
+    """Family -> sampler -> the lowest FID over the checkpoints, and the first step that has it.
 
     Args:
         rows: Rows with a FID.
     """
     minima: dict[str, dict[str, tuple[float, int | None]]] = {}
-    for row in sorted(rows, key=lambda row: row["step"] or 0):
+    for row in rows:
         of_family = minima.setdefault(row["family"], {})
-        if row["sampler"] not in of_family or row["fid"] < of_family[row["sampler"]][0]:
+        fid, step = of_family.get(row["sampler"], (math.inf, None))
+        if (row["fid"], row["step"] or 0) < (fid, step or 0):
             of_family[row["sampler"]] = (row["fid"], row["step"])
     return minima
 
@@ -118,8 +128,8 @@ class Panel:
         x: Column along the x-axis: the setting, or ``recall``.
         y: Column along the y-axis: ``fid``, ``precision`` or ``class_accuracy``.
         setting: ``guidance_scale``, ``num_inference_steps`` or ``step_size``.
-        lines: Of each line what its other settings are, as far as they differ from the other lines', and its points
-            (x, y, setting), at least two, by rising setting.
+        lines: Of each line what its other settings are, as far as they differ from the other lines', and its
+            points (x, y, setting), at least two, by rising setting.
     """
 
     x: str
@@ -191,7 +201,10 @@ def make_panels(rows: list[Row]) -> list[Panel]:
 
 
 def settings_of(row: Row) -> dict[str, Any]:
-    """The sampler of a row, with equal values for what draws equally: guidance by 1 is none and has no interval."""
+    """The sampler of a row, with equal values for what draws equally.
+
+    Guidance by 1 is none and has no interval; where no number of steps is given, it is 100.
+    """
     settings = {name: row.get(name) for name in ("scheduler", "num_inference_steps", "step_size", "clip_sample")}
     if not settings["step_size"]:
         settings |= {"num_inference_steps": settings["num_inference_steps"] or 100, "step_size": None}
@@ -211,7 +224,7 @@ def _lines(rows: list[Row], x: str, y: str, setting: str) -> dict[str, list[tupl
     for row in with_fid(rows):
         settings = settings_of(row)
         value = settings.pop(setting)
-        # no axis, but a metric that the row lacks
+        # the row lacks the metric, or says the steps in the other way
         if value is None or not all(name == setting or _is_number(row.get(name)) for name in (x, y)):
             continue
         if setting == "guidance_scale" and value <= 1:
@@ -245,7 +258,7 @@ def _differences(samplers: list[dict[str, Any]]) -> list[str]:
 
 
 def _words(settings: dict[str, Any]) -> dict[str, str]:
-    """Settings as words; a missing one is "", or has no words where it is an axis."""
+    """Settings as words; one that is missing, because it is an axis, has none."""
     words = {"scheduler": (settings["scheduler"] or "own scheduler").removesuffix("Scheduler")}
     if settings.get("step_size"):
         words["steps"] = f"step size {settings['step_size']}"
@@ -293,7 +306,7 @@ def conditions(rows: list[Row]) -> str:
 
 
 def short_names(names: list[str], limit: int = 28) -> dict[str, str]:
-    """For each path or id its last parts, as many as no other has, with its middle left out where that is too long.
+    """For each path or id its last parts, as many as no other has, without the middle where that is too long.
 
     Args:
         names: Different ones.
@@ -309,7 +322,7 @@ def short_names(names: list[str], limit: int = 28) -> dict[str, str]:
 
 
 def slugs(names: list[str]) -> dict[str, str]:
-    """For each path or id a part of a file name, made of ASCII letters, digits and ``_.-``; all are different."""
+    """For each path or id a part of a file name, of ASCII letters, digits and ``_.-``; all are different."""
     found: dict[str, str] = {}
     for name, tail in _tails(names).items():
         slug = base = re.sub(r"[^A-Za-z0-9_.-]+", "-", tail).strip("-.")[-80:] or "family"
@@ -392,7 +405,7 @@ def _mark_minima(
     lowest: dict[str, tuple[float, int]],
     looks: dict[str, int],
 ) -> None:
-    """Writes the lowest value of each line near its point; one that finds no place stands in the legend only."""
+    """Writes the lowest value of each line near its point; if it finds no place, only the legend has it."""
     figure = axes.figure
     # places in pixels are known only then
     figure.draw_without_rendering()
@@ -412,10 +425,11 @@ def _mark_minima(
         sizes.append((box.width + 4, box.height + 2))
     frame = axes.get_window_extent().extents
     moves = place_labels(np.array(points), np.array(sizes), np.concatenate(curves), frame)
-    for (sampler, (fid, step)), move in zip(lowest.items(), moves, strict=True):
+    for (sampler, (fid, step)), size, move in zip(lowest.items(), np.array(sizes), moves, strict=True):
         if move is None:
             continue
         colour = COLOURS[looks[sampler] % len(COLOURS)]
+        far = (np.abs(move) > size / 2 + 20).any()
         text = axes.annotate(
             _format(fid),
             (step, fid),
@@ -426,7 +440,9 @@ def _mark_minima(
             va="center",
             color=colour,
             bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4}
+            if far
+            else None,
             **_VALUE,
         )
         # it is no reason to lay the picture out anew
@@ -441,8 +457,8 @@ def place_labels(
 ) -> list[tuple[float, float] | None]:
     """Finds a place for a label near each point.
 
-    A label covers no other, no point and no line from another to its point, and as little of the ink as there is a
-    way. The lowest points choose first.
+    A label covers no other, no point and no line from another to its point, and little of the ink. The lowest
+    point chooses first, then the highest, and so on inwards, since these have room on one side.
 
     Args:
         points: (labels, 2), pixels to the right and upwards.
@@ -451,7 +467,7 @@ def place_labels(
         frame: Left, lower, right and upper edge of the room, pixels.
 
     Returns:
-        From each point to the middle of its label, pixels to the right and upwards; None where there is no place.
+        From each point to the middle of its label, pixels to the right and upwards; None without a place.
     """
     angles = np.deg2rad([270, 240, 300, 210, 330, 180, 0, 150, 30, 120, 60, 90])
     directions = np.column_stack([np.cos(angles), np.sin(angles)])
@@ -459,10 +475,12 @@ def place_labels(
     boxes = [(point - 6, point + 6) for point in points]
     leads = np.empty((0, 2))
     moves: list[tuple[float, float] | None] = [None] * len(points)
-    for number in np.argsort(points[:, 1], kind="stable"):
+    upwards = np.argsort(points[:, 1], kind="stable").tolist()
+    order = [upwards.pop(-(turn % 2)) for turn in range(len(points))]
+    for number in order:
         point, half = points[number], sizes[number] / 2
         best = math.inf
-        for distance in (4, 14, 26, 40, 60, 85, 115, 150):
+        for distance in (8, 14, 26, 40, 60, 85, 115, 150):
             for move in directions * (distance + half):
                 low, high = point + move - half, point + move + half
                 lead = point + np.linspace(0, 1, 30)[:, None] * move
@@ -473,7 +491,7 @@ def place_labels(
                 # the first boxes are the points, the own one among them
                 if any(_inside(lead, a, b).any() for a, b in boxes[len(points) :]):
                     continue
-                cost = 12 * _inside(ink, low, high).sum() + distance
+                cost = 12 * _inside(ink, low, high).sum() + 2 * distance
                 if cost < best:
                     best, moves[number], placed, leading = cost, (float(move[0]), float(move[1])), (low, high), lead
         if moves[number] is not None:
@@ -493,79 +511,87 @@ def _draw_minima(
     looks: dict[str, int],
 ) -> "Figure":
     samplers = sorted({sampler for of_family in minima.values() for sampler in of_family}, key=looks.__getitem__)
-    columns, legend_lines = _legend_size([_wrap(sampler, 66) for sampler in samplers], _WIDTH - 80)
-    one_family, one_sampler = len(minima) == 1, len(samplers) == 1
     several_steps = len({row["step"] for row in rows}) > 1
-    labelled = not (one_family or one_sampler)
-    title = "lowest FID over the checkpoints" if several_steps else "FID"
-    # the only family or sampler is no matter of an axis
-    title = f"{names[next(iter(minima))] if one_family else samplers[0]}: {title}" if not labelled else title
-    title = title if not labelled else title[0].upper() + title[1:]
+    what = "lowest FID over the checkpoints" if several_steps else "FID"
+    # what all bars share stands in the title; many samplers are named beside each bar, few of them above
+    one_family = len(minima) == 1
+    beside = one_family or len(samplers) > len(COLOURS)
+    above = not beside and len(samplers) > 1
+    if one_family:
+        title = f"{names[next(iter(minima))]}: {what}"
+    elif len(samplers) == 1:
+        title = f"{samplers[0]}: {what}"
+    else:
+        title = f"{what[0].upper()}{what[1:]} by model and sampler"
 
-    bars = sum(map(len, minima.values()))
-    bar, gap = 24, 14 if labelled else 0
-    length = bars * bar + len(minima) * gap
-    figure = _figure(130 + length + (_LEGEND_LINE * legend_lines if labelled else 0), title, conditions(rows))
+    # one unit of the vertical axis is a bar
+    places: list[tuple[float, str, str]] = []
+    ticks: dict[float, str] = {}
+    end = 0.0
+    for family, of_family in minima.items():
+        begin = end = end + (1.4 if beside and not one_family else 0.5 if above else 0)
+        for sampler in sorted(of_family, key=looks.__getitem__):
+            places.append((end, family, sampler))
+            if beside:
+                ticks[end] = _wrap(sampler, 48)
+            end += 1
+        if not beside:
+            ticks[(begin + end - 1) / 2] = names[family]
+
+    # pixels that the names leave
+    room = _WIDTH - 60 - 8 * max(len(line) for label in ticks.values() for line in label.splitlines())
+    columns, legend_lines = _legend_size([_wrap(sampler, 66) for sampler in samplers], room - 20)
+    bar = max(24, 18 * max(label.count("\n") + 1 for label in ticks.values()) if beside else 0)
+    figure = _figure(145 + bar * end + (_LEGEND_LINE * legend_lines if above else 0), title, conditions(rows))
     axes = figure.subplots()
-    highest = max(fid for of_family in minima.values() for fid, _ in of_family.values())
-    lowest = min(fid for of_family in minima.values() for fid, _ in of_family.values())
     finish_axes(axes, "", None)
     # the values are written
     axes.grid(visible=False)
-    ticks, tick_labels, named = [], [], set()
-    place = 0.0
-    for family, of_family in minima.items():
-        begin = place
-        best = min(of_family.values())[0]
-        for sampler in sorted(of_family, key=looks.__getitem__):
-            fid, step = of_family[sampler]
-            look = looks[sampler]
-            axes.barh(
-                place,
-                fid,
-                height=0.84,
-                color=COLOURS[look % len(COLOURS)],
-                hatch=_HATCHES[look // len(COLOURS) % len(_HATCHES)],
-                edgecolor="white",
-                linewidth=0,
-                label=None if sampler in named else _wrap(sampler, 66),
-            )
-            named.add(sampler)
-            value = axes.annotate(
-                _format(fid),
-                (max(fid, 0), place),
-                xytext=(4, 0),
+    for number, (place, family, sampler) in enumerate(places):
+        fid, step = minima[family][sampler]
+        look = looks[sampler]
+        axes.barh(
+            place,
+            fid,
+            height=0.84,
+            color=COLOURS[look % len(COLOURS)],
+            hatch=_HATCHES[look // len(COLOURS) % len(_HATCHES)],
+            edgecolor="white",
+            linewidth=0,
+            label=None if sampler in {other for _, _, other in places[:number]} else _wrap(sampler, 66),
+        )
+        best = len(minima[family]) > 1 and fid == min(minima[family].values())[0]
+        value = axes.annotate(
+            _format(fid),
+            (max(fid, 0), place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=11,
+            fontweight="bold" if best else "normal",
+        )
+        if several_steps and step is not None:
+            axes.annotate(
+                f"at step {step:,}",
+                (1, 0.5),
+                xycoords=value,
+                xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
-                fontsize=11,
-                fontweight="bold" if fid == best and bars > len(minima) else "normal",
+                fontsize=9,
+                color="#555555",
             )
-            if several_steps and step is not None:
-                axes.annotate(
-                    f"at step {step:,}",
-                    (1, 0.5),
-                    xycoords=value,
-                    xytext=(6, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=9,
-                    color="#555555",
-                )
-            if one_family:
-                ticks.append(place)
-                tick_labels.append(_wrap(sampler, 40))
-            place += 1
-        if not one_family:
-            ticks.append((begin + place - 1) / 2)
-            tick_labels.append(names[family])
-        place += gap / bar
-    axes.set_yticks(ticks, tick_labels, fontsize=11)
+        if beside and not one_family and (number == 0 or places[number - 1][1] != family):
+            axes.text(0, place - 0.95, f" {names[family]}", va="center", fontsize=12, fontweight="bold")
+    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=11)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(place - gap / bar - 0.4, -0.6)
-    room = _WIDTH - 60 - 8 * max(len(line) for label in tick_labels for line in label.splitlines())
-    axes.set_xlim(min(0, 1.1 * lowest), max(highest, 0) * room / (room - (185 if several_steps else 70)) or 1)
+    axes.set_ylim(end - 0.4, -0.6)
+    fids = [fid for of_family in minima.values() for fid, _ in of_family.values()]
+    # the values need some room behind the longest bar
+    values = 200 if several_steps else 75
+    axes.set_xlim(min(0, 1.1 * min(fids)), max(0, *fids) * room / (room - values) or 1)
     axes.set_xlabel(_FID, fontsize=12)
-    if labelled:
+    if above:
         axes.legend(ncols=columns, **_ABOVE)
     return figure
 
@@ -605,8 +631,11 @@ def _draw_panels(part: "SubFigure", panels: list[Panel], ncols: int, side_by_sid
         axes.remove()
     for axes, panel in zip(grid, panels, strict=False):
         ys = [y for points in panel.lines.values() for _, y, _ in points]
-        # FID has the same axis in all panels
-        finish_axes(axes, _AXIS_LABELS[panel.y], (min(fids), max(fids)) if panel.y == "fid" else (min(ys), max(ys)))
+        if panel.y == "fid":
+            # the same axis in all panels
+            finish_axes(axes, _FID, (min(fids), max(fids)))
+        else:
+            finish_axes(axes, _AXIS_LABELS[panel.y], (min(ys), max(ys)), may_be_logarithmic=False)
         axes.set_xlabel(_AXIS_LABELS[panel.x], fontsize=12)
         for label, points in panel.lines.items():
             x, y, _ = zip(*points, strict=True)
@@ -621,7 +650,6 @@ def _draw_panels(part: "SubFigure", panels: list[Panel], ncols: int, side_by_sid
 
 
 _AXIS_LABELS = {
-    "fid": _FID,
     "guidance_scale": "guidance scale (1: none)",
     "num_inference_steps": "denoising steps",
     "step_size": "step size (timesteps, 1 takes all)",
@@ -692,7 +720,7 @@ def _figure(height: float, title: str, subtitle: str) -> "Figure":
 
 
 def _look(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes, which are the same only for one line in 84."""
+    """Colour, marker and dashes of a line; those of the first 84 numbers differ."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
