@@ -29,7 +29,7 @@ demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each, meas
 		--class_labels all --num_images_per_label 10 --guidance_scale 2.5 --num_inference_steps 20
 	$(BIN)/python evaluate_models.py reference --source $(DEMO)/data --output_dir $(DEMO)/reference $(DIGITS)
 	$(BIN)/python evaluate_models.py model --model $(DEMO)/model --output_dir $(DEMO)/measured $(DIGITS) \
-		--num_images 500 --num_inference_steps 20 --batch_size 100
+		--num_images 500 --guidance_scale 2.5 --num_inference_steps 20 --batch_size 100
 	@echo
 	$(BIN)/python evaluate_models.py score --reference $(DEMO)/reference --model $(DEMO)/measured
 	@echo
