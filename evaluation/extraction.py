@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..training.starting_point import on_every_process
+from ..processes import on_every_process
 from ..whole_files import replacing_file
 from .extractors import FeatureExtractor
 

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..pipelines.sampler import Sampler
-from ..training.starting_point import on_every_process, on_main_process
+from ..processes import on_every_process, on_main_process
 from ..version import __version__
 from ..whole_files import only_writer, replacing_file
 from .drawing import ModelImages, count_classes

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..pipelines.sampler import Sampler
-from ..training.starting_point import on_every_process, on_main_process
+from ..processes import on_every_process, on_main_process
 from ..whole_files import only_writer, replacing_file
 from .charts import draw_sweep_charts
 from .extractors import FeatureExtractor

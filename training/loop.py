@@ -23,6 +23,7 @@ from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.publishing import push_folder
+from ..processes import on_main_process
 from ..whole_files import only_writer, replacing_file, replacing_folder, settle_folder
 from .charts import draw_loss_chart
 from .checkpoints import (
@@ -41,7 +42,7 @@ from .metrics import MetricsFile, MetricsWindow, peak_memory_gib
 from .options import TrainOptions
 from .plan import Plan, make_plan
 from .samples import draw_sample_grid
-from .starting_point import CHECKPOINTS_NAME, on_main_process
+from .starting_point import CHECKPOINTS_NAME
 from .step import OptimizerStep
 from .timestep_sampling import TIMESTEP_SAMPLERS
 

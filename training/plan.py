@@ -11,10 +11,11 @@ from accelerate.utils import gather_object
 
 from ..command_line import ElsewhereError
 from ..data.dataset import PreparedImages
+from ..processes import on_every_process
 from .components import training_size, unet_config
 from .options import TrainOptions
 from .resuming import check_changes
-from .starting_point import StartingPoint, find_starting_point, on_every_process, resolve_options
+from .starting_point import StartingPoint, find_starting_point, resolve_options
 
 
 # What may be another on each machine.

@@ -54,12 +54,14 @@ def test_interrupted_twice(new_run):
     run = new_run(sample_steps=0, num_inference_steps=4000, num_train_timesteps=4000, timestep_sampling="uniform")
     # the first of them waits for pictures that take long
     life = run.start(sample_steps=8)
-    wait_until(lambda: len(run.metrics()) == 2, life)
+    # the last thing before two quick steps, after which the pictures begin
+    wait_until(lambda: (run.output_dir / "loss_chart.png").is_file(), life)
+    time.sleep(2)
     life.send(signal.SIGINT)
     time.sleep(0.2)
     # a launcher of several processes sends what the terminal has sent
     life.send(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(3)
     assert not life.is_over()
     life.send(signal.SIGINT)
     assert life.end(20) == 130
