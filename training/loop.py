@@ -35,6 +35,7 @@ from .checkpoints import (
     set_aside,
 )
 from .components import build_optimizer, build_pipeline, build_scheduler, build_unet
+from .cpu_memory import keep_freed_memory
 from .dry_run import describe_run
 from .interruption import StopRequest
 from .loss import HybridLoss
@@ -68,6 +69,8 @@ class Trainer:
         self.global_step, self.images_seen = plan.first_step, plan.images_seen
         options, checkpoint = plan.options, plan.start.checkpoint
 
+        if self.device.type == "cpu":
+            keep_freed_memory()
         # the same weights in every process
         set_seed(options.seed)
         unet = build_unet(plan.unet_config, self.start)
