@@ -259,9 +259,12 @@ def test_stopped_refused_and_gone_on_with(model, measured, tmp_path, capsys):
     common = {**DRAWING, "model": model, "output_dir": folder}
     life = EvaluationLife(to_arguments("model", batch_size=1, **common), tmp_path / "log.txt")
     wait_until(lambda: len(parts(folder)) >= 2, life)
+    # it holds its place and takes its time
+    life.send(signal.SIGSTOP)
     assert evaluate("model", **common) == 2
     assert "another process is writing to it now" in capsys.readouterr().err
     life.send(signal.SIGINT)
+    life.send(signal.SIGCONT)
     assert life.end() == 130, life.output()
     assert life.output().rstrip().endswith("interrupted")
     assert "Traceback" not in life.output()
