@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,6 +42,8 @@ def _live(arguments: list[str], log: Path, environment: dict[str, str], largest_
     import torch
 
     os.setsid()
+    # where the tests run in the background of a shell, they are started with interrupts ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment})
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
