@@ -1,6 +1,7 @@
 """Training runs as processes of their own, which may be stopped and killed, and what they leave behind."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -51,9 +52,12 @@ _CONTEXT.set_forkserver_preload(
 
 
 class Life:
-    """A process in which ``imagenet64-train`` runs, from its start to its end.
+    """A process in which a command of the project runs, from its start to its end.
 
     It leads a process group of its own.
+
+    Attributes:
+        program: The command's module.
 
     Args:
         arguments: Its command line.
@@ -62,6 +66,8 @@ class Life:
         largest_file: How many bytes a file may have that it writes; as on a full disk, writing more fails.
         directory: Where it runs.
     """
+
+    program = "train_imagenet64"
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class Life:
         self.log = log
         arguments = [str(argument) for argument in arguments]
         self._process = _CONTEXT.Process(
-            target=_live, args=(arguments, log, dict(environment or {}), largest_file, directory)
+            target=_live, args=(self.program, arguments, log, dict(environment or {}), largest_file, directory)
         )
         self._process.start()
 
@@ -106,13 +112,19 @@ class Life:
 
 
 def _live(
-    arguments: list[str], log: Path, environment: dict[str, str], largest_file: int | None, directory: Path | None
+    program: str,
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str],
+    largest_file: int | None,
+    directory: Path | None,
 ) -> None:
     import torch
 
-    from imagenet64_diffusion.train_imagenet64 import main
-
+    main = importlib.import_module(f"imagenet64_diffusion.{program}").main
     os.setsid()
+    # where the tests run in the background of a shell, they are started with interrupts ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # the processes of its own that read images are made as in any other Python, not by the server
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     torch.set_num_threads(1)
