@@ -1,11 +1,11 @@
 """What each correction of the original's design is worth, measured with the same budget.
 
 Trains a small network on the 5,000 MNIST digits, first as the original program has it and then with one correction
-after the other, for the same number of steps and, again, for the same number of seconds, with two seeds. Every model
-draws the same number of digits without guidance; a fixed classifier reads them, and FID, precision and recall are
-taken in its features. All by the commands that users have: train_imagenet64.py and evaluate_models.py. What has been
-done is not done again, so it can be stopped. Prints a table and writes benchmarks/results/quality-<processor>.json, a
-chart and a strip of samples of each model:
+after the other, for the same number of steps and, again, for the same seconds of processor time, with two seeds.
+Every model draws the same number of digits without guidance; a fixed classifier reads them, and FID, precision and
+recall are taken in its features. All by the commands that users have: train_imagenet64.py and evaluate_models.py. What
+has been done is not done again, so it can be stopped. Prints a table and writes
+benchmarks/results/quality-<processor>.json, a chart and a strip of samples of each model:
 
     python benchmarks/quality.py --data outputs/demo/data --output_dir outputs/quality
 """
@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """The original's way, its corrections one after the other, and two options beside the last."""
+    """The original's way, its corrections one after the other, the default without one each, and two options."""
     faithful = Variant(
         "as the original has it",
         {
@@ -70,18 +71,34 @@ def variants() -> list[Variant]:
     velocity = unclamped.with_("+ velocity prediction (default)", prediction_type="v_prediction")
     return [
         *(faithful, averaged, time, attending, head, unclamped, velocity),
+        velocity.with_("default, no moving average", use_ema=False),
+        velocity.with_("default, original time encoding", time_embedding_type="original_interleaved"),
+        velocity.with_("default, class attention that does not", class_attention_type="identity"),
+        velocity.with_("default, original head", output_head_type="original"),
+        velocity.with_("default, clamped cosine", beta_schedule="original_cosine"),
         velocity.with_("default, importance sampling", timestep_sampling="importance"),
         velocity.with_("default, min-SNR 5", snr_gamma=5),
     ]
 
 
-def run(script: str, *arguments: Any) -> None:
-    """Runs a command of the project on one thread; its output goes nowhere unless it fails."""
+def run(script: str, *arguments: Any) -> float:
+    """Runs a command of the project on one thread; its output goes nowhere unless it fails.
+
+    Returns:
+        The seconds of processor time that it took, which other work on the machine does not change.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {finished.returncode}: {finished.stderr[-2000:]}")
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        # unlike Popen.wait, this tells what the process has used
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            output.seek(0)
+            words = output.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {words}")
+    return usage.ru_utime + usage.ru_stime
 
 
 @dataclass(frozen=True)
@@ -118,7 +135,8 @@ def train_and_measure(variant: Variant, seed: int, steps: int, settings: Setting
     }
     if not (folder / "model" / "model_index.json").is_file():
         words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
-        run("train_imagenet64.py", "--train_data_dir", settings.data, "--output_dir", folder, *words)
+        seconds = run("train_imagenet64.py", "--train_data_dir", settings.data, "--output_dir", folder, *words)
+        (folder / "processor_seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
     measured = folder / "measured"
     sampling = ("--num_images", settings.num_images, "--num_inference_steps", settings.num_inference_steps)
     run(
@@ -128,13 +146,11 @@ def train_and_measure(variant: Variant, seed: int, steps: int, settings: Setting
     )
     run("evaluate_models.py", "score", "--reference", settings.folder / "reference", "--model", measured)
     scores = json.loads((measured / "scores.json").read_text(encoding="utf-8"))["metrics"]
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    pace = statistics.median(entry["images_per_second"] for entry in log)
     names = ("class_accuracy", "fid", "precision", "recall")
     return {
         **{name: scores[name] for name in names},
         "steps": steps,
-        "seconds": steps * options["train_batch_size"] / pace,
+        "processor_seconds": json.loads((folder / "processor_seconds.json").read_text(encoding="utf-8")),
         "folder": folder.name,
     }
 
@@ -154,12 +170,16 @@ def measure_all(settings: Settings, seeds: list[int], jobs: int) -> list[dict[st
         for (variant, _, _), figures in zip(tasks, both(tasks), strict=True):
             found[variant.name].setdefault("same_steps", []).append(figures)
 
-        budget = statistics.median(figures["seconds"] for entry in found.values() for figures in entry["same_steps"])
+        budget = statistics.median(
+            figures["processor_seconds"] for entry in found.values() for figures in entry["same_steps"]
+        )
         tasks = []
         for variant in variants():
-            pace = statistics.median(figures["seconds"] for figures in found[variant.name]["same_steps"])
-            # to tens, so that a second call finds what the first one has done
-            steps = max(10, 10 * round(settings.steps * budget / pace / 10))
+            pace = statistics.median(figures["processor_seconds"] for figures in found[variant.name]["same_steps"])
+            # to twentieths of the steps: a pace that differs by less is the machine's noise, and a second call (or
+            # the same budget in steps) finds what has been done
+            unit = max(1, settings.steps // 20)
+            steps = unit * max(1, round(settings.steps * budget / pace / unit))
             tasks += [(variant, seed, steps) for seed in seeds]
         for (variant, _, _), figures in zip(tasks, both(tasks), strict=True):
             found[variant.name].setdefault("same_seconds", []).append(figures)
@@ -193,7 +213,7 @@ def draw_chart(results: list[dict[str, Any]], file: Path) -> None:
         panels, ("class_accuracy", "fid"), ("class accuracy", "FID in the classifier's features"), strict=True
     ):
         for offset, (budget, colour, words) in enumerate(
-            (("same_steps", "#0072B2", "same number of steps"), ("same_seconds", "#E69F00", "same time"))
+            (("same_steps", "#0072B2", "same number of steps"), ("same_seconds", "#E69F00", "same processor time"))
         ):
             heights = [statistics.mean(figures[name] for figures in result[budget]) for result in results]
             places = np.arange(len(results)) + 0.36 * (offset - 0.5)
@@ -219,7 +239,7 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", type=Path, default=ROOT / "outputs" / "quality", help="models and measurements"
     )
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each training")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each training")
     parser.add_argument("--num_images", type=int, default=1000, help="digits that each model draws")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -234,7 +254,7 @@ def main() -> None:
         *("--protocol", "classifier", "--weights", CLASSIFIER),
     )
     results = measure_all(settings, options.seeds, options.jobs)
-    print(f"\n{'':34} {'same steps':^32} {'same time':^32}")
+    print(f"\n{'':34} {'same steps':^32} {'same processor time':^32}")
     print(f"{'':34} " + " ".join(["accuracy      FID  precision recall"] * 2))
     for result in results:
         cells = []
