@@ -1,7 +1,7 @@
 """What each correction of the original's design is worth, measured with the same budget.
 
 Trains a small network on the 5,000 MNIST digits, first as the original program has it and then with one correction
-after the other, for the same number of steps and, again, for the same seconds of processor time, with two seeds.
+after the other, for the same number of steps and, again, for the same computing time, with two seeds.
 Every model draws the same number of digits without guidance; a fixed classifier reads them, and FID, precision and
 recall are taken in its features. All by the commands that users have: train_imagenet64.py and evaluate_models.py. What
 has been done is not done again, so it can be stopped. Prints a table and writes
@@ -18,18 +18,22 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from report import write_result
+
+from imagenet64_diffusion import ClassConditionalUNet2DModel
 
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER = ROOT / "evaluation" / "digits_classifier"
+UNET_OPTIONS = ("time_embedding_type", "class_attention_type", "output_head_type")
 STRIP = 20  # digits of each model in the picture
 
 
@@ -64,13 +68,13 @@ def variants() -> list[Variant]:
         },
     )
     averaged = faithful.with_("+ moving average", use_ema=True)
-    time = averaged.with_("+ sinusoidal time encoding", time_embedding_type="sinusoidal")
-    attending = time.with_("+ class attention that attends", class_attention_type="channel")
+    encoded = averaged.with_("+ sinusoidal time encoding", time_embedding_type="sinusoidal")
+    attending = encoded.with_("+ class attention that attends", class_attention_type="channel")
     head = attending.with_("+ convolutional head", output_head_type="conv")
-    unclamped = head.with_("+ unclamped cosine", beta_schedule="squaredcos_cap_v2")
-    velocity = unclamped.with_("+ velocity prediction (default)", prediction_type="v_prediction")
+    unclamped = {"beta_schedule": "squaredcos_cap_v2"}
+    velocity = head.with_("+ velocity, unclamped cosine (default)", prediction_type="v_prediction", **unclamped)
     return [
-        *(faithful, averaged, time, attending, head, unclamped, velocity),
+        *(faithful, averaged, encoded, attending, head, velocity),
         velocity.with_("default, no moving average", use_ema=False),
         velocity.with_("default, original time encoding", time_embedding_type="original_interleaved"),
         velocity.with_("default, class attention that does not", class_attention_type="identity"),
@@ -81,24 +85,45 @@ def variants() -> list[Variant]:
     ]
 
 
-def run(script: str, *arguments: Any) -> float:
-    """Runs a command of the project on one thread; its output goes nowhere unless it fails.
+NETWORK = {"model_config_name_or_path": "demo", "stem_channels": 8, "block_out_channels": (16, 32)}
+BATCH_SIZE = 64
 
-    Returns:
-        The seconds of processor time that it took, which other work on the machine does not change.
-    """
+
+def run(script: str, *arguments: Any) -> None:
+    """Runs a command of the project on one thread; its output goes nowhere unless it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        # unlike Popen.wait, this tells what the process has used
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            output.seek(0)
-            words = output.read().decode(errors="replace")[-2000:]
-            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {words}")
-    return usage.ru_utime + usage.ru_stime
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {finished.returncode}: {finished.stderr[-2000:]}")
+
+
+def relative_costs(variants: list[Variant], rounds: int = 15) -> dict[str, float]:
+    """Time of a training step of each variant's network, over that of the last one, measured in turns."""
+    config = json.loads((ROOT / "configs" / "demo.json").read_text(encoding="utf-8"))
+    config |= {name: NETWORK[name] for name in ("stem_channels", "block_out_channels")}
+    size, channels = config["sample_size"], config["in_channels"]
+    images, labels = torch.randn(BATCH_SIZE, channels, size, size), torch.arange(BATCH_SIZE) % 10
+    timesteps = torch.arange(BATCH_SIZE) * 15
+    options = {variant.name: tuple(variant.options[name] for name in UNET_OPTIONS) for variant in variants}
+    networks = {}
+    for values in set(options.values()):
+        unet = ClassConditionalUNet2DModel.from_config({**config, **dict(zip(UNET_OPTIONS, values, strict=True))})
+        networks[values] = unet, torch.optim.AdamW(unet.parameters(), fused=True)
+    seconds: dict[tuple, list[float]] = {values: [] for values in networks}
+    for number in range(rounds + 1):
+        for values, (unet, optimizer) in networks.items():
+            begin = time.perf_counter()
+            unet(images, timesteps, labels).sample.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number:  # the first round warms up
+                seconds[values].append(time.perf_counter() - begin)
+    last = seconds[options[variants[-1].name]]
+    return {
+        name: statistics.median(own / other for own, other in zip(seconds[values], last, strict=True))
+        for name, values in options.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -117,10 +142,9 @@ def train_and_measure(variant: Variant, seed: int, steps: int, settings: Setting
     name = "".join(character if character.isalnum() else "_" for character in variant.name)
     folder = settings.folder / f"{name}_seed{seed}_{steps}"
     options = {
-        "stem_channels": 8,
-        "block_out_channels": "16 32",
-        "model_config_name_or_path": "demo",
-        "train_batch_size": 64,
+        **NETWORK,
+        "block_out_channels": " ".join(map(str, NETWORK["block_out_channels"])),
+        "train_batch_size": BATCH_SIZE,
         "learning_rate": 5e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 50,
@@ -135,8 +159,7 @@ def train_and_measure(variant: Variant, seed: int, steps: int, settings: Setting
     }
     if not (folder / "model" / "model_index.json").is_file():
         words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
-        seconds = run("train_imagenet64.py", "--train_data_dir", settings.data, "--output_dir", folder, *words)
-        (folder / "processor_seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+        run("train_imagenet64.py", "--train_data_dir", settings.data, "--output_dir", folder, *words)
     measured = folder / "measured"
     sampling = ("--num_images", settings.num_images, "--num_inference_steps", settings.num_inference_steps)
     run(
@@ -150,7 +173,6 @@ def train_and_measure(variant: Variant, seed: int, steps: int, settings: Setting
     return {
         **{name: scores[name] for name in names},
         "steps": steps,
-        "processor_seconds": json.loads((folder / "processor_seconds.json").read_text(encoding="utf-8")),
         "folder": folder.name,
     }
 
@@ -170,16 +192,15 @@ def measure_all(settings: Settings, seeds: list[int], jobs: int) -> list[dict[st
         for (variant, _, _), figures in zip(tasks, both(tasks), strict=True):
             found[variant.name].setdefault("same_steps", []).append(figures)
 
-        budget = statistics.median(
-            figures["processor_seconds"] for entry in found.values() for figures in entry["same_steps"]
-        )
+        # of the networks alone: the commands' own pace changes with whatever else the machine does
+        costs = relative_costs(variants())
+        budget = statistics.median(costs.values())
         tasks = []
         for variant in variants():
-            pace = statistics.median(figures["processor_seconds"] for figures in found[variant.name]["same_steps"])
-            # to twentieths of the steps: a pace that differs by less is the machine's noise, and a second call (or
-            # the same budget in steps) finds what has been done
-            unit = max(1, settings.steps // 20)
-            steps = unit * max(1, round(settings.steps * budget / pace / unit))
+            found[variant.name]["relative_cost"] = costs[variant.name]
+            # to tenths of the steps, so that networks of about the same cost are not trained twice
+            unit = max(1, settings.steps // 10)
+            steps = unit * max(1, round(settings.steps * budget / costs[variant.name] / unit))
             tasks += [(variant, seed, steps) for seed in seeds]
         for (variant, _, _), figures in zip(tasks, both(tasks), strict=True):
             found[variant.name].setdefault("same_seconds", []).append(figures)
@@ -213,7 +234,7 @@ def draw_chart(results: list[dict[str, Any]], file: Path) -> None:
         panels, ("class_accuracy", "fid"), ("class accuracy", "FID in the classifier's features"), strict=True
     ):
         for offset, (budget, colour, words) in enumerate(
-            (("same_steps", "#0072B2", "same number of steps"), ("same_seconds", "#E69F00", "same processor time"))
+            (("same_steps", "#0072B2", "same number of steps"), ("same_seconds", "#E69F00", "same time"))
         ):
             heights = [statistics.mean(figures[name] for figures in result[budget]) for result in results]
             places = np.arange(len(results)) + 0.36 * (offset - 0.5)
@@ -239,8 +260,8 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", type=Path, default=ROOT / "outputs" / "quality", help="models and measurements"
     )
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each training")
-    parser.add_argument("--num_images", type=int, default=1000, help="digits that each model draws")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each training")
+    parser.add_argument("--num_images", type=int, default=500, help="digits that each model draws")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time, one thread each")
@@ -254,7 +275,7 @@ def main() -> None:
         *("--protocol", "classifier", "--weights", CLASSIFIER),
     )
     results = measure_all(settings, options.seeds, options.jobs)
-    print(f"\n{'':34} {'same steps':^32} {'same processor time':^32}")
+    print(f"\n{'':34} {'same steps':^32} {'same time':^32}")
     print(f"{'':34} " + " ".join(["accuracy      FID  precision recall"] * 2))
     for result in results:
         cells = []

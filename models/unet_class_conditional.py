@@ -3,9 +3,11 @@
 The file imports torch and diffusers only, so that a repository on the Hub can carry it beside its weights.
 """
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +61,103 @@ def _modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Ten
     return torch.addcmul(shift[:, :, None, None], hidden_states, scale)
 
 
-class StandardizedConv2d(nn.Conv2d):
+def _silu(hidden_states: torch.Tensor) -> torch.Tensor:
+    """SiLU of a tensor that nobody else needs: in its place where no gradient is asked for."""
+    return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
+
+
+class CachedWeights:
+    """What a convolution makes of its weights before it uses them, kept while they do not change.
+
+    They are made anew when the weights were written to, replaced, or moved. What writes through ``weight.data`` leaves
+    no trace, so this is for a time in which nobody does, see [`ClassConditionalUNet2DModel.cached_weights`].
+    """
+
+    def __init__(self) -> None:
+        self.source: tuple | None = None
+        self.weights: tuple[torch.Tensor, ...] = ()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # a copy or a pickle has None instead: the end of this one's time would not be the end of its
+        return type(None), ()
+
+    def of(self, conv: "Conv2d | ConvTranspose2d", input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        """The kept ones for images of this shape."""
+        weight = conv.weight
+        # tensors made in inference mode have no version, but cannot be written to outside of it either
+        version = 0 if weight.is_inference() else weight._version
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        source = (weight.data_ptr(), version, weight.dtype, weight.device, input_shape, autocast)
+        if source != self.source:
+            self.weights = conv.prepare_weights(input_shape)
+            self.source = source
+        return self.weights
+
+
+def _may_cache() -> bool:
+    # before anything that torch.compile would have to watch
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def _onednn_takes(weight: torch.Tensor) -> bool:
+    """Whether oneDNN computes with this weight."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _pack(
+    weight: torch.Tensor, input_shape: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int
+) -> torch.Tensor:
+    """A weight in the layout that oneDNN wants for images of this shape, which it would bring it to at every call."""
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(
+        weight.contiguous().to_mkldnn(), padding, stride, [1, 1], groups, list(input_shape)
+    )
+
+
+def _convolve_packed(
+    hidden_states: torch.Tensor,
+    packed_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        hidden_states, packed_weight, bias, padding, stride, [1, 1], groups, "none", [], ""
+    )
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that prepares its weight once where it can, see [`CachedWeights`]."""
+
+    cached: CachedWeights | None = None
+
+    def used_weight(self) -> torch.Tensor:
+        """What is convolved with, (out_channels, in_channels / groups, height, width)."""
+        return self.weight
+
+    def prepare_weights(self, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        """The used weight, in oneDNN's layout where that computes."""
+        weight = self.used_weight()
+        if not _onednn_takes(weight):
+            return (weight,)
+        return (_pack(weight, input_shape, self.padding, self.stride, self.groups),)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not _may_cache() or (cached := self.cached) is None:
+            return self._conv_forward(hidden_states, self.used_weight(), self.bias)
+        (weight,) = cached.of(self, hidden_states.shape)
+        if weight.is_mkldnn:
+            return _convolve_packed(hidden_states, weight, self.bias, self.padding, self.stride, self.groups)
+        return self._conv_forward(hidden_states, weight, self.bias)
+
+
+class StandardizedConv2d(Conv2d):
     """A convolution whose filters are brought to mean 0 and variance 1 before use.
 
     Weight standardisation: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.
@@ -67,12 +165,60 @@ class StandardizedConv2d(nn.Conv2d):
 
     epsilon = 1e-5
 
+    def used_weight(self) -> torch.Tensor:
+        # In float32 whatever the dtype of the model: the variance of a filter is often below what half precision
+        # holds. A layer norm without scale and shift is the formula of the paper, in one pass.
+        filters = self.weight.float().flatten(1)  # (out_channels, in_channels * height * width)
+        standardized = F.layer_norm(filters, filters.shape[1:], eps=self.epsilon)
+        return standardized.view(self.weight.shape).to(self.weight.dtype)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """The transposed 4x4 convolution that doubles the resolution.
+
+    Row 2 i of what it gives is made of the rows i - 1 and i of the image, row 2 i + 1 of i and i + 1, and columns
+    likewise, so that it is four ordinary 2x2 convolutions whose results interleave. With weights prepared once that is
+    how it is computed on a CPU, where oneDNN's transposed convolutions take twice as long.
+    """
+
+    cached: CachedWeights | None = None
+    # for even and odd rows (columns): which of the four of the filter meet the earlier and the later row
+    _taps = ((3, 1), (2, 0))
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 4, stride=2, padding=1)
+
+    def prepare_weights(self, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        """Four 2x2 filters, of even and odd rows times even and odd columns, packed; or the weight as it is."""
+        if not _onednn_takes(self.weight):
+            return (self.weight,)
+        padded = [*input_shape[:2], input_shape[2] + 1, input_shape[3] + 1]
+        filters = self.weight.transpose(0, 1)  # (out_channels, in_channels, 4, 4)
+        return tuple(
+            _pack(filters[:, :, rows][:, :, :, columns], padded, [0, 0], [1, 1], 1)
+            for rows in self._taps
+            for columns in self._taps
+        )
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # in float32 whatever the dtype of the model: the variance of a filter is often below what half precision holds
-        weight = self.weight.float()
-        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (weight - mean) * torch.rsqrt(variance + self.epsilon)
-        return self._conv_forward(hidden_states, weight.to(self.weight.dtype), self.bias)
+        if not _may_cache() or (cached := self.cached) is None:
+            return super().forward(hidden_states)
+        weights = cached.of(self, hidden_states.shape)
+        if len(weights) == 1:
+            return super().forward(hidden_states)
+        # rows and columns i - 1 to i + 1 of every i; the even ones need no later, the odd ones no earlier
+        padded = F.pad(hidden_states, (1, 1, 1, 1))
+        batch, _, height, width = hidden_states.shape
+        doubled = hidden_states.new_empty((batch, self.out_channels, 2 * height, 2 * width)).contiguous(
+            memory_format=torch.channels_last
+        )
+        for number, weight in enumerate(weights):
+            row, column = divmod(number, 2)
+            part = padded[:, :, row : row + height + 1, column : column + width + 1]
+            doubled[:, :, row::2, column::2] = _convolve_packed(
+                part.contiguous(memory_format=torch.channels_last), weight, self.bias, [0, 0], [1, 1], 1
+            )
+        return doubled
 
 
 class ResnetLayer(nn.Module):
@@ -93,7 +239,7 @@ class ResnetLayer(nn.Module):
         self.conv2 = StandardizedConv2d(out_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(second_groups, out_channels)
         self.dropout = nn.Dropout(config.dropout)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(
         self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
@@ -103,8 +249,8 @@ class ResnetLayer(nn.Module):
 
         residual = self.shortcut(hidden_states)
         hidden_states = self.norm1(self.conv1(hidden_states))
-        hidden_states = self.dropout(F.silu(_modulate(hidden_states, scale, shift)))
-        hidden_states = F.silu(self.norm2(self.conv2(hidden_states)))
+        hidden_states = self.dropout(_silu(_modulate(hidden_states, scale, shift)))
+        hidden_states = _silu(self.norm2(self.conv2(hidden_states)))
         return hidden_states + residual
 
 
@@ -116,11 +262,11 @@ class ConvNextLayer(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, config: LayerConfig | None):
         super().__init__()
-        self.depthwise_conv = nn.Conv2d(in_channels, in_channels, 7, padding=3, groups=in_channels)
+        self.depthwise_conv = Conv2d(in_channels, in_channels, 7, padding=3, groups=in_channels)
         self.norm = _group_norm(in_channels)
-        self.expand_conv = nn.Conv2d(in_channels, 2 * in_channels, 1)
-        self.project_conv = nn.Conv2d(2 * in_channels, out_channels, 1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.expand_conv = Conv2d(in_channels, 2 * in_channels, 1)
+        self.project_conv = Conv2d(2 * in_channels, out_channels, 1)
+        self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.dropout = nn.Dropout(config.dropout if config else 0.0)
         # without a config the block is a plain one, as the original's output head uses it
         has_classes = config is not None and config.class_embed_dim is not None
@@ -159,7 +305,7 @@ class ClassAttentionLayer(nn.Module):
         self.norm = _group_norm(in_channels)
         self.query = nn.Linear(config.class_embed_dim, in_channels) if attends else None
         self.key = nn.Linear(config.class_embed_dim, in_channels) if attends else None
-        self.out_conv = nn.Conv2d(in_channels, in_channels, 1)
+        self.out_conv = Conv2d(in_channels, in_channels, 1)
         self.out_norm = _group_norm(in_channels)
 
     def forward(
@@ -173,8 +319,9 @@ class ClassAttentionLayer(nn.Module):
             key = self.key(class_embedding)  # (batch, channels)
             scores = key[:, :, None] * query[:, None, :] / math.sqrt(channels)  # (batch, channels in, channels out)
             attention = scores.softmax(dim=-1).to(hidden_states.dtype)
-            mixed = attention.transpose(1, 2) @ hidden_states.flatten(2)  # (batch, channels out, height * width)
-            hidden_states = mixed.view_as(hidden_states)
+            tokens = hidden_states.flatten(2).transpose(1, 2)  # (batch, height * width, channels in)
+            mixed = (tokens @ attention).transpose(1, 2)  # (batch, channels out, height * width)
+            hidden_states = mixed.unflatten(2, hidden_states.shape[2:])
         return self.out_norm(self.out_conv(hidden_states)) + residual
 
 
@@ -194,8 +341,8 @@ class SelfAttentionLayer(nn.Module):
         super().__init__()
         self.patch_size = config.attention_patch_size
         self.norm = _group_norm(in_channels)
-        self.key_query_value = nn.Conv2d(in_channels, 3 * in_channels, 1)
-        self.out_conv = nn.Conv2d(in_channels, in_channels, 1)
+        self.key_query_value = Conv2d(in_channels, 3 * in_channels, 1)
+        self.out_conv = Conv2d(in_channels, in_channels, 1)
 
     def forward(
         self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
@@ -298,7 +445,7 @@ class DownBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, layer_types: Sequence[str], config: LayerConfig):
         super().__init__()
         self.stack = LayerStack(in_channels, out_channels, layer_types, config)
-        self.downsample = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        self.downsample = Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
 
     def forward(
         self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
@@ -329,7 +476,7 @@ class UpBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, layer_types: Sequence[str], config: LayerConfig):
         super().__init__()
-        self.upsample = nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1)
+        self.upsample = ConvTranspose2d(in_channels, in_channels)
         self.stack = LayerStack(2 * in_channels, out_channels, layer_types, config)
 
     def forward(
@@ -350,13 +497,13 @@ class ConvHead(nn.Module):
         super().__init__()
         self.stack = LayerStack(channels, channels, layer_types, config)
         self.norm = _group_norm(channels)
-        self.conv = nn.Conv2d(channels, 2 * image_channels, 3, padding=1)
+        self.conv = Conv2d(channels, 2 * image_channels, 3, padding=1)
 
     def forward(
         self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
     ) -> torch.Tensor:
         hidden_states = self.stack(hidden_states, time_embedding, class_embedding)
-        return self.conv(F.silu(self.norm(hidden_states)))
+        return self.conv(_silu(self.norm(hidden_states)))
 
 
 class OriginalHead(nn.Module):
@@ -370,7 +517,7 @@ class OriginalHead(nn.Module):
         super().__init__()
         self.stack1 = LayerStack(channels, channels, layer_types, config)
         self.stack2 = LayerStack(channels, 2 * image_channels, layer_types, config)
-        self.conv = nn.Conv2d(2 * image_channels, 2 * image_channels, 7, padding=3)
+        self.conv = Conv2d(2 * image_channels, 2 * image_channels, 7, padding=3)
         self.noise_layer = ConvNextLayer(image_channels, image_channels, None)
         self.variance_layer = ConvNextLayer(image_channels, image_channels, None)
 
@@ -415,6 +562,19 @@ class OriginalTimesteps(nn.Module):
             return encodings[0]
         even_row = torch.arange(len(index), device=index.device)[:, None] % 2 == 0
         return torch.where(even_row, encodings[0], encodings[1])
+
+
+# networks may be shared by threads
+_CACHE_LOCK = threading.Lock()
+
+
+class _CacheTimes:
+    """How many callers are inside `cached_weights`; copies of a network have None, as nobody is inside of theirs."""
+
+    count = 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
 
 
 class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
@@ -470,6 +630,7 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
+        self._cache_times: _CacheTimes | None = None
         layer_types = tuple(LAYER_TYPE_ALIASES.get(name, name) for name in layer_types)
         self.register_to_config(layer_types=layer_types, block_out_channels=tuple(block_out_channels))
         self._check_config()
@@ -497,7 +658,7 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
 
         widths = [stem_channels, *block_out_channels]
         levels = list(itertools.pairwise(widths))
-        self.conv_in = nn.Conv2d(in_channels, stem_channels, 7, padding=3)
+        self.conv_in = Conv2d(in_channels, stem_channels, 7, padding=3)
         self.down_blocks = nn.ModuleList(DownBlock(lower, upper, layer_types, config) for lower, upper in levels)
         self.mid_block = MidBlock(widths[-1], layer_types, config)
         self.up_blocks = nn.ModuleList(UpBlock(upper, lower, layer_types, config) for lower, upper in reversed(levels))
@@ -625,6 +786,9 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         time_embedding = self._embed_timestep(timestep, sample)  # (batch, time_embed_dim)
         class_embedding = self._embed_class(class_labels, sample)  # (batch, class_embed_dim) or None
 
+        if sample.device.type == "cpu" and not torch.is_grad_enabled():
+            # what oneDNN is fastest with, but for gradients; on a GPU the layout of the weights decides
+            sample = sample.contiguous(memory_format=torch.channels_last)
         hidden_states = self.conv_in(sample)  # (batch, stem_channels, height, width)
         skips = []
         for block in self.down_blocks:  # (batch, block_out_channels[i], height / 2^(i+1), width / 2^(i+1))
@@ -635,9 +799,36 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
             hidden_states = block(hidden_states, skips.pop(), time_embedding, class_embedding)
         prediction = self.head(
             hidden_states, time_embedding, class_embedding
-        )  # (batch, 2 * in_channels, height, width)
+        ).contiguous()  # (batch, 2 * in_channels, height, width)
 
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
+
+    @contextlib.contextmanager
+    def cached_weights(self) -> Iterator[None]:
+        """A time in which what depends on the weights alone is computed once instead of at every call.
+
+        For loops that call the network many times without gradients, as `ClassConditionalPipeline` does; standardised
+        weights are kept then, and on a CPU all weights in the layout that it computes with, which is as much memory
+        as the convolutions' weights once more. Weights may be changed or moved meanwhile, but not through
+        ``weight.data`` (as diffusers' ``EMAModel.copy_to`` does): such changes would go unnoticed. Times may be nested
+        and overlap.
+        """
+        convolutions = [module for module in self.modules() if isinstance(module, (Conv2d, ConvTranspose2d))]
+        with _CACHE_LOCK:
+            if self._cache_times is None:
+                self._cache_times = _CacheTimes()
+                for module in convolutions:
+                    module.cached = CachedWeights()
+            self._cache_times.count += 1
+        try:
+            yield
+        finally:
+            with _CACHE_LOCK:
+                self._cache_times.count -= 1
+                if self._cache_times.count == 0:
+                    self._cache_times = None
+                    for module in convolutions:
+                        module.cached = None
 
     def _embed_timestep(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
         timestep = torch.as_tensor(timestep, device=sample.device)

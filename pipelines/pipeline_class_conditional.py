@@ -3,6 +3,7 @@
 The file imports torch and diffusers only, so that a repository on the Hub can carry it beside its weights.
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.machinery
@@ -188,6 +189,12 @@ def _package_module(name: str) -> types.ModuleType | None:
 
 def _unwrap_compiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
+
+
+def _cached_weights(unet: Any) -> contextlib.AbstractContextManager[None]:
+    """The time in which a network may keep what depends on its weights alone, for networks that know of such."""
+    unet = _unwrap_compiled(unet)
+    return unet.cached_weights() if hasattr(unet, "cached_weights") else contextlib.nullcontext()
 
 
 def _seeds_from(generator: torch.Generator | Sequence[torch.Generator] | None) -> int | list[int] | None:
@@ -392,7 +399,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             labels_of_both = torch.cat([torch.full_like(labels, num_classes), labels]) if guides else None
 
         # 5. denoise
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with _cached_weights(self.unet), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step, timestep in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
