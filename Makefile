@@ -6,9 +6,11 @@ INSTALLED := $(VENV)/.installed
 DEMO := outputs/demo
 # a small network that tells digits apart, whose features and answers measure the demo's
 DIGITS := --protocol classifier --weights evaluation/digits_classifier
+# docs/performance.md has the commands and the results of their real sizes
+BENCHMARKS := sampling training_step training evaluation startup conversion data frechet demo_quality
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak quality style clean
+.PHONY: help install demo test bench soak quality style clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -40,6 +42,11 @@ demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each, meas
 
 test: $(INSTALLED)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: $(INSTALLED)  ## run every benchmark at tiny size, into outputs/bench: minutes
+	$(BIN)/python prepare_imagenet64.py --source mnist --output_dir $(DEMO)/data
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --small || exit; done
+	$(BIN)/python benchmarks/performance_page.py --results_dir outputs/bench --output outputs/bench/performance.md
 
 soak: $(INSTALLED)  ## kill and stop training runs at random moments, for minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from report import write_result
+from report import add_options, results_dir, write_result
 
 from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
 
@@ -36,6 +37,7 @@ PARAMS = {
     "epoch": 469,
     "step": 600_000,
 }
+SMALL = {"embCh": 8, "t_dim": 16, "c_dim": 16}
 
 _MEASURED = """
 import json, re, time
@@ -45,26 +47,29 @@ torch.set_num_threads({threads})
 from imagenet64_diffusion import ClassConditionalPipeline
 import imagenet64_diffusion.conversion.converting
 from imagenet64_diffusion.convert_checkpoints import convert_checkpoint
-begin = time.perf_counter()
+
+def peak_bytes():
+    # not getrusage, whose peak is the parent's at first
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before, begin = peak_bytes(), time.perf_counter()
 {statement}
 seconds = time.perf_counter() - begin
-# not getrusage, whose peak is the parent's at first
-peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]
-print(json.dumps({{"seconds": seconds, "peak_bytes": int(peak) * 1024}}))
+print(json.dumps({{"seconds": seconds, "peak_bytes_before": before, "peak_bytes": peak_bytes()}}))
 """
 
 
-def write_checkpoint(folder: Path) -> tuple[Path, Path]:
+def write_checkpoint(folder: Path, params: dict[str, Any]) -> tuple[Path, Path]:
     """Writes the model's file and its JSON; the weights are noise of the size that keeps features of order 1."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, shape in original_weight_shapes(PARAMS).items():
+    for name, shape in original_weight_shapes(params).items():
         scale = 1 / math.sqrt(max(math.prod(shape[1:]), 1))
         weights[name] = torch.randn(shape, generator=generator).mul_(scale)
-    name = f"{PARAMS['epoch']}e_{PARAMS['step']}s"
+    name = f"{params['epoch']}e_{params['step']}s"
     files = folder / f"model_{name}.pkl", folder / f"model_params_{name}.json"
     torch.save(weights, files[0])
-    files[1].write_text(json.dumps(PARAMS), encoding="utf-8")
+    files[1].write_text(json.dumps(params), encoding="utf-8")
     return files
 
 
@@ -72,7 +77,7 @@ def measure(statement: str, threads: int) -> dict[str, float]:
     """Runs a statement in a process of its own, after the imports.
 
     Returns:
-        ``seconds`` of the statement and ``peak_bytes`` of the whole process.
+        ``seconds`` of the statement, ``peak_bytes`` of the whole process, and ``peak_bytes_before`` the statement.
     """
     finished = subprocess.run(
         [sys.executable, "-c", _MEASURED.format(statement=statement, threads=threads)],
@@ -88,21 +93,24 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
+    add_options(parser)
     options = parser.parse_args()
+    params = PARAMS | (SMALL if options.small else {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, params = write_checkpoint(folder)
+        model, description = write_checkpoint(folder, params)
         file_size = model.stat().st_size
         out = folder / "out"
-        baseline = measure("pass", options.threads)
-        conversion = measure(f"convert_checkpoint({str(model)!r}, {str(params)!r}, {str(out)!r})", options.threads)
+        conversion = measure(
+            f"convert_checkpoint({str(model)!r}, {str(description)!r}, {str(out)!r})", options.threads
+        )
         loading = measure(
             f"pipeline = ClassConditionalPipeline.from_pretrained({str(out)!r})\n"
             "image = pipeline('tabby', num_inference_steps=1, output_type='pt').images\n"
             "assert image.isfinite().all()",
             options.threads,
         )
-    above = conversion["peak_bytes"] - baseline["peak_bytes"]
+    above = conversion["peak_bytes"] - conversion["peak_bytes_before"]
     rows = {
         "checkpoint": f"{file_size / 1e6:.0f} MB",
         "conversion, with its checks": f"{conversion['seconds']:.1f} s",
@@ -113,17 +121,17 @@ def main() -> None:
     for what, value in rows.items():
         print(f"{what:30} {value:>18}")
     result = {
-        "params": PARAMS,
+        "params": params,
         "file_bytes": file_size,
         "threads": options.threads,
         "conversion_seconds": round(conversion["seconds"], 2),
         "peak_bytes": conversion["peak_bytes"],
-        "peak_bytes_of_imports": baseline["peak_bytes"],
+        "peak_bytes_of_imports": conversion["peak_bytes_before"],
         "peak_ratio_to_file": round(conversion["peak_bytes"] / file_size, 3),
         "peak_ratio_to_file_above_imports": round(above / file_size, 3),
         "load_and_one_step_seconds": round(loading["seconds"], 2),
     }
-    write_result("conversion", result, ("diffusers", "safetensors", "torch"))
+    write_result("conversion", result, ("diffusers", "safetensors", "torch"), results_dir(options))
 
 
 if __name__ == "__main__":

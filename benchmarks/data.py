@@ -17,7 +17,7 @@ from collections.abc import Callable
 import datasets
 import numpy as np
 import torch
-from report import write_result
+from report import add_options, choose_sizes, results_dir, write_result
 
 from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.preparation import write_prepared
@@ -84,9 +84,11 @@ def measure(folder: pathlib.Path, num_images: int, seconds: float) -> dict[str, 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_images", type=int, default=50_000, help="images to write (default: 50000, 0.6 GB)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="how long to read each form (default: 5)")
+    parser.add_argument("--num_images", type=int, help="images to write (default: 50000, 0.6 GB)")
+    parser.add_argument("--seconds", type=float, help="how long to read each form (default: 5)")
+    add_options(parser)
     options = parser.parse_args()
+    choose_sizes(options, num_images=(50_000, 500), seconds=(5.0, 0.05))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rates = measure(pathlib.Path(folder), options.num_images, options.seconds)
@@ -100,7 +102,7 @@ def main() -> None:
         "images_per_second": {name: round(rate) for name, rate in rates.items()},
         "ratio_of_prepared_folder_to": {name: round(reference / rate, 3) for name, rate in rates.items()},
     }
-    write_result("data", result, ("datasets", "numpy", "pillow", "pyarrow", "torch"))
+    write_result("data", result, ("datasets", "numpy", "pillow", "pyarrow", "torch"), results_dir(options))
 
 
 if __name__ == "__main__":

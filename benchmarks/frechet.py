@@ -16,22 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from cleanfid import fid
-from report import write_result
+from report import add_options, results_dir, write_result
 
 from imagenet64_diffusion.evaluation import FeatureStatistics, frechet_distance
 
 
-NUM_FEATURES = 2048
 BATCH_SIZES = (64, 256, 512)
 
 
-def make_features(num_images: int, seed: int) -> np.ndarray:
-    """Normal features, float32 (images, 2048), the variances of whose directions fall off by a power."""
+def make_features(num_images: int, num_features: int, seed: int) -> np.ndarray:
+    """Normal features, float32 (images, features), the variances of whose directions fall off by a power."""
     rng = np.random.default_rng(seed)
-    deviations = np.arange(1, NUM_FEATURES + 1) ** -0.7
-    mixing = (rng.standard_normal((NUM_FEATURES, NUM_FEATURES)) * deviations / NUM_FEATURES**0.5).astype(np.float32)
-    features = rng.standard_normal((num_images, NUM_FEATURES), dtype=np.float32) @ mixing.T
-    return features + 0.1 * rng.standard_normal(NUM_FEATURES, dtype=np.float32)
+    deviations = np.arange(1, num_features + 1) ** -0.7
+    mixing = (rng.standard_normal((num_features, num_features)) * deviations / num_features**0.5).astype(np.float32)
+    features = rng.standard_normal((num_images, num_features), dtype=np.float32) @ mixing.T
+    return features + 0.1 * rng.standard_normal(num_features, dtype=np.float32)
 
 
 def seconds_of(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -47,7 +46,7 @@ def measure_updates(features: np.ndarray) -> dict[str, int]:
     for batch_size in BATCH_SIZES:
         each = []
         for _ in range(5):
-            gathered = FeatureStatistics(NUM_FEATURES)
+            gathered = FeatureStatistics(features.shape[1])
             start = time.perf_counter()
             for first in range(0, len(features), batch_size):
                 gathered.update(features[first : first + batch_size])
@@ -61,16 +60,19 @@ def measure_updates(features: np.ndarray) -> dict[str, int]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_images", type=int, default=10_000, help="images of each set (default: 10000)")
+    parser.add_argument("--num_images", type=int, help="images of each set (default: 10000)")
     parser.add_argument("--rounds", type=int, default=3, help="times that each function is called (default: 3)")
+    add_options(parser)
     options = parser.parse_args()
+    num_features = 32 if options.small else 2048
+    num_images = options.num_images or (500 if options.small else 10_000)
     # clean-fid passes an argument to scipy that scipy will drop
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="cleanfid")
 
     moments = []
     for seed in (0, 1):
-        gathered = FeatureStatistics(NUM_FEATURES)
-        features = make_features(options.num_images, seed)
+        gathered = FeatureStatistics(num_features)
+        features = make_features(num_images, num_features, seed)
         gathered.update(features)
         moments += [gathered.mean, gathered.covariance]
     updates = measure_updates(features)
@@ -84,7 +86,7 @@ def main() -> None:
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["clean-fid"], strict=True)]
     difference = abs(values["ours"] - values["clean-fid"]) / values["clean-fid"]
 
-    print(f"{f'Frechet distance of {NUM_FEATURES} features':32} {'seconds (median)':>18} {'value':>20}")
+    print(f"{f'Frechet distance of {num_features} features':32} {'seconds (median)':>18} {'value':>20}")
     for name, each in seconds.items():
         print(f"{name:32} {statistics.median(each):18.2f} {values[name]:20.12f}")
     spread = f"from {min(ratios):.1f} to {max(ratios):.1f}"
@@ -92,8 +94,8 @@ def main() -> None:
     for batch_size, rate in updates.items():
         print(f"{f'statistics, batches of {batch_size}':32} {rate:9,} images/s")
     result = {
-        "num_features": NUM_FEATURES,
-        "num_images": options.num_images,
+        "num_features": num_features,
+        "num_images": num_images,
         "threads": torch.get_num_threads(),
         "seconds": {name: [round(value, 3) for value in each] for name, each in seconds.items()},
         "ratio_of_clean_fid_to_ours": {
@@ -104,7 +106,7 @@ def main() -> None:
         "relative_difference": float(f"{difference:.2g}"),
         "statistics_images_per_second": updates,
     }
-    write_result("frechet", result, ("clean-fid", "numpy", "scipy", "torch"))
+    write_result("frechet", result, ("clean-fid", "numpy", "scipy", "torch"), results_dir(options))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel
-from report import write_result
+from report import add_options, choose_sizes, results_dir, write_result
+from timing import Clock, alternate, ratios_to, seconds_of
 
 from imagenet64_diffusion.command_line import parse_options
 from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
@@ -35,31 +35,6 @@ from imagenet64_diffusion.training.plan import make_plan
 ROOT = Path(__file__).parents[1]
 # What the network and its optimizer need; everything else is the loop's.
 WORK = ("forward", "backward", "optimizer")
-
-
-class Clock:
-    """Sums the time spent in functions that it has been wrapped around."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._running: str | None = None
-
-    def around(self, owner: Any, name: str, part: str) -> None:
-        """Times a method of an object; what it calls does not count twice."""
-        method = getattr(owner, name)
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            if self._running is not None:
-                return method(*arguments, **options)
-            self._running = part
-            start = time.perf_counter()
-            try:
-                return method(*arguments, **options)
-            finally:
-                self.seconds[part] += time.perf_counter() - start
-                self._running = None
-
-        setattr(owner, name, timed)
 
 
 def make_trainer(data: Path, output_dir: Path, steps: int) -> Trainer:
@@ -183,22 +158,17 @@ def measure_pace(data: Path, folder: Path, rounds: int, stretch: int) -> dict[st
                 trainer._log(Silent())
             stop_request.agreed()
 
-        seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-        for number in range(rounds + 1):
-            order = [("plain", plain), ("ours", ours)]
-            for name, step in order if number % 2 else reversed(order):
-                start = time.perf_counter()
-                for _ in range(stretch):
-                    step()
-                if number > 0:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - start)
+        def stretch_of(step: Callable[[], None]) -> Callable[[], float]:
+            return lambda: seconds_of(lambda: [step() for _ in range(stretch)])
+
+        seconds = alternate({"plain": stretch_of(plain), "ours": stretch_of(ours)}, rounds)
     trainer.accelerator.end_training()
-    ratios = sorted(plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"], strict=True))
+    ratio = ratios_to("ours", seconds)["plain"]
     images = stretch * trainer.images_per_step
     return {
         **{f"{name}_images_per_second": images / statistics.median(values) for name, values in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "ratio": ratio["median"],
+        "ratio_quartiles": ratio["quartiles"],
         "rounds": rounds,
         "steps_in_a_stretch": stretch,
     }
@@ -208,13 +178,15 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT / "outputs" / "demo" / "data", help="the prepared digits")
-    parser.add_argument("--steps", type=int, default=200, help="steps to take apart (default: 200)")
-    parser.add_argument("--rounds", type=int, default=12, help="pairs of stretches (default: 12)")
-    parser.add_argument("--stretch", type=int, default=10, help="steps in a stretch (default: 10)")
+    parser.add_argument("--steps", type=int, help="steps to take apart (default: 200)")
+    parser.add_argument("--rounds", type=int, help="pairs of stretches (default: 12)")
+    parser.add_argument("--stretch", type=int, help="steps in a stretch (default: 10)")
+    add_options(parser)
     options = parser.parse_args()
+    choose_sizes(options, steps=(200, 2), rounds=(12, 1), stretch=(10, 1))
 
     with tempfile.TemporaryDirectory() as name:
-        shares = measure_shares(options.data, Path(name), options.steps, warmup=10)
+        shares = measure_shares(options.data, Path(name), options.steps, warmup=1 if options.small else 10)
         pace = measure_pace(options.data, Path(name), options.rounds, options.stretch)
     milliseconds = shares.pop("milliseconds per step")
     print(f"\n{options.steps} steps of the demo, {milliseconds:.0f} ms each")
@@ -235,7 +207,7 @@ def main() -> None:
         "share_outside_forward_backward_optimizer": outside,
         "pace": pace,
     }
-    write_result("training", figures, ("accelerate", "diffusers", "torch"))
+    write_result("training", figures, ("accelerate", "diffusers", "torch"), results_dir(options))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,279 @@
+"""Writes docs/performance.md from the JSON files of benchmarks/results, so that it shows what was measured."""
+
+import argparse
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from report import RESULTS, ROOT
+from timing import words_of
+
+
+PAGE = ROOT / "docs" / "performance.md"
+
+INTRODUCTION = """\
+# Speed
+
+What is on this page was measured by the scripts in `benchmarks/`, whose results lie in `benchmarks/results`;
+`python benchmarks/performance_page.py` writes the page from them. Each table names its machine and the command.
+
+Times are those of one machine. What compares between machines are the ratios: both sides ran in the same minutes, in
+turn, most of them in one process, and a ratio is the median of all rounds, with its quartiles in brackets where
+nothing else is said. Shares of the ceiling are shares of the matrix products, of the same type and on as many threads,
+that the machine did in the same run.
+"""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a Markdown table; all columns but the first are numbers."""
+    yield "| " + " | ".join(header) + " |"
+    yield "|---|" + "---:|" * (len(header) - 1)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+    yield ""
+
+
+def prose(text: str) -> Iterator[str]:
+    """The lines of a paragraph."""
+    yield from textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
+    yield ""
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent, and with commas."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - int(f"{value:e}".partition("e")[2]))
+    return f"{value:,.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """A share, such as ``34.3 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def ratio(spread: dict[str, Any] | None) -> str:
+    """A ratio with its quartiles; 1 for the reference."""
+    return "1" if spread is None else words_of(spread)
+
+
+def ceilings(found: dict[str, list[float]]) -> str:
+    """What the machine could do in that run."""
+    product, copy = max(found["matrix_product_gflops"]), max(found["copy_gbytes_per_second"])
+    return f"The machine multiplied matrices at {number(product)} GFLOP/s and copied memory at {number(copy)} GB/s."
+
+
+def sampling_section(result: dict[str, Any]) -> Iterator[str]:
+    images = "1 image" if result["batch_size"] == 1 else f"{result['batch_size']} images"
+    kind = f"Guided steps of {images} in {result['dtype']}"
+    yield from prose(f"{kind}: both branches, and what the scheduler does with them. {result['rounds']} rounds.")
+    rows, whole, once, stock = [], [], [], []
+    for recipe, found in result["recipes"].items():
+        for name, step in found["step_seconds"].items():
+            rows.append(
+                [
+                    f"`{recipe}`, {name}",
+                    number(step["median"]),
+                    number(found["gflop_per_step"][name]),
+                    percent(found["share_of_matrix_products"][name]),
+                    ratio(found["ratio_to_ours"].get(name)),
+                ]
+            )
+        image = found["image"]
+        for name, seconds in image["seconds_per_image"].items():
+            words = [f"`{recipe}`, {name}", str(image["num_inference_steps"]), number(seconds["median"])]
+            whole.append([*words, ratio(image["ratio_to_ours"].get(name))])
+        once.append(f"{number(found['once_per_call_seconds']['median'])} s (`{recipe}`)")
+        widths = " ".join(map(str, found["stock"]["block_out_channels"]))
+        stock.append(f"{widths} with {found['stock']['layers_per_block']} layers a block (`{recipe}`)")
+    yield from table(["", "seconds a step", "GFLOP", "of the ceiling", "times as long as ours"], rows)
+    yield from prose(
+        f"The first step of a call of the pipeline takes more, once: {', '.join(once)}."
+        f" {ceilings(result['ceilings'])} The stock network is a `UNet2DModel` of as many operations:"
+        f" {', '.join(stock)}."
+    )
+    yield from prose("Whole images by the pipeline, and by loops around the others:")
+    yield from table(["", "steps", "seconds an image", "times as long as ours"], whole)
+
+
+def training_step_section(result: dict[str, Any]) -> Iterator[str]:
+    names = {"no": "float32", "bf16": "bfloat16 autocast"}
+    yield from prose(
+        f"Steps of `{result['recipe']}` with batches of {result['batch_size']}: forward, loss, backward, AdamW."
+        f" {result['rounds']} rounds. Memory is what two steps take at most, weights and moments included."
+    )
+    for precision, found in result["precisions"].items():
+        rows = []
+        for name, pace in found["images_per_second"].items():
+            memory = found["peak_bytes"].get(name)
+            rows.append(
+                [
+                    name,
+                    number(pace["median"]),
+                    percent(found["share_of_matrix_products"][name]),
+                    ratio(found["ratio_to_ours"].get(name)),
+                    "" if memory is None else f"{memory / 2**30:.2f} GiB",
+                ]
+            )
+        header = [names[precision], "images/s", "of the ceiling", "times as long as ours", "memory"]
+        yield from table(header, rows)
+        yield from prose(ceilings(found["ceilings"]))
+
+
+def training_section(result: dict[str, Any]) -> Iterator[str]:
+    milliseconds = number(result["milliseconds_per_step"])
+    yield from prose(f"Parts of {result['steps']} steps of the demo's run, {milliseconds} ms each:")
+    shares = sorted(result["shares"].items(), key=lambda item: -item[1])
+    outside = result["share_outside_forward_backward_optimizer"]
+    rows = [[part, percent(share)] for part, share in shares]
+    yield from table(["", "share"], [*rows, ["outside forward, backward and AdamW", percent(outside)]])
+    pace = result["pace"]
+    spread = {"median": pace["ratio"], "quartiles": pace["ratio_quartiles"]}
+    yield from prose(
+        f"Against a plain loop with the same network, loss, clipping, AdamW and moving average, {pace['rounds']} pairs"
+        f" of stretches of {pace['steps_in_a_stretch']} steps: {number(pace['ours_images_per_second'])} images/s"
+        f" against {number(pace['plain_images_per_second'])}, {words_of(spread)} times as many."
+    )
+
+
+def evaluation_section(result: dict[str, Any]) -> Iterator[str]:
+    yield from prose(
+        f"{result['num_images']} images of {result['num_inference_steps']} guided steps, {result['batch_size']} at a"
+        f" time, as `evaluate_models.py model` draws and measures them. {result['rounds']} rounds."
+    )
+    rows = [
+        ["drawn and measured", number(result["images_per_second"]["median"])],
+        ["the same without loading the model", number(result["images_per_second_without_loading"]["median"])],
+        ["the network alone", number(result["images_per_second_of_the_network_alone"]["median"])],
+        ["features alone", number(result["features_images_per_second"]["median"])],
+    ]
+    yield from table(["", "images/s"], rows)
+    yield from table(["", "share of the time"], [[part, percent(share)] for part, share in result["shares"].items()])
+    share = result["share_of_the_network_without_loading"]
+    low, high = share["quartiles"]
+    yield from prose(
+        f"Without loading, the network's share is {percent(share['median'])} ({percent(low)} to {percent(high)})."
+    )
+
+
+def startup_section(result: dict[str, Any]) -> Iterator[str]:
+    yield from prose(
+        f"Fresh processes; `{result['recipe']}` with {number(result['file_bytes'] / 1e6)} MB of weights in the page"
+        f" cache. {result['rounds']} rounds."
+    )
+    rows = [[part, number(seconds["median"])] for part, seconds in result["seconds"].items()]
+    yield from table(["", "seconds"], rows)
+    yield from table(["", "ratio"], [[name, words_of(spread)] for name, spread in result["ratios"].items()])
+
+
+def conversion_section(result: dict[str, Any]) -> Iterator[str]:
+    rows = [
+        ["checkpoint", f"{number(result['file_bytes'] / 1e6)} MB"],
+        ["conversion, with its checks", f"{number(result['conversion_seconds'])} s"],
+        ["peak memory", f"{result['peak_ratio_to_file']:.2f} x the file"],
+        ["above what the imports take", f"{result['peak_ratio_to_file_above_imports']:.2f} x the file"],
+        ["loading the folder, one step", f"{number(result['load_and_one_step_seconds'])} s"],
+    ]
+    yield from table(["", "measured"], rows)
+
+
+def data_section(result: dict[str, Any]) -> Iterator[str]:
+    yield from prose(
+        f"Random batches of {result['batch_size']} of {result['num_images']:,} images of 64x64x3, one process:"
+    )
+    ratios = result["ratio_of_prepared_folder_to"]
+    rows = [[name, f"{rate:,}", f"{ratios[name]:.2f}"] for name, rate in result["images_per_second"].items()]
+    yield from table(["", "images/s", "the prepared folder is so many times as fast"], rows)
+
+
+def frechet_section(result: dict[str, Any]) -> Iterator[str]:
+    yield from prose(
+        f"The distance of two sets of {result['num_features']} features of {result['num_images']:,} images:"
+    )
+    rows = [[name, ", ".join(map(number, seconds))] for name, seconds in result["seconds"].items()]
+    yield from table(["", "seconds of each round"], rows)
+    found = result["ratio_of_clean_fid_to_ours"]
+    yield from prose(
+        f"clean-fid's takes {found['median']:.2f} times as long (smallest {found['smallest']:.2f}, largest"
+        f" {found['largest']:.2f}), and the values differ by {result['relative_difference']:.1e} of their size."
+    )
+    rates = result["statistics_images_per_second"].items()
+    rows = [[f"statistics, batches of {size}", f"{rate:,}"] for size, rate in rates]
+    yield from table(["", "images/s"], rows)
+
+
+def demo_quality_section(result: dict[str, Any]) -> Iterator[str]:
+    yield from prose(
+        f"{result['images']} digits of the demo's model, guidance {result['guidance_scale']:g},"
+        f" {result['num_inference_steps']} steps, in {number(result['seconds'])} s:"
+    )
+    rows = [
+        ["read as the digit that was asked for", percent(result["class_accuracy"])],
+        ["real digits that are read rightly", percent(result["reader_accuracy_on_real_digits"])],
+        ["distance of two digits of a class, of that of real ones", f"{result['distance_ratio']:.2f}"],
+    ]
+    yield from table(["", "measured"], rows)
+
+
+# benchmark -> title, and what makes its lines
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[str]]]] = {
+    "sampling": ("Drawing", sampling_section),
+    "training_step": ("A training step", training_step_section),
+    "training": ("The training loop", training_section),
+    "evaluation": ("Measuring a model", evaluation_section),
+    "startup": ("Starting", startup_section),
+    "conversion": ("Converting a checkpoint", conversion_section),
+    "data": ("Reading images", data_section),
+    "frechet": ("The Frechet distance", frechet_section),
+    "demo_quality": ("The demo's digits", demo_quality_section),
+}
+
+
+def machine(result: dict[str, Any], benchmark: str) -> str:
+    """The machine and the command of a result."""
+    facts = dict(result["machine"])
+    cores = f"{facts.pop('cores')} cores"
+    threads = result.get("threads")
+    words = [facts.pop("gpu", None), facts.pop("processor"), cores, threads and f"{threads} threads"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts.items())
+    words = ", ".join(word for word in words if word).replace(" 1 threads", " 1 thread")
+    return f"{words}; {versions}.  \n`{result.get('command', f'python benchmarks/{benchmark}.py')}`"
+
+
+def make_page(folder: Path) -> str:
+    """The page of the results in a folder.
+
+    Args:
+        folder: With files ``{benchmark}-{...}.json``, as `report.write_result` writes them.
+    """
+    files: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.json")):
+        files.setdefault(file.stem.partition("-")[0], []).append(file)
+    lines = [INTRODUCTION]
+    for benchmark, (title, section) in SECTIONS.items():
+        if benchmark not in files:
+            continue
+        lines += [f"## {title}", ""]
+        for file in files.pop(benchmark):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            lines += [machine(result, benchmark), "", *section(result)]
+    if files:
+        lines += ["## What else was measured", ""]
+        lines += [f"- `benchmarks/results/{file.name}`" for group in files.values() for file in group]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=PAGE)
+    options = parser.parse_args()
+    options.output.write_text(make_page(options.results_dir), encoding="utf-8")
+    print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
