@@ -1,7 +1,6 @@
 """Measuring images by features: statistics of features, distances between sets of them, and other metrics.
 
-These names are loaded on first use, so that a command line can print its help without torch. The metrics
-``kernel_distance`` and ``inception_score`` come from the modules of their names.
+These names are loaded on first use, so that a command line can print its help without torch.
 """
 
 import importlib
@@ -13,10 +12,19 @@ _EXPORTS = {
     "FeatureStatistics": "statistics",
     "density_and_coverage": "manifolds",
     "frechet_distance": "frechet",
+    "inception_score": "classifier_score",
+    "kernel_distance": "kid",
     "precision_and_recall": "manifolds",
 }
 
-__all__ = ["FeatureStatistics", "density_and_coverage", "frechet_distance", "precision_and_recall"]
+__all__ = [
+    "FeatureStatistics",
+    "density_and_coverage",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "precision_and_recall",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,6 +38,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .classifier_score import inception_score
     from .frechet import frechet_distance
+    from .kid import kernel_distance
     from .manifolds import density_and_coverage, precision_and_recall
     from .statistics import FeatureStatistics

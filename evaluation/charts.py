@@ -282,7 +282,7 @@ def _in_common(rows: list[Row]) -> str:
     words = [_words(settings_of(row)) for row in rows]
     shared = {name: word for name, word in words[0].items() if all(each[name] == word for each in words)}
     # what nobody asked for is not worth saying
-    defaults = ("no guidance", "clipping as the model says")
+    defaults = ("own scheduler", "no guidance", "clipping as the model says")
     return ", ".join(word for word in shared.values() if word and word not in defaults)
 
 
@@ -405,7 +405,10 @@ def _mark_minima(
     lowest: dict[str, tuple[float, int]],
     looks: dict[str, int],
 ) -> None:
-    """Writes the lowest value of each line near its point; if it finds no place, only the legend has it."""
+    """Writes the lowest value of each line near its point; of many lines only the lowest of all.
+
+    The legend has every value, also one that finds no place.
+    """
     figure = axes.figure
     # places in pixels are known only then
     figure.draw_without_rendering()
@@ -417,7 +420,8 @@ def _mark_minima(
         along = np.linspace(0, distances[-1], max(2, int(distances[-1] / 5)))
         curves.append(np.column_stack([np.interp(along, distances, corners[:, k]) for k in (0, 1)]))
     points, sizes = [], []
-    for fid, step in lowest.values():
+    best = lowest if len(lowest) <= _MOST_VALUES else dict([min(lowest.items(), key=lambda line: line[1])])
+    for fid, step in best.values():
         text = axes.text(step, fid, _format(fid), **_VALUE)
         box = text.get_window_extent()
         text.remove()
@@ -425,7 +429,7 @@ def _mark_minima(
         sizes.append((box.width + 4, box.height + 2))
     frame = axes.get_window_extent().extents
     moves = place_labels(np.array(points), np.array(sizes), np.concatenate(curves), frame)
-    for (sampler, (fid, step)), size, move in zip(lowest.items(), np.array(sizes), moves, strict=True):
+    for (sampler, (fid, step)), size, move in zip(best.items(), np.array(sizes), moves, strict=True):
         if move is None:
             continue
         colour = COLOURS[looks[sampler] % len(COLOURS)]
@@ -450,6 +454,7 @@ def _mark_minima(
 
 
 _VALUE = {"fontsize": 11, "fontweight": "bold"}
+_MOST_VALUES = 5
 
 
 def place_labels(

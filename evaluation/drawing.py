@@ -12,7 +12,7 @@ import torch
 
 from ..data.dataset import PreparedImages
 from ..pipelines.generation import class_id, plain_config
-from ..pipelines.loading import load_pipeline
+from ..pipelines.loading import download_snapshot, load_pipeline
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
 
@@ -39,6 +39,7 @@ class ModelImages:
         seed: Seed of image 0.
         device: Where to draw.
         dtype: What the network computes in.
+        revision: Commit of the Hub repository, as `find_revision` gives it.
 
     Attributes:
         pipeline: The model.
@@ -61,8 +62,9 @@ class ModelImages:
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
     ):
-        self.pipeline = load_pipeline(model, dtype=dtype).to(device)
+        self.pipeline = load_pipeline(model, dtype=dtype, revision=revision).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         sampler.prepare(self.pipeline)
         scheduler, config = self.pipeline.scheduler, self.pipeline.unet.config
@@ -76,6 +78,7 @@ class ModelImages:
         self._labels = _choose_classes(self.pipeline, class_labels, class_counts, num_images, seed)
         self.description: dict[str, Any] = {
             "model": self.model,
+            "revision": revision,
             "weights_sha256": _weights_digest(self.pipeline),
             "scheduler": type(scheduler).__name__,
             "scheduler_config": plain_config(scheduler.config),
@@ -120,6 +123,18 @@ class ModelImages:
         if self.pipeline.unet.config.num_class_embeds is None:
             return pixels, None
         return pixels, torch.tensor([-1 if label is None else label for label in labels])
+
+
+def find_revision(model: str) -> str | None:
+    """The commit that a Hub id stands for now; None for a folder.
+
+    Raises:
+        OSError: If there is neither such a folder nor such a repository, or it cannot be reached.
+    """
+    if Path(model).is_dir():
+        return None
+    # the folder of a snapshot has the name of its commit
+    return download_snapshot(model, [ClassConditionalPipeline.config_name]).name
 
 
 def _choose_classes(

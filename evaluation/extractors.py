@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .float32_precision import full_float32
+
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -125,7 +127,7 @@ class FeatureExtractor(abc.ABC):
             probabilities = None if self.num_classes is None else torch.empty(0, self.num_classes, device=self.device)
             return Features(torch.empty(0, self.num_features, device=self.device), probabilities)
         parts = []
-        with torch.no_grad(), _full_precision():
+        with torch.no_grad(), full_float32():
             for start in range(0, len(images), self._batch_size):
                 chunk = images[start : start + self._batch_size]
                 part = self._extract(chunk.expand(-1, self.channels, -1, -1))
@@ -141,7 +143,7 @@ class FeatureExtractor(abc.ABC):
     def _check_finite(self, features: torch.Tensor, start: int) -> None:
         wrong = (~features.isfinite()).any(dim=1)
         if wrong.any():
-            advice = "" if self._protocol.dtype == "float32" else "; try dtype float32"
+            advice = "" if self._protocol.dtype == "float32" else "; try extractor_dtype float32"
             raise ValueError(
                 f"{self._protocol.name} in {self._protocol.dtype} gives features that are not finite for image"
                 f" {start + int(wrong.nonzero()[0])}{advice}"
@@ -225,17 +227,3 @@ def needs_extra(library: str, protocol: str) -> Iterator[None]:
         raise ImportError(
             f"the protocol {protocol} needs {library}: pip install 'imagenet64-diffusion[eval]' ({error})"
         ) from error
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Keeps GPUs from rounding float32 to TF32, and from choosing algorithms by how fast they are today."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

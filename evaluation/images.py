@@ -206,6 +206,13 @@ def _digest_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _digest_of_file(file: Path) -> str:
+    try:
+        return file_digest(file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from error
+
+
 class _Conversion(NamedTuple):
     """What is made of an image that may be of any kind."""
 
@@ -332,7 +339,7 @@ class _FileBatches(_DecodedBatches):
     def fingerprint(self) -> str:
         """Of what is in the files, in their order: the first time that it is asked for, all are read."""
         if self._fingerprint is None:
-            contents = self._pool.map(file_digest, self._files)
+            contents = self._pool.map(_digest_of_file, self._files)
             self._fingerprint = _digest_of("imagefolder", self._conversion, list(contents))
         return self._fingerprint
 

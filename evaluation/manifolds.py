@@ -12,7 +12,6 @@ features the memory on the CPU, or on the device and the CPU together, is about 
 image.
 """
 
-import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from .feature_arrays import FeatureRows, check_pair, checked_blocks, to_float64
+from .float32_precision import full_float32
 
 
 _BLOCK_ROWS = 2048
@@ -183,7 +183,7 @@ def _squared_radii(points: _FeatureSet, k: int) -> np.ndarray:
     """Squared distance of each point from its k-th nearest neighbour, in float64 (points,)."""
     num_candidates = min(k + 1 + _SPARE_NEIGHBOURS, len(points))
     radii = np.empty(len(points))
-    with _full_float32():
+    with full_float32():
         for block in points.blocks():
             bounds = block.rows.new_empty(len(block.rows), 0)
             candidates = torch.empty_like(bounds, dtype=torch.int64)
@@ -232,7 +232,7 @@ class _BallCounts(NamedTuple):
 def _count_balls(points: _FeatureSet, centres: _FeatureSet, squared_radii: np.ndarray) -> _BallCounts:
     balls_of_point = np.zeros(len(points), dtype=np.int64)
     points_of_ball = np.zeros(len(centres), dtype=np.int64)
-    with _full_float32():
+    with full_float32():
         for block in points.blocks():
             for balls in centres.blocks():
                 radii = torch.from_numpy(squared_radii[balls.indices] / centres.scale**2).to(block.rows)
@@ -261,14 +261,3 @@ def _exact_squared_distances(
         difference = points.read_rows(point_indices[pairs]) - others.read_rows(other_indices[pairs])
         squared[pairs] = np.square(difference).sum(axis=1)
     return squared
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Keeps products on a GPU from the tensor cores' 10 bits, which a program may have allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -17,10 +17,10 @@ from ..pipelines.sampler import Sampler
 from ..processes import on_every_process, on_main_process
 from ..version import __version__
 from ..whole_files import only_writer, replacing_file
-from .drawing import ModelImages, count_classes
+from .drawing import ModelImages, count_classes, find_revision
 from .extraction import Images, extract_parts, find_parts
 from .extractors import FeatureExtractor
-from .images import open_images
+from .images import ImageBatches, open_images
 from .measurement import PARTS_NAME, STATISTICS_NAME, Measurement, evenly_spread, remove_parts, write_measurement
 from .options import ExtractionOptions, ModelOptions, ReferenceOptions
 from .protocols import COMPARED_ENTRIES, make_extractor
@@ -29,6 +29,7 @@ from .protocols import COMPARED_ENTRIES, make_extractor
 _SETTINGS_NAME = "settings.json"
 # names and places, beside which stand digests of what is there
 _NAMES = ("source", "model")
+_TOLD = (*_NAMES, "revision")
 _LONGEST_SHOWN = 200
 # as imagenet64-prepare has it by default, and the published ImageNet of 64x64 pixels
 _RESIZE_FILTER = "box"
@@ -60,23 +61,24 @@ def measure_reference(options: ReferenceOptions) -> Path:
         OSError: If something cannot be read or written, or another process measures into the same folder.
     """
 
-    def open_chosen() -> tuple[Images, dict[str, Any]]:
-        images = open_images(
+    def open_source() -> ImageBatches:
+        return open_images(
             options.source,
             split=options.split,
             resolution=options.resolution,
             resize_filter=_RESIZE_FILTER,
             color_mode=options.color_mode,
         )
+
+    with distributed_state(options.device) as state:
+        images = on_every_process(state, open_source)
         chosen = _EvenlySpread(images, options.max_images or len(images))
         facts = {"source": options.source, "split": options.split, "resolution": options.resolution}
         facts |= {"resize_filter": None if options.resolution is None else _RESIZE_FILTER}
-        facts |= {"fingerprint": images.fingerprint, "image_size": list(images.image_size)}
-        return chosen, facts | {"of": len(images), "num_images": len(chosen)}
-
-    with distributed_state(options.device) as state:
-        images, facts = on_every_process(state, open_chosen)
-        return measure(images, facts, options, state)
+        # of a folder of images all files are read for it, once for all processes
+        facts |= {"fingerprint": on_main_process(state, lambda: images.fingerprint)}
+        facts |= {"image_size": list(images.image_size), "of": len(images), "num_images": len(chosen)}
+        return measure(chosen, facts, options, state)
 
 
 def measure_model(
@@ -84,6 +86,7 @@ def measure_model(
     state: PartialState | None = None,
     extractor: FeatureExtractor | None = None,
     quiet: bool = False,
+    revision: str | None = None,
 ) -> Path:
     """Draws images from a model and measures them.
 
@@ -92,6 +95,7 @@ def measure_model(
         state: The processes that share the work; by default those that accelerate has started.
         extractor: That of the options, if it has been made already.
         quiet: Whether to print nothing at the end.
+        revision: Commit of the Hub repository; by default the latest one.
 
     Returns:
         The folder of the measurement.
@@ -102,7 +106,9 @@ def measure_model(
     """
     if state is None:
         with distributed_state(options.device) as state:
-            return measure_model(options, state, extractor, quiet)
+            return measure_model(options, state, extractor, quiet, revision)
+    # one for all processes, whatever is pushed meanwhile
+    commit = revision or on_main_process(state, lambda: find_revision(options.model))
 
     def open_model() -> ModelImages:
         return ModelImages(
@@ -114,6 +120,7 @@ def measure_model(
             seed=options.seed,
             device=options.device or state.device,
             dtype=getattr(torch, options.dtype),
+            revision=commit,
         )
 
     images = on_every_process(state, open_model)
@@ -135,6 +142,7 @@ def open_extractor(options: ExtractionOptions, channels: int, state: PartialStat
             options.protocol,
             weights=options.weights,
             device=options.device or state.device,
+            dtype=options.extractor_dtype,
             batch_size=options.batch_size,
             **own_channels,
         )
@@ -287,7 +295,7 @@ def _is_finished(folder: Path, header: dict[str, Any]) -> bool:
 
 def _check_same(folder: Path, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compares what decides the numbers; names, places, devices and versions of libraries do not."""
-    image_entries = sorted({*before["images"], *now["images"]}.difference(_NAMES))
+    image_entries = sorted({*before["images"], *now["images"]}.difference(_TOLD))
     for part, entries in (("protocol", COMPARED_ENTRIES), ("images", image_entries)):
         for entry in entries:
             one, other = before[part].get(entry), now[part].get(entry)

@@ -8,6 +8,9 @@ from ..command_line import option
 
 # the keys of protocols.PROTOCOLS, whose module brings torch, for which --help should not wait
 PROTOCOL_NAMES = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "pixels")
+# what an extractor can compute in, and the protocols that are defined in float32
+EXTRACTOR_DTYPES = ("float32", "float16", "bfloat16")
+FLOAT32_PROTOCOLS = ("clean", "legacy_tensorflow", "pixels")
 
 
 def _check_at_least(options: object, smallest: int, *names: str) -> None:
@@ -33,6 +36,12 @@ class ExtractionOptions:
         None,
         "The extractor's weights: a file, or for dinov2 and classifier a folder or Hub id (default: fetched once).",
     )
+    extractor_dtype: str | None = option(
+        None,
+        "What the extractor computes in; another one is another protocol (default: the protocol's own,"
+        " which is float16 for original and else float32). On a CPU original is 20 times as fast in float32.",
+        choices=list(EXTRACTOR_DTYPES),
+    )
     num_features: int = option(
         50_000, "Keep the features of so many images, evenly spread, for KID, precision and so on; 0 keeps none."
     )
@@ -45,6 +54,14 @@ class ExtractionOptions:
         _check_at_least(self, 0, "num_features")
         if self.protocol not in PROTOCOL_NAMES:
             raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(PROTOCOL_NAMES)}")
+        if self.extractor_dtype not in (None, *EXTRACTOR_DTYPES):
+            right = ", ".join(EXTRACTOR_DTYPES)
+            raise ValueError(f"extractor_dtype is {self.extractor_dtype!r}, but must be one of {right}")
+        if self.protocol in FLOAT32_PROTOCOLS and self.extractor_dtype not in (None, "float32"):
+            raise ValueError(
+                f"extractor_dtype is {self.extractor_dtype}, but the protocol {self.protocol} is defined in"
+                " float32: leave it out"
+            )
         if not self.output_dir:
             raise ValueError("output_dir is empty: name a folder")
 

@@ -13,6 +13,7 @@ import torch
 
 from .extractors import FeatureExtractor, PixelExtractor
 from .inception import TorchScriptInception, TorchvisionInception
+from .options import EXTRACTOR_DTYPES, FLOAT32_PROTOCOLS
 from .vision_models import DINOV2_DEFAULT, Classifier, DinoV2
 
 
@@ -40,7 +41,7 @@ COMPARED_ENTRIES = (
     "num_classes",
 )
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {name: getattr(torch, name) for name in EXTRACTOR_DTYPES}
 
 
 def make_extractor(
@@ -77,8 +78,8 @@ def make_extractor(
     dtype = _find_dtype(dtype)
     if protocol != "pixels" and (channels, pixel_size) != (3, 8):
         raise ValueError(f"channels and pixel_size are for the protocol pixels, but the protocol is {protocol}")
-    if protocol in ("clean", "legacy_tensorflow", "pixels") and dtype not in (None, torch.float32):
-        raise ValueError(f"the protocol {protocol} computes in float32, but dtype is {dtype}")
+    if protocol in FLOAT32_PROTOCOLS and dtype not in (None, torch.float32):
+        raise ValueError(f"dtype is {dtype}, but the protocol {protocol} is defined in float32: leave it out")
     common: dict[str, Any] = {"device": device, "batch_size": batch_size}
     match protocol:
         case "clean" | "legacy_tensorflow":

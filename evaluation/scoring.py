@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ..whole_files import replacing_file
+from .classifier_score import inception_score
 from .frechet import frechet_distance
-from .inception_score import inception_score
-from .kernel_distance import kernel_distance
+from .kid import kernel_distance
 from .manifolds import density_and_coverage, precision_and_recall
 from .measurement import Measurement
 from .options import METRICS, ScoreOptions
@@ -114,6 +114,9 @@ def compare(
                 raise ValueError(f"{name} cannot be computed: {reason}")
             continue
         if name == "fid":
+            for side in (reference, model):
+                if side.statistics.count < 2:
+                    raise ValueError(f"fid cannot be computed: {side.folder} has fewer than two images")
             a, b = reference.statistics, model.statistics
             metrics[name] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
         elif name == "kid":

@@ -17,6 +17,7 @@ from ..pipelines.sampler import Sampler
 from ..processes import on_every_process, on_main_process
 from ..whole_files import only_writer, replacing_file
 from .charts import draw_sweep_charts
+from .drawing import find_revision
 from .extractors import FeatureExtractor
 from .grids import SweptModel, find_models, sampler_grid
 from .measurement import STATISTICS_NAME, Measurement
@@ -29,6 +30,7 @@ from .weights import file_digest
 
 RESULTS_NAME = "results.csv"
 _CELLS_NAME = "cells"
+_CHARTS_NAME = ".charts.json"
 _MEASUREMENTS_NAME = "measurements"
 _MODEL_SUFFIXES = (".json", ".safetensors")
 
@@ -41,11 +43,13 @@ class Cell:
         model: What is measured.
         sampler: How its images are drawn.
         key: Names its files, and depends on all that its numbers depend on.
+        revision: Commit of a Hub repository; None for a folder.
     """
 
     model: SweptModel
     sampler: Sampler
     key: str
+    revision: str | None
 
 
 def sweep(options: SweepOptions) -> Path:
@@ -53,9 +57,11 @@ def sweep(options: SweepOptions) -> Path:
 
     Every finished entry is a file in ``cells``, from which ``results.csv`` and the charts are made anew each time. The
     table has what is asked for now; entries of other calls stay in their files and come back when they are asked for.
-    An entry that fails is a row with its reason in the column ``error``, the others go on, and the next call tries it
-    again. The disk holds the parts of one measurement (`extraction`) at a time, or of one for each process that takes
-    models of its own, and with ``keep_features`` all that were measured.
+    Charts of earlier calls that this one does not draw anew go, unless someone has changed them. A model
+    whose folder has changed, or whose Hub repository has another commit, is measured anew. An entry that
+    fails is a row with its reason in the column ``error``, the others go on, and the next call tries it
+    again. The disk holds the parts of one measurement (`extraction`) at a time, or of one for each process
+    that takes models of its own, and with ``keep_features`` all that were measured.
 
     Args:
         options: What to measure.
@@ -65,7 +71,8 @@ def sweep(options: SweepOptions) -> Path:
 
     Raises:
         ValueError: If a setting does not fit; or, at the end, if entries failed.
-        OSError: If something cannot be written, or another process sweeps into the same folder.
+        OSError: If something cannot be written, another process sweeps into the same folder, or a Hub
+            repository cannot be reached.
     """
     with distributed_state(options.device) as state, contextlib.ExitStack() as stack:
         running = _Sweep(options, state)
@@ -88,7 +95,11 @@ class _Sweep:
         self.folder = Path(options.output_dir)
         self.reference = on_every_process(state, lambda: Measurement.load(options.reference))
         self.extractor = self._open_extractor()
-        self.cells: list[Cell] = on_every_process(state, self._list_cells)
+        models = on_every_process(state, lambda: find_models(options.models))
+        samplers = on_every_process(state, lambda: sampler_grid(options))
+        # one process reads the weights, and asks the Hub
+        found = on_main_process(state, lambda: {model.name: _identity(model.name) for model in models})
+        self.cells: list[Cell] = on_every_process(state, lambda: self._list_cells(models, samplers, found))
 
     def make_room(self) -> None:
         """Readies the folder.
@@ -138,12 +149,26 @@ class _Sweep:
         rows = self.write_table()
         failed = [row for row in rows if "error" in row]
         charts = draw_sweep_charts([row for row in rows if "error" not in row], self.folder)
+        self._remove_stale_charts(charts)
         print(f"{self.folder}: {', '.join([RESULTS_NAME, *(chart.name for chart in charts)])}")
         if failed:
             raise ValueError(
                 f"{len(failed)} of {len(rows)} measurements failed, which {self.folder / RESULTS_NAME} says with the"
                 f" reasons; the first is {failed[0]['model']} with {failed[0]['sampler']}: {failed[0]['error']}"
             )
+
+    def _remove_stale_charts(self, charts: list[Path]) -> None:
+        """Removes what an earlier call has drawn and this one has not, unless someone has changed it."""
+        drawn = [file for chart in charts for file in (chart, chart.with_suffix(".svg"))]
+        record = self.folder / _CHARTS_NAME
+        before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        for name, digest in before.items():
+            file = self.folder / name
+            if file not in drawn and file.is_file() and file_digest(file) == digest:
+                file.unlink()
+        with replacing_file(record) as writing:
+            digests = {file.name: file_digest(file) for file in drawn}
+            writing.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
     def write_table(self) -> list[dict[str, Any]]:
         """Writes ``results.csv`` from the entries that there are, and returns its rows."""
@@ -173,23 +198,20 @@ class _Sweep:
         on_every_process(self.state, check)
         return extractor
 
-    def _list_cells(self) -> list[Cell]:
+    def _list_cells(
+        self, models: list[SweptModel], samplers: list[Sampler], identities: dict[str, dict[str, str]]
+    ) -> list[Cell]:
         options = self.options
-        samplers = sampler_grid(options)
         shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingOptions)}
         shared |= {"num_features": options.num_features, "reference": _digest(Path(options.reference))}
         shared |= {"protocol": {entry: self.extractor.header.get(entry) for entry in COMPARED_ENTRIES}}
         cells = []
-        for model in find_models(options.models):
-            identity = {"model": model.name}
-            if Path(model.name).is_dir():
-                # a Hub id is taken at its word, but in a folder the weights may have changed
-                files = [file for file in sorted(Path(model.name).rglob("*")) if file.suffix in _MODEL_SUFFIXES]
-                identity = {"model": str(Path(model.name).resolve()), "files": file_digest(*files)}
+        for model in models:
+            identity = identities[model.name]
             for sampler in samplers:
                 key = {**shared, **identity, "sampler": dataclasses.asdict(sampler)}
                 digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-                cells.append(Cell(model, sampler, digest))
+                cells.append(Cell(model, sampler, digest, identity.get("revision")))
         return cells
 
     def _fill_cell(self, cell: Cell, state: "PartialState | _Alone") -> None:
@@ -200,6 +222,7 @@ class _Sweep:
             output_dir=str(measured),
             protocol=options.protocol,
             weights=options.weights,
+            extractor_dtype=options.extractor_dtype,
             num_features=options.num_features,
             batch_size=options.batch_size,
             device=options.device,
@@ -207,7 +230,7 @@ class _Sweep:
             **sampling,
             **sampler,
         )
-        measure_model(model_options, state, self.extractor, quiet=True)
+        measure_model(model_options, state, self.extractor, quiet=True, revision=cell.revision)
 
         def keep_scores() -> None:
             scores = compare(self.reference, Measurement.load(measured), device=self.extractor.device)
@@ -225,6 +248,7 @@ class _Sweep:
         """What is known of an entry before it is measured."""
         return {
             "model": cell.model.name,
+            "revision": cell.revision,
             "family": cell.model.family,
             "step": cell.model.step,
             "sampler": cell.sampler.title(),
@@ -249,6 +273,16 @@ class _Sweep:
     def _write_cell(file: Path, content: dict[str, Any]) -> None:
         with replacing_file(file) as writing:
             writing.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _identity(model: str) -> dict[str, str]:
+    """What a model's numbers depend on: its place with its content, or its Hub id with its commit."""
+    folder = Path(model)
+    revision = find_revision(model)
+    if revision is not None:
+        return {"model": model, "revision": revision}
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in _MODEL_SUFFIXES]
+    return {"model": str(folder.resolve()), "files": file_digest(*files)}
 
 
 def _digest(reference: Path) -> str:

@@ -1,11 +1,15 @@
 """The charts of a sweep: which there are, what is in them, and how they look to a program that reads them."""
 
 import dataclasses
+import itertools
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib.font_manager
 import numpy as np
 import PIL.Image
+import PIL.ImageFont
 import pytest
 
 from imagenet64_diffusion.evaluation.charts import (
@@ -69,8 +73,52 @@ def texts(file):
     return [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
 
 
+def page(file):
+    """Width and height of an SVG."""
+    return tuple(map(float, ElementTree.parse(file).getroot().get("viewBox").split()))[2:]
+
+
+def text_boxes(file):
+    """What each text of an SVG covers, in the font that it asks for first: text, left, top, right, bottom."""
+    boxes = []
+    for element in ElementTree.parse(file).iter("{http://www.w3.org/2000/svg}text"):
+        style = dict(part.split(": ", 1) for part in element.get("style").split("; "))
+        assert style["font-family"].startswith("'DejaVu Sans'")
+        weight = "bold" if style.get("font-weight") in ("bold", "700") else "regular"
+        font_file = matplotlib.font_manager.findfont(f"DejaVu Sans:weight={weight}")
+        # a hundred times as large, so that hinting does not matter
+        font = PIL.ImageFont.truetype(font_file, 100 * float(style["font-size"].removesuffix("px")))
+        left, top, right, bottom = (edge / 100 for edge in font.getbbox(element.text, anchor="ls"))
+        share = {"start": 0, "middle": 0.5, "end": 1}[style.get("text-anchor", "start")]
+        moved = share * font.getlength(element.text) / 100
+        left, right = left - moved, right - moved
+        numbers = [float(number) for number in re.findall(r"-?[\d.]+", element.get("transform"))]
+        if element.get("transform").startswith("translate"):
+            x, y = numbers
+        else:
+            turn, x, y = numbers
+            assert turn in (0, -90)
+            if turn:
+                # upwards: what was right is up
+                left, top, right, bottom = top, -right, bottom, -left
+        boxes.append((element.text, x + left, y + top, x + right, y + bottom))
+    return boxes
+
+
+def check_texts(file):
+    """No text of an SVG covers another or sticks out of the picture."""
+    width, height = page(file)
+    boxes = text_boxes(file)
+    for text, left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width, text
+        assert 0 <= top < bottom <= height, text
+    for (text, *one), (other_text, *other) in itertools.combinations(boxes, 2):
+        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert apart, f"{text!r} and {other_text!r}"
+
+
 def check_pictures(folder, pngs):
-    """Every PNG has its SVG, both are whole, and there is nothing else."""
+    """Every PNG has its SVG, both are whole, legible and of one shape, and there is nothing else."""
     assert names_in(folder) == sorted(path.stem + end for path in pngs for end in (".png", ".svg"))
     for path in pngs:
         with PIL.Image.open(path) as picture:
@@ -79,7 +127,11 @@ def check_pictures(folder, pngs):
             assert picture.width == 1200
             assert 180 <= picture.height < 4000
             assert len(colours) > 10
+            width, height = page(path.with_suffix(".svg"))
+            # but for a pixel
+            assert height / width * picture.width == pytest.approx(picture.height, abs=1)
         assert texts(path.with_suffix(".svg"))
+        check_texts(path.with_suffix(".svg"))
 
 
 def test_rows_without_a_finite_fid():
@@ -267,6 +319,26 @@ def test_charts_of_trainings(tmp_path):
     # 300 / k + k has its minimum at 17
     assert {"DDIM, 50 steps: 34.65 at 17,000", "DDIM, 50 steps, eta 1: 39.65 at 17,000"} <= set(written)
     assert {"34.65", "39.65", "training (optimizer steps)", "FID (lower is better)"} <= set(written)
+
+
+@pytest.mark.parametrize(("count", "written_values"), [(5, 5), (6, 1), (12, 1)])
+def test_charts_of_trainings_under_many_samplers(tmp_path, count, written_values):
+    """All minima lie at one step, where the values of many would be in each other's way."""
+    samplers = [Sampler(num_inference_steps=10 * number) for number in range(1, count + 1)]
+    rows = [
+        row("runs/res", 100 * k, sampler, 40 / k + 0.3 * number)
+        for number, sampler in enumerate(samplers)
+        for k in (1, 2, 3)
+    ]
+    pngs = draw_sweep_charts(rows, tmp_path)
+    check_pictures(tmp_path, pngs)
+    written = texts(tmp_path / "fid_over_steps_res.svg")
+    values = [f"{40 / 3 + 0.3 * n:.2f}" for n in range(count)]
+    assert [value for value in values if value in written] == values[:written_values]
+    legend = {f"{sampler.title()}: {value} at 300" for sampler, value in zip(samplers, values, strict=True)}
+    assert legend <= set(written)
+    # where nobody has chosen a scheduler, none is named
+    assert "res, step\N{NO-BREAK SPACE}300 (eta 0)" in texts(tmp_path / "trade_offs.svg")
 
 
 def test_charts_of_one_checkpoint_with_a_grid(tmp_path):

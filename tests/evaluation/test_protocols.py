@@ -163,7 +163,7 @@ def test_wrong_arguments(stand_in, tmp_path):
     for arguments, message in [
         ({"protocol": "fid"}, "there is no protocol 'fid': take one of clean, legacy_tensorflow, original, dinov2"),
         ({"protocol": "original", "dtype": "int8"}, "dtype is int8, but must be one of float32, float16, bfloat16"),
-        ({"protocol": "clean", "dtype": "float16"}, "the protocol clean computes in float32, but dtype is torch.floa"),
+        ({"protocol": "clean", "dtype": "float16"}, "dtype is torch.float16, but the protocol clean is"),
         ({"protocol": "clean", "channels": 1}, "channels and pixel_size are for the protocol pixels"),
         ({"protocol": "pixels", "weights": "x.pt"}, "the protocol pixels has no network, but weights is x.pt"),
         ({"protocol": "classifier"}, "the protocol classifier needs weights: a folder"),

@@ -110,6 +110,7 @@ def test_wrong_options():
         ({"scheduler": []}, "scheduler is empty: name at least one"),
         ({"grid": "x", "step_size": [1]}, "grid says how images are drawn, and so does step_size"),
         ({"protocol": "cleaner"}, "protocol is 'cleaner', but must be one of clean"),
+        ({"extractor_dtype": "int8"}, "extractor_dtype is 'int8', but must be one of float32, float16"),
         ({"output_dir": ""}, "output_dir is empty"),
     ):
         with pytest.raises(ValueError, match=message):

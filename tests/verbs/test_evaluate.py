@@ -1,10 +1,12 @@
 """imagenet64-evaluate, as its users run it."""
 
-import csv
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,13 +14,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler
 from imagenet64_diffusion.evaluate_models import main
 from imagenet64_diffusion.evaluation.measurement import Measurement
 from imagenet64_diffusion.generate_images import main as generate
 from tests.components import make_pipeline, make_unet
-from tests.verbs.evaluation_runs import EvaluationLife, assert_same_numbers, evaluate, to_arguments
+from tests.verbs.evaluation_runs import (  # noqa: F401 - fixtures among them
+    EvaluationLife,
+    assert_same_numbers,
+    classifier_fixture,
+    evaluate,
+    files,
+    model_fixture,
+    reference_fixture,
+    run_fixture,
+    to_arguments,
+    together,
+)
 from tests.verbs.runs import run_script
 from tests.verbs.training_runs import distributed, free_port, snapshot, wait_until
 
@@ -28,31 +42,10 @@ DRAWING = {"protocol": "pixels", "num_images": 45, "num_inference_steps": 2, "et
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """What a training leaves: pipelines of two steps, with different weights."""
-    folder = tmp_path_factory.mktemp("evaluate") / "run"
-    make_pipeline().save_pretrained(folder / "pipelines" / "step_0000010")
-    make_pipeline(class_embed_dim=8).save_pretrained(folder / "pipelines" / "step_0000020")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(run) -> Path:
-    return run / "pipelines" / "step_0000010"
-
-
-@pytest.fixture(scope="module")
 def measured(tmp_path_factory, model) -> Path:
     """A measurement that nothing has happened to, in one batch, which keeps its images."""
     folder = tmp_path_factory.mktemp("measured") / "measured"
     assert evaluate("model", model=model, output_dir=folder, batch_size=64, keep_images="npz", **DRAWING) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, prepared) -> Path:
-    folder = tmp_path_factory.mktemp("reference") / "reference"
-    assert evaluate("reference", source=prepared, output_dir=folder, protocol="pixels", device="cpu") == 0
     return folder
 
 
@@ -79,24 +72,17 @@ def features_by_hand(images: np.ndarray) -> np.ndarray:
     return np.tile(boxes.reshape(len(images), -1), 3)
 
 
-def together(arguments: list[str], processes: int, log: Path) -> list[EvaluationLife]:
-    """Processes that share a run, as a launcher starts them."""
-    if processes == 1:
-        return [EvaluationLife(arguments, log)]
-    port = free_port()
-    return [
-        EvaluationLife(arguments, log.with_name(f"{log.name}_{rank}"), distributed(rank, processes, port))
-        for rank in range(processes)
-    ]
+def assert_statistics(measurement: Measurement, features: np.ndarray) -> None:
+    """Mean and covariance are those of features in float64."""
+    for found, expected in (
+        (measurement.statistics.mean, features.mean(axis=0)),
+        (measurement.statistics.covariance, np.cov(features.T)),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def parts(folder: Path) -> list[str]:
     return sorted(file.name for file in (folder / "parts").glob("[0-9]*.npz"))
-
-
-def files(folder: Path) -> list[str]:
-    """With hidden ones, and whatever lies beside the folder."""
-    return sorted(str(path.relative_to(folder.parent)) for path in folder.parent.rglob("*") if path.is_file())
 
 
 # ---------------------------------------------------------------------- model
@@ -115,8 +101,7 @@ def test_what_is_measured_is_what_the_pipeline_draws(model, measured):
     features = features_by_hand(images)
     found = Measurement.load(measured)
     np.testing.assert_allclose(found.features, features, atol=1e-6)
-    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), atol=1e-7)
-    np.testing.assert_allclose(found.statistics.covariance, np.cov(features.T), atol=1e-7)
+    assert_statistics(found, features)
     assert found.labels.tolist() == [number % 3 for number in range(45)]
     assert found.statistics.count == 45
 
@@ -152,14 +137,8 @@ def test_killed_five_times_and_taken_up(model, measured, tmp_path):
         assert {life.end() for life in lives} == {-signal.SIGKILL}, lives[0].output()
         assert not (folder / "statistics.npz").exists()
     assert len(parts(folder)) >= 5
-    assert evaluate("model", model=model, output_dir=folder, batch_size=64, num_features=10, **DRAWING) == 0
-    left, expected = Measurement.load(folder), Measurement.load(measured)
-    np.testing.assert_allclose(left.statistics.mean, expected.statistics.mean, rtol=1e-5)
-    largest = np.abs(expected.statistics.covariance).max()
-    np.testing.assert_allclose(left.statistics.covariance, expected.statistics.covariance, rtol=0, atol=1e-5 * largest)
-    indices = np.load(folder / "indices.npy")
-    assert indices.tolist() == [0, 5, 10, 15, 20, 24, 29, 34, 39, 44]
-    np.testing.assert_allclose(left.features, expected.features[indices], rtol=1e-5)
+    assert evaluate("model", model=model, output_dir=folder, batch_size=64, **DRAWING) == 0
+    assert_same_numbers(folder, measured)
     # nothing of the killed ones is left
     assert [name for name in files(folder) if name.startswith("out/")] == [
         "out/features.npy",
@@ -193,14 +172,14 @@ def test_kept_images_are_those_of_generate_images_bit_for_bit(model, tmp_path):
     for number, source in enumerate((tmp_path / "png" / "images",)):
         folder = tmp_path / f"again_{number}"
         assert evaluate("reference", source=source, output_dir=folder, protocol="pixels", device="cpu") == 0
-        assert_same_numbers(folder, tmp_path / "png", relative=1e-12)
+        assert_same_numbers(folder, tmp_path / "png", relative=1e-12, most_steps=0)
 
 
 def test_an_npz_of_kept_images_is_a_reference(measured, tmp_path):
     folder = tmp_path / "again"
     source = measured / "images.npz"
     assert evaluate("reference", source=source, output_dir=folder, protocol="pixels", device="cpu") == 0
-    assert_same_numbers(folder, measured, relative=1e-12)
+    assert_same_numbers(folder, measured, relative=1e-12, most_steps=0)
     header = Measurement.load(folder).header["images"]
     assert header["source"] == str(source)
     assert header["num_images"] == header["of"] == 45
@@ -276,8 +255,16 @@ def test_stopped_refused_and_gone_on_with(model, measured, tmp_path, capsys):
     assert evaluate("model", keep_images="png", **common) == 2
     assert "begun with keep_images None, not png" in capsys.readouterr().err
     assert snapshot(folder.parent) == left
-    assert evaluate("model", **{**common, "batch_size": 20}) == 0
+    # how many rows are kept is of no account before the end
+    shutil.copytree(folder, tmp_path / "fewer")
+    fewer = {**common, "output_dir": tmp_path / "fewer", "num_features": 10}
+    for options in (common, fewer):
+        assert evaluate("model", batch_size=20, **options) == 0
     assert_same_numbers(folder, measured)
+    indices = np.load(tmp_path / "fewer" / "indices.npy")
+    assert indices.tolist() == [0, 5, 10, 15, 20, 24, 29, 34, 39, 44]
+    rows = Measurement.load(tmp_path / "fewer").features
+    np.testing.assert_array_equal(rows, Measurement.load(folder).features[indices])
 
 
 def test_a_full_disk(model, measured, tmp_path):
@@ -340,6 +327,8 @@ def test_images_that_are_not_finite(tmp_path, capsys):
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
         ({"num_features": -1}, "num_features is -1, but must be at least 0"),
         ({"seed": -1}, "seed is -1, but must be at least 0"),
+        ({"extractor_dtype": "float16"}, "extractor_dtype is float16, but the protocol pixels is"),
+        ({"extractor_dtype": "bfloat16", "protocol": "clean"}, "extractor_dtype is bfloat16, but the prot"),
         ({"protocol": "classifier"}, "the protocol classifier needs weights"),
         ({"weights": "somewhere"}, "the protocol pixels has no network, but weights is somewhere"),
         ({"protocol": "clean", "weights": "somewhere"}, "weights somewhere: no such file"),
@@ -375,8 +364,7 @@ def test_every_kind_of_source(prepared, reference, tmp_path):
     pixels = images[range(len(images))]["pixel_values"].numpy()
     features = features_by_hand(pixels.squeeze(1))
     found = Measurement.load(reference)
-    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), atol=1e-7)
-    np.testing.assert_allclose(found.statistics.covariance, np.cov(features.T), atol=1e-7)
+    assert_statistics(found, features)
     assert found.header["images"]["fingerprint"] == images.fingerprint
     np.testing.assert_array_equal(found.labels, images.labels())
 
@@ -388,7 +376,7 @@ def test_every_kind_of_source(prepared, reference, tmp_path):
         folder = tmp_path / str(number)
         common = {"source": source, "output_dir": folder, "protocol": "pixels", "device": "cpu"}
         assert evaluate("reference", batch_size=7, **common) == 0
-        np.testing.assert_allclose(Measurement.load(folder).statistics.mean, features.mean(axis=0), atol=1e-7)
+        assert_statistics(Measurement.load(folder), features)
         assert Measurement.load(folder).statistics.count == 96
         assert evaluate("reference", batch_size=8, **common) == 0  # found again
 
@@ -402,7 +390,7 @@ def test_some_images_evenly_spread(prepared, tmp_path):
     assert evaluate("reference", max_images=20, num_features=4, batch_size=6, **common) == 0
     found = Measurement.load(tmp_path / "out")
     features = features_by_hand(pixels.squeeze(1))
-    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), atol=1e-7)
+    assert_statistics(found, features)
     np.testing.assert_allclose(found.features, features[[0, 6, 13, 19]], atol=1e-6)
     assert found.header["images"]["num_images"] == 20
     assert found.header["images"]["of"] == 96
@@ -418,6 +406,8 @@ def test_more_features_than_were_kept(prepared, tmp_path, capsys):
 
 def test_wrong_references(prepared, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "small").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "small" / "4.png")
     (tmp_path / "sizes").mkdir()
     for size in (16, 20):
         Image.new("L", (size, size)).save(tmp_path / "sizes" / f"{size}.png")
@@ -425,6 +415,7 @@ def test_wrong_references(prepared, tmp_path, capsys):
     for changes, message in (
         ({"source": tmp_path / "empty"}, "holds nothing, but must hold images"),
         ({"source": tmp_path / "sizes"}, "is 20x20 pixels (width x height), but the first image"),
+        ({"source": tmp_path / "small"}, "the images have 4x4 pixels, too few to be averaged to 8x8"),
         ({"source": tmp_path / "none" / "at" / "all"}, "no such file or folder"),
         ({"source": prepared, "resolution": 8}, "resolution is 8, but"),
         ({"source": prepared, "max_images": 0}, "max_images is 0, but must be at least 1"),
@@ -446,6 +437,113 @@ def test_wrong_references(prepared, tmp_path, capsys):
     was_begun = bool(parts(tmp_path / "out"))
     assert was_begun == (tmp_path / "out").exists()
     assert evaluate("reference", source=tmp_path / "sizes", **common) == (2 if was_begun else 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="nothing counts what a process reads")
+def test_one_process_reads_a_folder_for_all(tmp_path):
+    """Its fingerprint is of all that is in its files, which here is much more than their images."""
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        file = tmp_path / "images" / f"{number}.png"
+        Image.new("L", (16, 16), 60 * number).save(file)
+        with file.open("r+b") as opened:
+            opened.truncate(100_000_000)
+    program = (
+        "import sys; from imagenet64_diffusion.evaluate_models import main; code = main(sys.argv[1:]);"
+        "from pathlib import Path; print('read', Path('/proc/self/io').read_text().split()[1]);"
+        "sys.exit(code)"
+    )
+    common = {"source": tmp_path / "images", "protocol": "pixels", "device": "cpu"}
+    port = free_port()
+    command = [sys.executable, "-c", program]
+    command += to_arguments("reference", output_dir=tmp_path / "two", **common)
+    running = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | distributed(rank, 2, port),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    main_process, other = (int(output.split()[-1]) for output in outputs)
+    assert main_process > 400e6
+    assert other < main_process - 300e6
+    assert evaluate("reference", output_dir=tmp_path / "one", **common) == 0
+    headers = [Measurement.load(tmp_path / name).header["images"] for name in ("one", "two")]
+    assert headers[0] == headers[1]
+    assert len(headers[0]["fingerprint"]) == 64
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file that opens and cannot be read")
+def test_a_file_that_cannot_be_read_is_said_once(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "images" / "0.png")
+    (tmp_path / "images" / "1.png").symlink_to("/proc/self/mem")
+    common = {"output_dir": tmp_path / "out", "protocol": "pixels", "device": "cpu"}
+    lives = together(to_arguments("reference", source=tmp_path / "images", **common), 2, tmp_path / "log")
+    assert [life.end() for life in lives] == [2, 2]
+    assert [[line for line in life.errors() if "error" in line] for life in lives] == [
+        [f"error: {tmp_path}/images/1.png cannot be read (Input/output error)"],
+        [],
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_that_are_not_finite(prepared, classifier, tmp_path, capsys):
+    """Of a network that overflows in float16, and of one that does so in float32."""
+    names = load_file(classifier / "model.safetensors")
+    name = next(name for name in names if name.endswith("convolution.weight"))
+    common = {"source": prepared, "protocol": "classifier", "device": "cpu", "max_images": 6}
+    for size, works_in_float32 in ((-1e6, True), (-3e38, False)):
+        weights = tmp_path / f"{size:g}"
+        shutil.copytree(classifier, weights)
+        tensors = load_file(weights / "model.safetensors")
+        tensors[name].fill_(size)
+        save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
+        folder = tmp_path / f"{size:g}_measured"
+        asked = {**common, "weights": weights, "output_dir": folder}
+        assert evaluate("reference", extractor_dtype="float16", **asked) == 2
+        error = capsys.readouterr().err.rstrip().splitlines()[-1]
+        sentence = "error: classifier in {} gives features that are not finite for image 0"
+        assert error == f"{sentence.format('float16')}; try extractor_dtype float32"
+        assert not folder.exists()
+        assert evaluate("reference", **asked) == (0 if works_in_float32 else 2)
+        if not works_in_float32:
+            error = capsys.readouterr().err.rstrip().splitlines()[-1]
+            assert error == sentence.format("float32")
+            assert not folder.exists()
+
+
+def test_the_dtype_of_the_extractor_is_part_of_the_protocol(prepared, classifier, model, tmp_path, capsys):
+    common = {"protocol": "classifier", "weights": classifier, "device": "cpu"}
+    full, half, drawn = (tmp_path / name for name in ("full", "half", "drawn"))
+    assert evaluate("reference", source=prepared, output_dir=full, **common) == 0
+    assert evaluate("reference", source=prepared, output_dir=full, extractor_dtype="float32", **common) == 0
+    assert f"measured already: {full}" in capsys.readouterr().out
+    assert evaluate("reference", source=prepared, output_dir=full, extractor_dtype="bfloat16", **common) == 2
+    error = capsys.readouterr().err
+    assert f'{full} has a measurement of {prepared} with dtype "float32", not "bfloat16"' in error
+    assert evaluate("reference", source=prepared, output_dir=half, extractor_dtype="bfloat16", **common) == 0
+    drawing = {"model": model, "num_images": 6, "num_inference_steps": 1, "extractor_dtype": "bfloat16"}
+    assert evaluate("model", output_dir=drawn, **drawing, **common) == 0
+
+    found = {folder: Measurement.load(folder) for folder in (full, half, drawn)}
+    dtypes = [each.header["protocol"]["dtype"] for each in found.values()]
+    assert dtypes == ["float32", "bfloat16", "bfloat16"]
+    # the network that draws has a dtype of its own
+    assert found[drawn].header["images"]["dtype"] == "float32"
+    features = np.asarray(found[full].features)
+    error = np.linalg.norm(found[half].features - features) / np.linalg.norm(features)
+    assert 1e-4 < error < 2e-2
+
+    assert evaluate("score", reference=full, model=drawn) == 2
+    error = capsys.readouterr().err
+    assert f"cannot be compared: dtype is float32 in {full} and bfloat16 in {drawn}" in error
+    assert not (drawn / "scores.json").exists()
+    assert evaluate("score", reference=half, model=drawn) == 0
 
 
 # ---------------------------------------------------------------------- score
@@ -496,14 +594,29 @@ def test_scores_that_cannot_be(reference, measured, prepared, classifier, tmp_pa
     assert not (measured / "scores.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("count", "metrics", "message"),
+    [
+        (1, "fid", "fid cannot be computed: {folder} has fewer than two images"),
+        (1, "all", "fid cannot be computed: {folder} has fewer than two images"),
+        (4, "kid", "kid cannot be computed: there are features of 4 images only"),
+        (4, "recall", "recall cannot be computed: there are features of 4 images only"),
+    ],
+)
+def test_scores_of_too_few_images(prepared, reference, tmp_path, capsys, count, metrics, message):
+    folder = tmp_path / "few"
+    common = {"source": prepared, "output_dir": folder, "protocol": "pixels", "device": "cpu"}
+    assert evaluate("reference", max_images=count, **common) == 0
+    before = snapshot(folder)
+    for sides in ({"reference": reference, "model": folder}, {"reference": folder, "model": reference}):
+        output = tmp_path / "scores.json"
+        assert evaluate("score", metrics=metrics, output=output, **sides) == 2
+        assert capsys.readouterr().err.rstrip().endswith(f"error: {message.format(folder=folder)}")
+        assert not output.exists()
+    assert snapshot(folder) == before
+
+
 # ---------------------------------------------------------------------- classifier
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, prepared) -> Path:
-    folder = tmp_path_factory.mktemp("classifier") / "classifier"
-    assert evaluate("classifier", train_data_dir=prepared, output_dir=folder, batch_size=16, epochs=8) == 0
-    return folder
 
 
 def test_the_classifier_measures(classifier, prepared, tmp_path, capsys):
@@ -518,7 +631,7 @@ def test_the_classifier_measures(classifier, prepared, tmp_path, capsys):
     for name, batch_size in (("model", 64), ("batches", 5)):
         folder = tmp_path / f"{name}_measured"
         assert evaluate("model", output_dir=folder, batch_size=batch_size, **counts, **drawing) == 0
-    assert_same_numbers(tmp_path / "batches_measured", tmp_path / "model_measured")
+    assert_same_numbers(tmp_path / "batches_measured", tmp_path / "model_measured", most_steps=0)
     common = {"reference": tmp_path / "reference", "model": tmp_path / "model_measured"}
     assert evaluate("score", **common) == 0
     scores = json.loads((tmp_path / "model_measured" / "scores.json").read_text())
@@ -531,122 +644,6 @@ def test_the_classifier_measures(classifier, prepared, tmp_path, capsys):
     # of the images that it was trained on it reads nearly all right
     real = Measurement.load(tmp_path / "reference")
     assert (real.probabilities.argmax(axis=1) == real.labels).mean() > 0.9
-
-
-# ---------------------------------------------------------------------- sweep
-
-
-SWEEP = {"protocol": "pixels", "num_images": 12, "device": "cpu", "batch_size": 12, "seed": 5}
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory, run, reference) -> Path:
-    """Two checkpoints under two samplers, killed after the first entry and taken up."""
-    folder = tmp_path_factory.mktemp("swept") / "sweep"
-    common = {"reference": reference, "models": run, "output_dir": folder, "num_inference_steps": [2, 3], **SWEEP}
-    life = EvaluationLife(to_arguments("sweep", **common), folder.parent / "log.txt")
-    wait_until(lambda: len(list((folder / "cells").glob("[!.]*.json"))) >= 1, life)
-    life.send(signal.SIGKILL)
-    assert life.end() == -signal.SIGKILL
-    done = {file: file.stat().st_mtime_ns for file in (folder / "cells").glob("[!.]*.json")}
-    assert len(done) < 4
-    assert evaluate("sweep", **common) == 0
-    assert {file: file.stat().st_mtime_ns for file in done} == done
-    return folder
-
-
-def test_a_sweep_is_what_its_parts_are(swept, run, reference, tmp_path):
-    rows = table(swept)
-    steps = [run / "pipelines" / name for name in ("step_0000010", "step_0000020")]
-    assert [(row["model"], row["step"], row["num_inference_steps"]) for row in rows] == [
-        (str(steps[0]), "10", "2"),
-        (str(steps[0]), "10", "3"),
-        (str(steps[1]), "20", "2"),
-        (str(steps[1]), "20", "3"),
-    ]
-    assert {row["family"] for row in rows} == {str(run)}
-    assert {row["error"] for row in rows} == {""}
-    for row in rows[1:3]:
-        folder = tmp_path / row["step"]
-        drawing = {"model": row["model"], "num_inference_steps": row["num_inference_steps"], "output_dir": folder}
-        assert evaluate("model", **SWEEP, **drawing) == 0
-        assert evaluate("score", reference=reference, model=folder) == 0
-        metrics = json.loads((folder / "scores.json").read_text())["metrics"]
-        for name in ("fid", "precision", "recall", "density", "coverage"):
-            assert float(row[name]) == metrics[name]
-        assert float(row["kid"]) == metrics["kid"]["mean"]
-    # charts, and nothing of the measurements
-    names = {path.name for path in swept.iterdir()}
-    assert {"fid_over_steps_run.png", "fid_over_steps_run.svg", "fid_minima.png", "results.csv"} <= names
-    assert not list((swept / "measurements").iterdir())
-
-
-def test_shared_by_models_and_from_a_grid(swept, run, reference, tmp_path):
-    grid = tmp_path / "grid.yaml"
-    grid.write_text("- {num_inference_steps: 2}\n- num_inference_steps: 3\n  scheduler: own\n")
-    common = {"reference": reference, "models": run, "output_dir": tmp_path / "sweep", "grid": grid, **SWEEP}
-    for life in together(to_arguments("sweep", share="models", **common), 2, tmp_path / "log"):
-        assert life.end() == 0, life.output()
-    assert (tmp_path / "sweep" / "results.csv").read_bytes() == (swept / "results.csv").read_bytes()
-
-
-def test_one_that_fails_does_not_stop_the_others(run, reference, tmp_path):
-    common = {"reference": reference, "models": run, "output_dir": tmp_path / "sweep", "num_inference_steps": 2}
-    common |= SWEEP | {"num_images": 8}
-    arguments = to_arguments("sweep", scheduler=["LCM", "own"], **common)
-    for number, processes in enumerate((2, 1)):
-        lives = together(arguments, processes, tmp_path / f"log_{number}")
-        assert {life.end() for life in lives} == {2}, lives[0].output()
-        assert f"4 measurements, of which {2 * number} are there already" in lives[0].output()
-        (error,) = [line for life in lives for line in life.errors() if line.startswith("error")]
-        assert error.startswith(f"error: 2 of 4 measurements failed, which {tmp_path / 'sweep' / 'results.csv'} says")
-        assert "LCMScheduler cannot draw with this network" in error
-        rows = table(tmp_path / "sweep")
-        assert ["LCMScheduler cannot" in row["error"] for row in rows] == [True, False, True, False]
-        assert [row["fid"] != "" for row in rows] == [False, True, False, True]
-        assert (tmp_path / "sweep" / "fid_over_steps_run.png").is_file()
-
-
-def test_changed_weights_are_measured_again(model, reference, tmp_path, capsys):
-    shutil.copytree(model, tmp_path / "model")
-    common = {"reference": reference, "models": tmp_path / "model", "output_dir": tmp_path / "sweep", **SWEEP}
-    common |= {"num_images": 4, "num_inference_steps": 1}
-    assert evaluate("sweep", **common) == 0
-    (before,) = table(tmp_path / "sweep")
-    assert evaluate("sweep", **common) == 0
-    assert "1 measurements, of which 1 are there already" in capsys.readouterr().out
-    make_pipeline(class_embed_dim=8).save_pretrained(tmp_path / "model")
-    assert evaluate("sweep", **common) == 0
-    (after,) = table(tmp_path / "sweep")
-    assert after["fid"] != before["fid"]
-
-
-def test_wrong_sweeps(run, measured, reference, prepared, classifier, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "grid.yaml").write_text("- {num_inference_step: 2}\n")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "results.csv").write_text("mine")
-    common = {"reference": reference, "models": run, "output_dir": tmp_path / "sweep", **SWEEP}
-    for changes, message in (
-        ({"models": tmp_path / "empty"}, "a folder in which there is no pipeline"),
-        ({"models": "no/such/folder"}, "models names no/such/folder, which is neither a folder nor a Hub id"),
-        ({"reference": tmp_path / "empty"}, "is not a measurement"),
-        ({"protocol": "classifier", "weights": classifier}, "features of different protocols cannot be compared"),
-        ({"grid": tmp_path / "grid.yaml"}, "names 'num_inference_step', but must be made of scheduler, num_inf"),
-        ({"grid": tmp_path / "grid.yaml", "eta": 1}, "grid says how images are drawn, and so does eta"),
-        ({"grid": tmp_path / "none.yaml"}, "No such file or directory"),
-        ({"eta": -1}, "eta is -1.0, but must be a number that is at least 0"),
-        ({"output_dir": tmp_path / "taken"}, "which holds another results.csv"),
-    ):
-        assert evaluate("sweep", **{**common, **changes}) == 2
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "sweep").exists()
-    assert files(tmp_path / "taken" / "results.csv") == ["results.csv"]
 
 
 # ---------------------------------------------------------------------- the command line

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagenet64_diffusion.evaluation.inception_score import inception_score
+from imagenet64_diffusion.evaluation import inception_score
 
 
 def random_logits(num_images=2500, num_classes=7, seed=0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cleanfid import fid
 
-from imagenet64_diffusion.evaluation.kernel_distance import kernel_distance
+from imagenet64_diffusion.evaluation import kernel_distance
 
 
 def random_features(num_images, shift=0.0, seed=0, num_features=12):
