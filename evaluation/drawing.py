@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cpu_memory import keep_freed_memory
 from ..data.dataset import PreparedImages
 from ..pipelines.generation import class_id, plain_config
 from ..pipelines.loading import download_snapshot, load_pipeline
@@ -64,6 +65,8 @@ class ModelImages:
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
     ):
+        if torch.device(device).type == "cpu":
+            keep_freed_memory()
         self.pipeline = load_pipeline(model, dtype=dtype, revision=revision).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         sampler.prepare(self.pipeline)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..cpu_memory import keep_freed_memory
 from ..version import __version__
 from ..whole_files import replacing_file
 from .generation_options import GenerateOptions
@@ -43,6 +44,8 @@ def generate(options: GenerateOptions) -> Path:
     _make_room(output_dir)
 
     device = torch.device(options.device or _best_device())
+    if device.type == "cpu":
+        keep_freed_memory()
     pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     sampler = Sampler.from_options(options)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ..command_line import ElsewhereError, StoppedBySignalError
+from ..cpu_memory import keep_freed_memory
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -35,7 +36,6 @@ from .checkpoints import (
     set_aside,
 )
 from .components import build_optimizer, build_pipeline, build_scheduler, build_unet
-from .cpu_memory import keep_freed_memory
 from .dry_run import describe_run
 from .interruption import StopRequest
 from .loss import HybridLoss

@@ -1,4 +1,4 @@
-"""How a CPU run takes its memory from the system: once, and not again for every step."""
+"""How a process that computes on a CPU takes its memory from the system: once, and not again for every step."""
 
 import ctypes
 import sys
@@ -13,7 +13,8 @@ def keep_freed_memory() -> bool:
 
     glibc gets every large block from the system and gives it back when it is freed, and the system clears the pages
     each time they come again. A step takes and frees all its activations so, which was a tenth of the time of the
-    demo's steps. The peak of the process's memory stays what it was; between steps less of it is given back.
+    demo's training steps. The peak of the process's memory stays what it was; between steps less of it is given back.
+    The setting is the whole process's, so command lines choose it and no class does.
 
     Returns:
         Whether there was a glibc to tell.
