@@ -230,6 +230,9 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[str]]]] = {
     "demo_quality": ("The demo's digits", demo_quality_section),
 }
 
+# what is not about speed
+ON_OTHER_PAGES = ("quality", "samplers")
+
 
 def machine(result: dict[str, Any], benchmark: str) -> str:
     """The machine and the command of a result."""
@@ -259,6 +262,8 @@ def make_page(folder: Path) -> str:
         for file in files.pop(benchmark):
             result = json.loads(file.read_text(encoding="utf-8"))
             lines += [machine(result, benchmark), "", *section(result)]
+    for benchmark in ON_OTHER_PAGES:
+        files.pop(benchmark, None)
     if files:
         lines += ["## What else was measured", ""]
         lines += [f"- `benchmarks/results/{file.name}`" for group in files.values() for file in group]

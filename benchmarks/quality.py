@@ -4,8 +4,8 @@ Trains a small network on the 5,000 MNIST digits, first as the original program 
 after the other, for the same number of steps and, again, for the same computing time, with two seeds.
 Every model draws the same number of digits without guidance; a fixed classifier reads them, and FID, precision and
 recall are taken in its features. All by the commands that users have: train_imagenet64.py and evaluate_models.py. What
-has been done is not done again, so it can be stopped. Prints a table and writes
-benchmarks/results/quality-<processor>.json, a chart and a strip of samples of each model:
+has been done is not done again, so it can be stopped. Writes benchmarks/results/quality-<processor>.json, a chart, a
+strip of samples of each model, and the table in docs/corrections.md:
 
     python benchmarks/quality.py --data outputs/demo/data --output_dir outputs/quality
 """
@@ -33,6 +33,9 @@ from imagenet64_diffusion import ClassConditionalUNet2DModel
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER = ROOT / "evaluation" / "digits_classifier"
+METRICS = ("class_accuracy", "fid", "precision", "recall")
+PAGE = ROOT / "docs" / "corrections.md"
+BEGIN, END = "<!-- table of benchmarks/quality.py -->", "<!-- end of the table -->"
 UNET_OPTIONS = ("time_embedding_type", "class_attention_type", "output_head_type")
 STRIP = 20  # digits of each model in the picture
 
@@ -161,17 +164,17 @@ def train_and_measure(variant: Variant, seed: int, steps: int, settings: Setting
         words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
         run("train_imagenet64.py", "--train_data_dir", settings.data, "--output_dir", folder, *words)
     measured = folder / "measured"
-    sampling = ("--num_images", settings.num_images, "--num_inference_steps", settings.num_inference_steps)
-    run(
-        "evaluate_models.py",
-        *("model", "--model", folder / "model", "--output_dir", measured, *sampling),
-        *("--protocol", "classifier", "--weights", CLASSIFIER, "--batch_size", 100, "--keep_images", "npz"),
-    )
-    run("evaluate_models.py", "score", "--reference", settings.folder / "reference", "--model", measured)
+    if not (measured / "scores.json").is_file():
+        sampling = ("--num_images", settings.num_images, "--num_inference_steps", settings.num_inference_steps)
+        run(
+            "evaluate_models.py",
+            *("model", "--model", folder / "model", "--output_dir", measured, *sampling),
+            *("--protocol", "classifier", "--weights", CLASSIFIER, "--batch_size", 100, "--keep_images", "npz"),
+        )
+        run("evaluate_models.py", "score", "--reference", settings.folder / "reference", "--model", measured)
     scores = json.loads((measured / "scores.json").read_text(encoding="utf-8"))["metrics"]
-    names = ("class_accuracy", "fid", "precision", "recall")
     return {
-        **{name: scores[name] for name in names},
+        **{name: scores[name] for name in METRICS},
         "steps": steps,
         "folder": folder.name,
     }
@@ -205,6 +208,39 @@ def measure_all(settings: Settings, seeds: list[int], jobs: int) -> list[dict[st
         for (variant, _, _), figures in zip(tasks, both(tasks), strict=True):
             found[variant.name].setdefault("same_seconds", []).append(figures)
     return list(found.values())
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """The figures of every variant as the lines of a Markdown table: means over the seeds, and their range for FID."""
+    lines = [
+        "| | class accuracy | FID | precision | recall | cost of a step | FID, same time |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        runs = result["same_steps"]
+        means = {name: statistics.mean(figures[name] for figures in runs) for name in METRICS}
+        cells = [
+            result["variant"],
+            f"{means['class_accuracy']:.3f}",
+            _mean_and_range([figures["fid"] for figures in runs]),
+            f"{means['precision']:.3f}",
+            f"{means['recall']:.3f}",
+            f"{result['relative_cost']:.2f}",
+            _mean_and_range([figures["fid"] for figures in result["same_seconds"]]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _mean_and_range(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def write_table(results: list[dict[str, Any]], page: Path) -> None:
+    """Puts the table between the two marks of a page."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    page.write_text("\n".join([before + begin, *table(results), end + after]), encoding="utf-8")
 
 
 def draw_strips(results: list[dict[str, Any]], folder: Path, file: Path) -> None:
@@ -275,19 +311,8 @@ def main() -> None:
         *("--protocol", "classifier", "--weights", CLASSIFIER),
     )
     results = measure_all(settings, options.seeds, options.jobs)
-    print(f"\n{'':34} {'same steps':^32} {'same time':^32}")
-    print(f"{'':34} " + " ".join(["accuracy      FID  precision recall"] * 2))
-    for result in results:
-        cells = []
-        for budget in ("same_steps", "same_seconds"):
-            means = {
-                name: statistics.mean(figures[name] for figures in result[budget])
-                for name in ("class_accuracy", "fid", "precision", "recall")
-            }
-            cells.append(
-                f"{means['class_accuracy']:8.3f} {means['fid']:8.2f} {means['precision']:10.3f} {means['recall']:6.3f}"
-            )
-        print(f"{result['variant']:34} {' '.join(cells)}")
+    print("\n".join(table(results)))
+    write_table(results, PAGE)
     draw_chart(results, ROOT / "docs" / "images" / "quality.png")
     draw_strips(results, settings.folder, ROOT / "docs" / "images" / "quality_samples.png")
     shared = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key not in ("data", "folder")}

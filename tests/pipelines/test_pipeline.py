@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion.models.unet_class_conditional import StandardizedConv2d
 from tests.components import make_pipeline, make_unet, seeded
 
 
@@ -330,3 +331,44 @@ def test_labels_for_a_network_without_classes():
     pipeline = make_pipeline(num_class_embeds=None, layer_types=("resnet",))
     with pytest.raises(ValueError, match="the network has no classes: leave them None"):
         pipeline(1)
+
+
+class TestWeightsKeptWhileDrawing:
+    """Standardised weights are made once in a call, and again in the next."""
+
+    def test_once_in_a_call(self, monkeypatch):
+        pipeline = make_pipeline()
+        made = []
+        used_weight = StandardizedConv2d.used_weight
+        monkeypatch.setattr(StandardizedConv2d, "used_weight", lambda conv: made.append(conv) or used_weight(conv))
+        draw(pipeline)
+        standardised = [module for module in pipeline.unet.modules() if isinstance(module, StandardizedConv2d)]
+        assert len(made) == len(set(made)) == len(standardised)
+
+    def test_weights_written_to_between_calls(self):
+        """As a moving average is swapped in: through .data, which leaves no trace."""
+        pipeline, changed = make_pipeline(), make_pipeline()
+        before = draw(pipeline)
+        for network in (pipeline.unet, changed.unet):
+            for parameter in network.parameters():
+                parameter.data.mul_(1.2)
+        after = draw(pipeline)
+        assert (after - before).abs().max() > 1e-3
+        torch.testing.assert_close(after, draw(changed), rtol=0, atol=0)
+
+    def test_nothing_is_kept_after_a_call_that_failed(self):
+        pipeline = make_pipeline()
+
+        def fail(*_):
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            draw(pipeline, callback_on_step_end=fail)
+        assert all(getattr(module, "cached", None) is None for module in pipeline.unet.modules())
+
+    def test_of_a_compiled_network(self):
+        pipeline = make_pipeline()
+        expected = draw(pipeline)
+        torch._dynamo.reset()
+        pipeline.unet = torch.compile(pipeline.unet, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(draw(pipeline), expected, rtol=0, atol=1e-4)
