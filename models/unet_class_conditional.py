@@ -166,9 +166,13 @@ class StandardizedConv2d(Conv2d):
     epsilon = 1e-5
 
     def used_weight(self) -> torch.Tensor:
-        # In float32 whatever the dtype of the model: the variance of a filter is often below what half precision
-        # holds. A layer norm without scale and shift is the formula of the paper, in one pass.
-        filters = self.weight.float().flatten(1)  # (out_channels, in_channels * height * width)
+        # in float32 whatever the dtype of the model: the variance of a filter is often below what half precision holds
+        weight = self.weight.float()
+        if torch.is_grad_enabled():
+            variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+            return ((weight - mean) * torch.rsqrt(variance + self.epsilon)).to(self.weight.dtype)
+        # a layer norm without scale and shift is the same formula in one pass
+        filters = weight.flatten(1)  # (out_channels, in_channels * height * width)
         standardized = F.layer_norm(filters, filters.shape[1:], eps=self.epsilon)
         return standardized.view(self.weight.shape).to(self.weight.dtype)
 
@@ -319,9 +323,8 @@ class ClassAttentionLayer(nn.Module):
             key = self.key(class_embedding)  # (batch, channels)
             scores = key[:, :, None] * query[:, None, :] / math.sqrt(channels)  # (batch, channels in, channels out)
             attention = scores.softmax(dim=-1).to(hidden_states.dtype)
-            tokens = hidden_states.flatten(2).transpose(1, 2)  # (batch, height * width, channels in)
-            mixed = (tokens @ attention).transpose(1, 2)  # (batch, channels out, height * width)
-            hidden_states = mixed.unflatten(2, hidden_states.shape[2:])
+            mixed = attention.transpose(1, 2) @ hidden_states.flatten(2)  # (batch, channels out, height * width)
+            hidden_states = mixed.view_as(hidden_states)
         return self.out_norm(self.out_conv(hidden_states)) + residual
 
 
