@@ -74,8 +74,13 @@ class CachedWeights:
     """
 
     def __init__(self) -> None:
-        self.source: tuple | None = None
-        self.weights: tuple[torch.Tensor, ...] = ()
+        # what they were made of, and they: one assignment, as threads may share a network
+        self._kept: tuple[tuple, tuple[torch.Tensor, ...]] = ((), ())
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """Those made last; none before the first call."""
+        return self._kept[1]
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # a copy or a pickle has None instead: the end of this one's time would not be the end of its
@@ -88,10 +93,10 @@ class CachedWeights:
         version = 0 if weight.is_inference() else weight._version
         autocast = torch.is_autocast_enabled(weight.device.type)
         source = (weight.data_ptr(), version, weight.dtype, weight.device, input_shape, autocast)
-        if source != self.source:
-            self.weights = conv.prepare_weights(input_shape)
-            self.source = source
-        return self.weights
+        kept = self._kept
+        if source != kept[0]:
+            kept = self._kept = (source, conv.prepare_weights(input_shape))
+        return kept[1]
 
 
 def _may_cache() -> bool:
@@ -168,10 +173,7 @@ class StandardizedConv2d(Conv2d):
     def used_weight(self) -> torch.Tensor:
         # in float32 whatever the dtype of the model: the variance of a filter is often below what half precision holds
         weight = self.weight.float()
-        if torch.is_grad_enabled():
-            variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-            return ((weight - mean) * torch.rsqrt(variance + self.epsilon)).to(self.weight.dtype)
-        # a layer norm without scale and shift is the same formula in one pass
+        # a layer norm without scale and shift is the formula of the paper, in one pass
         filters = weight.flatten(1)  # (out_channels, in_channels * height * width)
         standardized = F.layer_norm(filters, filters.shape[1:], eps=self.epsilon)
         return standardized.view(self.weight.shape).to(self.weight.dtype)
@@ -213,8 +215,11 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         # rows and columns i - 1 to i + 1 of every i; the even ones need no later, the odd ones no earlier
         padded = F.pad(hidden_states, (1, 1, 1, 1))
         batch, _, height, width = hidden_states.shape
-        doubled = hidden_states.new_empty((batch, self.out_channels, 2 * height, 2 * width)).contiguous(
-            memory_format=torch.channels_last
+        doubled = torch.empty(
+            (batch, self.out_channels, 2 * height, 2 * width),
+            dtype=hidden_states.dtype,
+            device=hidden_states.device,
+            memory_format=torch.channels_last,
         )
         for number, weight in enumerate(weights):
             row, column = divmod(number, 2)
