@@ -6,7 +6,7 @@ evaluations of the network for one image: a step with guidance takes two, one ou
 Heun's method evaluates twice in every step but the last. What has been measured is not measured again. Prints a table
 and writes benchmarks/results/samplers-<processor>.json and docs/images/samplers.png:
 
-    python benchmarks/samplers.py --model outputs/demo/model --data outputs/demo/data
+    python benchmarks/samplers.py --model outputs/demo/model pretrained/digits --data outputs/demo/data
 """
 
 import argparse
@@ -31,30 +31,37 @@ SAMPLERS = {
     "UniPC": ("UniPCMultistep", 1),
     "Heun": ("HeunDiscrete", 2),
 }
-GUIDED_MIDDLE = (0.1, 0.8)  # fractions of the steps, from the noisy end
+# guidance for a part of the steps, as fractions of them from the noisy end
+INTERVALS = {
+    "UniPC, first half guided": (0.0, 0.5),
+    "UniPC, first three quarters guided": (0.0, 0.75),
+    "UniPC, middle half guided": (0.25, 0.75),
+}
+FEW = [4, 6, 8, 10, 14, 20]
+MANY = [30, 50, 100]  # for DDIM alone, the reference
 
 
-def grid(evaluations: list[int], guidance_scale: float) -> list[dict[str, Any]]:
+def guided_steps(num_inference_steps: int, interval: tuple[float, float]) -> int:
+    """How many steps the pipeline guides."""
+    begin, end = interval
+    return int(end * num_inference_steps) - int(begin * num_inference_steps)
+
+
+def grid(few: list[int], many: list[int], guidance_scale: float) -> list[dict[str, Any]]:
     """The samplers to measure, each with its ``label`` and its ``cost`` in evaluations for an image."""
     entries = []
     for label, (scheduler, order) in SAMPLERS.items():
-        for count in evaluations:
+        for count in [*few, *(many if label == "DDIM" else [])]:
             steps = count if order == 1 else (count + 1) // 2
             made = steps if order == 1 else 2 * steps - 1
             settings = {"scheduler": scheduler, "num_inference_steps": steps, "guidance_scale": guidance_scale}
             entries.append({**settings, "label": label, "cost": 2 * made if guidance_scale > 1 else made})
     if guidance_scale > 1:
-        for count in evaluations:
-            begin, end = (int(fraction * count) for fraction in GUIDED_MIDDLE)
-            settings = {"scheduler": "UniPCMultistep", "num_inference_steps": count, "guidance_scale": guidance_scale}
-            entries.append(
-                {
-                    **settings,
-                    "guidance_interval": list(GUIDED_MIDDLE),
-                    "label": "UniPC, guided in the middle",
-                    "cost": count + end - begin,
-                }
-            )
+        for label, interval in INTERVALS.items():
+            for steps in few:
+                settings = {"scheduler": "UniPCMultistep", "num_inference_steps": steps}
+                settings |= {"guidance_scale": guidance_scale, "guidance_interval": list(interval)}
+                entries.append({**settings, "label": label, "cost": steps + guided_steps(steps, interval)})
     return entries
 
 
@@ -92,7 +99,8 @@ def measure(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[
         for entry in entries:
             (row,) = (row for row in rows if Path(row["model"]) == model and _is(row, entry))
             figures = {name: float(row[name]) for name in ("fid", "class_accuracy", "precision", "recall")}
-            results.append({"model": model.parent.name, **entry, **figures})
+            name = model.parent.name if model.name == "model" else model.name
+            results.append({"model": name, **entry, **figures})
     return results
 
 
@@ -100,10 +108,10 @@ def _is(row: dict[str, str], entry: dict[str, Any]) -> bool:
     """Whether a row of the results is of this sampler."""
     interval = entry.get("guidance_interval", [0.0, 1.0])
     return (
-        row["scheduler"] in (entry["scheduler"], "" if entry["scheduler"] == "own" else entry["scheduler"])
+        row["scheduler"] == ("" if entry["scheduler"] == "own" else entry["scheduler"])
         and int(row["num_inference_steps"]) == entry["num_inference_steps"]
         and float(row["guidance_scale"]) == entry["guidance_scale"]
-        and [float(row["guidance_begin"]), float(row["guidance_end"])] == interval
+        and [float(word) for word in row["guidance_interval"].split()] == interval
     )
 
 
@@ -137,17 +145,16 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", type=Path, nargs="+", default=[Path("outputs/demo/model")], help="pipelines of the digits"
+        "--model", type=Path, nargs="+", default=[ROOT / "pretrained" / "digits"], help="pipelines of the digits"
     )
     parser.add_argument("--data", type=Path, default=Path("outputs/demo/data"), help="the prepared digits")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/samplers"), help="what was measured")
     parser.add_argument("--num_images", type=int, help="digits that each sampler draws (default: 500)")
     parser.add_argument("--guidance_scale", type=float, default=2.5)
-    parser.add_argument("--evaluations", type=int, nargs="+", help="in one branch (default: 4 to 100)")
     add_options(parser)
     options = parser.parse_args()
-    choose_sizes(options, num_images=(500, 100), evaluations=([4, 6, 8, 10, 14, 20, 30, 50, 100], [2, 3]))
-    entries = grid(options.evaluations, options.guidance_scale)
+    choose_sizes(options, num_images=(500, 100))
+    entries = grid([2, 3], [], options.guidance_scale) if options.small else grid(FEW, MANY, options.guidance_scale)
     results = measure(options, entries)
     print(f"\n{'model':16} {'sampler':28} {'steps':>5} {'cost':>5} {'FID':>8} {'accuracy':>8} precision recall")
     for result in results:

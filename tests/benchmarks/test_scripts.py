@@ -23,6 +23,8 @@ SCRIPTS = {
     "demo_quality": [],
     "evaluation": [],
     "frechet": ["--rounds", "1"],
+    "quick_image": ["--config", "demo"],
+    "samplers": [],
     "sampling": ["--config", "original/res_res_atn", "--repeats", "1"],
     "startup": [],
     "training": [],
@@ -44,11 +46,19 @@ def _run(script: Path, arguments: list[str], log: Path) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# these start many processes of their own
+SLOW = ("conversion", "samplers", "startup", "training_step")
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.soak) if name in SLOW else name for name in SCRIPTS]
+)
 def test_small_run(script, prepared, tmp_path):
     arguments = [*SCRIPTS[script], "--small", "--results_dir", str(tmp_path / "results")]
-    if script == "training":
+    if script in ("training", "samplers"):
         arguments += ["--data", str(prepared)]
+    if script == "samplers":
+        arguments += ["--output_dir", str(tmp_path / "measured")]
     committed = {file: file.read_bytes() for file in RESULTS.iterdir()}
     log = tmp_path / "log.txt"
     process = _CONTEXT.Process(target=_run, args=(ROOT / "benchmarks" / f"{script}.py", arguments, log))
@@ -72,8 +82,8 @@ def test_small_run(script, prepared, tmp_path):
 
 def test_all_scripts_are_run():
     programs = {file.stem for file in (ROOT / "benchmarks").glob("*.py") if "def main()" in file.read_text()}
-    # these train networks, or need one that is trained
-    assert programs - {"performance_page", "quality", "samplers"} == {*SCRIPTS} == {*performance_page.SECTIONS}
+    # quality trains networks for hours
+    assert programs - {"performance_page", "quality"} == {*SCRIPTS} == {*performance_page.SECTIONS}
 
 
 def test_the_page_shows_what_is_committed():
