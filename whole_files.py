@@ -27,6 +27,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     writing.mkdir()
     try:
         yield writing
+        _share_files(writing)
         sync_tree(writing)
         if folder.exists():
             folder.rename(replaced)
@@ -113,6 +114,16 @@ def sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         _sync(path)
     _sync(folder)
+
+
+def _share_files(folder: Path) -> None:
+    """Lets whoever may read the folder read its files; safetensors keeps those that it writes for their owner."""
+    usual = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            mode = path.stat().st_mode
+            if mode | usual != mode:
+                path.chmod(mode | usual)
 
 
 def _settle(folder: Path, replaced: Path) -> None:

@@ -3,11 +3,14 @@
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from imagenet64_diffusion.whole_files import only_writer, replacing_file, replacing_folder, settle_folder
 
@@ -25,6 +28,22 @@ def test_folder_takes_the_place_of_the_old_one(tmp_path):
         assert (tmp_path / "deep" / "model" / "sub" / "file").read_text() == content
         assert names(tmp_path / "deep") == ["model"]
     assert names(tmp_path / "deep" / "model") == ["second", "sub"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are those of POSIX")
+def test_files_have_the_usual_permissions(tmp_path):
+    usual = tmp_path / "usual"
+    usual.write_text("")
+    with replacing_folder(tmp_path / "model") as writing:
+        (writing / "sub").mkdir()
+        save_file({"weight": torch.zeros(2)}, writing / "sub" / "weights.safetensors")
+        script = writing / "script.sh"
+        script.write_text("")
+        script.chmod(0o700)
+    mode = (tmp_path / "model" / "sub" / "weights.safetensors").stat().st_mode
+    assert stat.S_IMODE(mode) == stat.S_IMODE(usual.stat().st_mode)
+    # what is more stays
+    assert stat.S_IMODE((tmp_path / "model" / "script.sh").stat().st_mode) & 0o700 == 0o700
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
