@@ -201,8 +201,12 @@ def _seeds_from(generator: torch.Generator | Sequence[torch.Generator] | None) -
     """Seeds drawn from generators, which stay as they are, so that the starting noise is that of every scheduler."""
     if generator is None:
         return None
-    if isinstance(generator, (list, tuple)):
-        return [_seeds_from(single) for single in generator]
+    if isinstance(generator, torch.Generator):
+        return _seed_from(generator)
+    return [_seed_from(single) for single in generator]
+
+
+def _seed_from(generator: torch.Generator) -> int:
     copy = generator.clone_state()
     return int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device))
 
@@ -308,7 +312,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale of the last or current call."""
+        """The guidance scale of the last or current call; a callback changes it by setting ``_guidance_scale``."""
         return self._guidance_scale
 
     @torch.no_grad()
@@ -328,7 +332,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput | Any:
         """Draws images.
 
         Args:
@@ -392,11 +396,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         # 4. labels of both branches; an image of the null class has no other branch to be guided away from
         num_classes = self.unet.config.num_class_embeds
         labels = labels_of_both = None
-        guides = False
+        can_guide = num_classes is not None and any(index != num_classes for index in class_ids)
         if num_classes is not None:
-            guides = guidance_scale > 1 and any(index != num_classes for index in class_ids)
             labels = torch.tensor(class_ids, device=device)
-            labels_of_both = torch.cat([torch.full_like(labels, num_classes), labels]) if guides else None
+            labels_of_both = torch.cat([torch.full_like(labels, num_classes), labels])
 
         # 5. denoise
         with _cached_weights(self.unet), self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -404,7 +407,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 if self.interrupt:
                     break
                 model_input = scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
-                if guides and step in guided_steps:
+                # not the argument: a callback may have changed it
+                guidance_scale = self._guidance_scale
+                if can_guide and guidance_scale > 1 and step in guided_steps:
                     output = self.unet(model_input.repeat(2, 1, 1, 1), timestep, labels_of_both, return_dict=False)[0]
                     model_output = self._guide(output.to(latents.dtype), guidance_scale)
                 else:
@@ -547,8 +552,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a component's class is defined in no file.
         """
-        hub_arguments = ("repo_id", "commit_message", "private", "token", "create_pr")
-        hub_arguments = {name: kwargs.pop(name) for name in hub_arguments if name in kwargs}
+        hub_options = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub_arguments = {name: kwargs.pop(name) for name in hub_options if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
 
         folder = Path(save_directory)

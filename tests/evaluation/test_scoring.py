@@ -169,5 +169,7 @@ def test_the_file(pair, tmp_path, capsys):
     assert f"50 images of {model.folder} against 60 of {reference.folder}" in shown
     assert f"with its protocol in {file}" in shown
     assert [name for name in METRICS if f"  {name} " in shown] == ["fid", "kid"]
-    again = score(ScoreOptions(str(reference.folder), str(model.folder), str(tmp_path / "a.json"), ["kid", "fid"]))
+    again = score(
+        ScoreOptions(str(reference.folder), str(model.folder), output=str(tmp_path / "a.json"), metrics=["kid", "fid"])
+    )
     assert again["metrics"] == found["metrics"]

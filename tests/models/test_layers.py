@@ -75,8 +75,10 @@ class LayerContract:
 
     def test_every_weight_learns(self):
         layer = self.make().train()
-        # a plain sum would be constant behind a normalisation
-        (layer(*self.inputs()) * torch.randn(3, 8, 8, 8)).sum().backward()
+        sample, *embeddings = self.inputs()
+        # a layer without weights hands the gradient on; a plain sum would be constant behind a normalisation
+        (layer(sample.requires_grad_(), *embeddings) * torch.randn(3, 8, 8, 8)).sum().backward()
+        assert sample.grad.any()
         still = [name for name, weight in layer.named_parameters() if weight.grad is None or not weight.grad.any()]
         assert still == []
 

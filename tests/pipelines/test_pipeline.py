@@ -119,6 +119,26 @@ class TestGuidance:
         nowhere = draw(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.5, 0.5))
         assert torch.equal(nowhere, draw(pipeline, steps=10, guidance_scale=1.0))
 
+    def test_a_callback_changes_it(self):
+        """Guidance that a callback ends after half of the steps is that of the interval's first half."""
+        pipeline = make_pipeline()
+
+        def end_guidance(pipeline, step, timestep, tensors):
+            if step == 4:
+                pipeline._guidance_scale = 1.0
+
+        batches = count_images(pipeline)
+        ended = draw(pipeline, steps=10, guidance_scale=2.0, callback_on_step_end=end_guidance)
+        assert batches == [6] * 5 + [3] * 5
+        assert torch.equal(ended, draw(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.0, 0.5)))
+
+        def begin_guidance(pipeline, step, timestep, tensors):
+            if step == 4:
+                pipeline._guidance_scale = 2.0
+
+        begun = draw(pipeline, steps=10, guidance_scale=1.0, callback_on_step_end=begin_guidance)
+        assert torch.equal(begun, draw(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.5, 1.0)))
+
 
 def count_images(pipeline) -> list[int]:
     """Fills a list with the batch size of each forward pass."""
