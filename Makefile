@@ -7,10 +7,10 @@ DEMO := outputs/demo
 # a small network that tells digits apart, whose features and answers measure the demo's
 DIGITS := --protocol classifier --weights evaluation/digits_classifier
 # docs/performance.md has the commands and the results of their real sizes
-BENCHMARKS := sampling training_step training evaluation startup conversion data frechet demo_quality
+BENCHMARKS := sampling quick_image samplers training_step training evaluation startup conversion data frechet demo_quality
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench soak quality style clean
+.PHONY: help install demo app test bench soak quality types style clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each, meas
 	@echo "the animation:  $(DEMO)/samples/denoising.gif"
 	@echo "the manifest:   $(DEMO)/samples/manifest.json"
 
+app: $(INSTALLED)  ## serve the page to play with, on the digits' model that comes along
+	$(BIN)/python app.py
+
 test: $(INSTALLED)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -51,13 +54,19 @@ bench: $(INSTALLED)  ## run every benchmark at tiny size, into outputs/bench: mi
 soak: $(INSTALLED)  ## kill and stop training runs at random moments, for minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
-quality: $(INSTALLED)  ## check style, change nothing
+quality: $(INSTALLED)  ## check style, types and the links between documents, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory types
+	$(BIN)/python -m pytest --noconftest tests/documents/test_links.py
+
+types: $(INSTALLED)  ## check types
+	@mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/imagenet64_diffusion
+	$(BIN)/mypy
 
 style: $(INSTALLED)  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove what make made, .venv included
-	rm -rf $(VENV) build dist *.egg-info outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info outputs .mypy_cache .pytest_cache .ruff_cache

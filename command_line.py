@@ -1,17 +1,25 @@
 """What the command lines have in common: options from a dataclass, a file of options, exit codes."""
 
-import argparse
 import dataclasses
-import difflib
-import json
+import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .nearest_names import nearest_name
+from .version import __version__
+
 
 Options = TypeVar("Options")
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 an unexpected failure, with its traceback; 2 a wrong option or input, with a sentence that"
+    " names it (IMAGENET64_TRACEBACK=1 shows where it comes from); 128 and the number of the signal when stopped, so"
+    " 130 after Ctrl-C and 143 after kill."
+)
 
 
 class StoppedBySignalError(Exception):
@@ -35,28 +43,23 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
     Args:
         default: Its default.
-        help: What ``--help`` says.
-        metadata: Further arguments of `argparse.ArgumentParser.add_argument`, such as ``choices``.
+        help: What ``--help`` says, which adds the default where this does not speak of it.
+        metadata: ``group``, the heading under which ``--help`` lists it; ``required``, for fields that have a default
+            only because others of their dataclass do; and further arguments of `argparse.ArgumentParser.add_argument`,
+            such as ``choices``, ``metavar`` and ``nargs``.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text that does not speak of it, and keeps the lines of indented text."""
+def option_list(default: Sequence[Any], help: str, **metadata: Any) -> Any:
+    """`option` for a list of values; each instance of the dataclass has a list of its own."""
+    return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = text.split("\n\n")
-        return "\n\n".join(
-            paragraph
-            if paragraph.startswith(" ")
-            else super(_HelpFormatter, self)._fill_text(paragraph, width, indent)
-            for paragraph in paragraphs
-        )
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, [], "") or "default" in (action.help or "").lower():
-            return action.help
-        return super()._get_help_string(action)
+def version_line() -> str:
+    """The versions of this program and of the libraries that its results depend on."""
+    versions = [f"{library} {importlib.metadata.version(library)}" for library in ("torch", "diffusers")]
+    return f"imagenet64-diffusion {__version__} ({', '.join(versions)}, Python {platform.python_version()})"
 
 
 def run_verb(
@@ -65,24 +68,35 @@ def run_verb(
     description: str,
     argv: Sequence[str] | None = None,
     program: str | None = None,
+    example: str = "",
+    presets: Path | None = None,
 ) -> int:
     """Parses the command line, runs the verb, and turns what goes wrong into a sentence and an exit code.
 
     Args:
-        options_class: Dataclass of the options; each field's metadata holds its help text.
+        options_class: Dataclass of the options; each field's metadata holds its help text and group.
         verb: The function behind the command.
         description: What the command does, for ``--help``.
         argv: The arguments; by default those of the process.
         program: What ``--help`` calls the command; by default its file.
+        example: Arguments that it might be called with, for ``--help``; each line after the first goes on with it.
+        presets: Folder of files of options that ``--config`` also takes by their names.
 
     Returns:
         The exit code: 0, or 2 for a wrong option or input, or 128 and the number of the signal that stopped it: 130
         when interrupted, 143 when terminated. With IMAGENET64_TRACEBACK=1 in the environment errors come with their
         traceback instead.
+
+    Raises:
+        SystemExit: With 2 if the command line cannot be parsed, and with 0 after ``--help``.
+        Exception: Whatever else the verb raises, a fault of ours: Python shows the traceback and ends with 1.
     """
-    options = None
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in arguments:
+        print(version_line())
+        return 0
     try:
-        options = parse_options(options_class, description, argv, program)
+        options = parse_options(options_class, description, arguments, program, example, presets)
         verb(options)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("IMAGENET64_TRACEBACK") == "1":
@@ -108,7 +122,7 @@ class SubCommand:
         options_class: Dataclass of its options.
         verb: The function behind it.
         description: What it does; its first sentence stands in the list of commands.
-        example: Arguments that it might be called with, for ``--help``; each line after the first goes on with it.
+        example: Arguments that it might be called with, as for `run_verb`.
     """
 
     options_class: type
@@ -130,74 +144,62 @@ def run_sub_commands(commands: Mapping[str, SubCommand], description: str, argv:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = Path(sys.argv[0]).name
-    width = max(map(len, commands))
-    summaries = {name: command.description.split(". ")[0].rstrip(".") + "." for name, command in commands.items()}
-    listed = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in summaries.items())
-    usage = (
-        f"usage: {program} {{{','.join(commands)}}} [options]\n\n{description}\n\n{listed}\n\n{program} <name> --help"
-    )
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage, file=sys.stdout if arguments else sys.stderr)
+        print(_commands_help(commands, description, program), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     name, *rest = arguments
+    if name == "--version":
+        print(version_line())
+        return 0
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f", perhaps {near[0]}" if near else ""
+        near = nearest_name(name, commands)
+        hint = f", perhaps {near}" if near else ""
         print(f"error: there is no {name!r}{hint}: take one of {', '.join(commands)}", file=sys.stderr)
         return 2
     command = commands[name]
-    lines = f"{program} {name} {command.example}".splitlines()
-    example = " \\\n".join("    " + line for line in (lines[0], *("    " + line for line in lines[1:])))
-    description = f"{command.description}\n\nExample:\n\n{example}"
-    return run_verb(command.options_class, command.verb, description, rest, program=f"{program} {name}")
+    return run_verb(
+        command.options_class, command.verb, command.description, rest, f"{program} {name}", command.example
+    )
 
 
 def parse_options(
-    options_class: type[Options], description: str, argv: Sequence[str] | None = None, program: str | None = None
+    options_class: type[Options],
+    description: str,
+    argv: Sequence[str] | None = None,
+    program: str | None = None,
+    example: str = "",
+    presets: Path | None = None,
 ) -> Options:
     """The options from the command line and from the file that ``--config`` names; the command line wins.
 
+    The arguments are those of `run_verb`.
+
     Raises:
-        ValueError: If the file cannot be read, names an unknown option, or a value is out of range.
+        ValueError: If the file cannot be read, names an unknown option, or a value is of the wrong type or out of
+            range.
+        SystemExit: If the command line cannot be parsed, and after ``--help``.
     """
-    # transformers takes seconds to import, which is for whoever parses a command line, not for who calls the function
-    from transformers import HfArgumentParser
+    # transformers takes a while to import, which is for whoever parses a command line, not for who calls the function
+    from .option_parser import OptionParser
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(options_class, prog=program, description=description, formatter_class=_HelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file of options; the command line wins.")
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    config_file = finder.parse_known_args(arguments)[0].config
-    if config_file is not None:
-        _take_defaults(parser, Path(config_file))
-    namespace = parser.parse_args(arguments)
-    values = {name: value for name, value in vars(namespace).items() if name != "config"}
-    return options_class(**values)
+    program = program or Path(sys.argv[0]).name
+    epilog = f"Example:\n\n{_example(program, example)}\n\n{EXIT_CODES}" if example else EXIT_CODES
+    parser = OptionParser(options_class, program, description, epilog, version_line(), presets)
+    return options_class(**parser.parse(sys.argv[1:] if argv is None else argv))
 
 
-def _take_defaults(parser: argparse.ArgumentParser, file: Path) -> None:
-    """Makes the values of a file the parser's defaults."""
-    text = file.read_text(encoding="utf-8")
-    if file.suffix in (".yaml", ".yml"):
-        import yaml
+def _commands_help(commands: Mapping[str, SubCommand], description: str, program: str) -> str:
+    width = max(map(len, commands))
+    summaries = {name: command.description.split(". ")[0].rstrip(".") + "." for name, command in commands.items()}
+    listed = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in summaries.items())
+    return (
+        f"usage: {program} {{{','.join(commands)}}} [options]\n\n{description}\n\n{listed}\n\n"
+        f"{program} <name> --help shows the options of each, {program} --version the versions."
+    )
 
-        values = yaml.safe_load(text)
-    else:
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--config {file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {file} holds a {type(values).__name__}, but must hold options and their values")
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in values.items():
-        if name not in actions or name in ("config", "help"):
-            raise ValueError(f"--config {file} names {name!r}, which is not an option")
-        choices = actions[name].choices
-        if choices is not None and value is not None and value not in choices:
-            raise ValueError(
-                f"--config {file}: {name} is {value!r}, but must be one of {', '.join(map(str, choices))}"
-            )
-        actions[name].required = False
-    parser.set_defaults(**values)
+
+def _example(program: str, arguments: str) -> str:
+    """The command with its arguments, indented, its lines joined as a shell joins them."""
+    start = f"python {program}" if program.split()[0].endswith(".py") else program
+    first, *others = f"{start} {arguments}".splitlines()
+    return " \\\n".join([f"    {first}", *(f"        {line}" for line in others)])

@@ -1,4 +1,4 @@
-"""Converts checkpoints of the original program to pipeline folders, and back: python convert_checkpoints.py --help."""
+"""Converts checkpoints of the original program to pipeline folders, and back."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from imagenet64_diffusion.pipelines.pipeline_class_conditional import ClassConditionalPipeline
 
 
+EXAMPLE = "--checkpoint model_469e_600000s.pkl\n--output_dir outputs/res_res_atn"
+
+
 @dataclass
 class ConvertOptions:
     """Options of `convert`. The help texts say what each one is."""
@@ -20,40 +23,75 @@ class ConvertOptions:
     checkpoint: str = field(
         metadata={
             "help": "model_...e_...s.pkl, or a folder: every checkpoint in it and in the folders in it is converted."
-            " For to_original a pipeline folder."
+            " For to_original a pipeline folder.",
+            "group": "files",
+            "metavar": "FILE",
         }
     )
     output_dir: str = field(
-        metadata={"help": "The pipeline folder to write, or the folder for several; it must be new, empty or its own."}
+        metadata={
+            "help": "The pipeline folder to write, or the folder for several; it must be new, empty or its own.",
+            "group": "files",
+            "metavar": "FOLDER",
+        }
     )
     params: str | None = option(
-        None, "model_params_...e_...s.json; default: the one beside the checkpoint, by its name."
+        None,
+        "model_params_...e_...s.json (default: the one beside the checkpoint, by its name).",
+        group="files",
+        metavar="FILE",
     )
     optimizer: str | None = option(
-        None, "optim_...e_...s.pkl, to go on with the training; a folder's are found by their names."
+        None,
+        "optim_...e_...s.pkl, to go on with the training; a folder's are found by their names.",
+        group="files",
+        metavar="FILE",
     )
+
     time_embedding: str = option(
         "original_sine",
         "original_sine draws as the original does; original_alternating is what the released checkpoints were trained"
         " with; original_interleaved is for checkpoints of its corrected code.",
+        group="pipeline",
+        metavar="NAME",
         choices=["original_sine", "original_alternating", "original_interleaved"],
     )
     id2label: str = option(
         "imagenet64",
         "Class names: imagenet64 (of networks with 1000 classes; others are numbered), numbers, or a file, a JSON list"
         " or object or text with one name a line.",
+        group="pipeline",
+        metavar="NAMES",
     )
-    dtype: str = option("float32", "What the weights are stored in.", choices=["float32", "float16", "bfloat16"])
-    variant: str | None = option(None, "Name of the file of weights, such as fp16; it is asked for when loading.")
     finish_denoising: bool = option(
-        False, "End the last step at the predicted image; the original leaves noise of 0.03 in it."
+        False,
+        "End the last step at the predicted image; the original leaves noise of 0.03 in it.",
+        group="pipeline",
     )
-    push_to_hub: str | None = option(None, "Hub id to upload the pipeline to.")
-    to_original: bool = option(False, "Write a pipeline folder as the two files that the original program loads.")
+    dtype: str = option(
+        "float32",
+        "What the weights are stored in.",
+        group="pipeline",
+        choices=["float32", "float16", "bfloat16"],
+    )
+    variant: str | None = option(
+        None,
+        "Name of the file of weights, such as fp16; it is asked for when loading.",
+        group="pipeline",
+        metavar="NAME",
+    )
+
+    to_original: bool = option(
+        False,
+        "Write a pipeline folder as the two files that the original program loads.",
+        group="back to the original",
+    )
     epoch: int | None = option(
-        None, "For to_original: epochs trained, of a network that does not come from the original."
+        None, "Epochs trained, of a network that does not come from the original.", group="back to the original"
     )
-    step: int | None = option(None, "For to_original: steps trained, likewise.")
+    step: int | None = option(None, "Steps trained, likewise.", group="back to the original")
+
+    push_to_hub: str | None = option(None, "Hub id to upload the pipeline to.", group="Hub", metavar="ID")
 
     def __post_init__(self) -> None:
         """Raises ValueError for options that do not go together."""
@@ -143,7 +181,7 @@ def convert(options: ConvertOptions) -> None:
         files = write_original(checkpoint, output_dir, options.epoch, options.step, options.variant)
         print(f"wrote {files[0]} and {files[1]}")
         return
-    choices = {
+    choices: dict[str, Any] = {
         "time_embedding": options.time_embedding,
         "id2label": options.id2label,
         "dtype": options.dtype,
@@ -159,7 +197,7 @@ def convert(options: ConvertOptions) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-convert; returns the exit code."""
-    return run_verb(ConvertOptions, convert, __doc__, argv)
+    return run_verb(ConvertOptions, convert, __doc__, argv, example=EXAMPLE)
 
 
 if __name__ == "__main__":

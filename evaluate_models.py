@@ -1,4 +1,4 @@
-"""Measures models so that the numbers can be trusted and compared: python evaluate_models.py --help."""
+"""Measures models so that the numbers can be trusted and compared."""
 
 import sys
 from collections.abc import Sequence
@@ -61,14 +61,15 @@ COMMANDS = {
         ReferenceOptions,
         reference,
         "Measures real images, to compare models with.",
-        "--source data/imagenet64\n--output_dir outputs/reference",
+        "--source outputs/digits\n--output_dir outputs/reference --protocol pixels",
     ),
     "model": SubCommand(
         ModelOptions,
         model,
         "Draws images from a model and measures them. The same call goes on where one was stopped; with accelerate"
         " launch several processes share the work.",
-        "--model outputs/run/model\n--output_dir outputs/measured\n--num_images 50000 --num_inference_steps 100",
+        "--model outputs/train/model\n--output_dir outputs/measured --protocol pixels\n--num_images 500"
+        " --num_inference_steps 20",
     ),
     "score": SubCommand(
         ScoreOptions,
@@ -80,21 +81,21 @@ COMMANDS = {
         SweepOptions,
         sweep,
         "Many models under many samplers: a table and charts. The same call goes on where one was stopped.",
-        "--reference outputs/reference\n--models outputs/run --output_dir outputs/sweep\n"
-        "--num_images 10000 --num_inference_steps 50 100 --eta 0 1",
+        "--reference outputs/reference\n--models outputs/train --output_dir outputs/sweep\n"
+        "--protocol pixels --num_images 100\n--num_inference_steps 10 20 --eta 0 1",
     ),
     "classifier": SubCommand(
         ClassifierOptions,
         classifier,
         "Trains a small classifier on a dataset, to measure with. Say --protocol classifier --weights its_folder.",
-        "--train_data_dir data/digits\n--output_dir outputs/classifier",
+        "--train_data_dir outputs/digits\n--output_dir outputs/classifier",
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-evaluate; returns the exit code."""
-    return run_sub_commands(COMMANDS, __doc__.splitlines()[0].partition(":")[0] + ".", argv)
+    return run_sub_commands(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":

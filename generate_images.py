@@ -1,4 +1,4 @@
-"""Draws images of given classes from a pipeline folder or Hub repository: python generate_images.py --help."""
+"""Draws images of given classes, and writes them with a labelled grid, an animation and a manifest."""
 
 import sys
 from collections.abc import Sequence
@@ -6,6 +6,10 @@ from pathlib import Path
 
 from imagenet64_diffusion.command_line import run_verb
 from imagenet64_diffusion.pipelines.generation_options import GenerateOptions
+
+
+EXAMPLE = """--class_labels 3 7 null --num_images_per_label 4
+--guidance_scale 2.5 --num_inference_steps 20 --output_dir outputs/drawn"""
 
 
 def generate(options: GenerateOptions) -> Path:
@@ -22,7 +26,7 @@ def generate(options: GenerateOptions) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-generate; returns the exit code."""
-    return run_verb(GenerateOptions, generate, __doc__, argv)
+    return run_verb(GenerateOptions, generate, __doc__, argv, example=EXAMPLE)
 
 
 if __name__ == "__main__":

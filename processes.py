@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -73,13 +73,13 @@ def on_every_process(
         except (ValueError, OSError) as error:
             own_error = error
     errors = gather_object([None if own_error is None else str(own_error)])
-    failed = {number: error for number, error in enumerate(errors) if error is not None}
+    failed = {number: message for number, message in enumerate(errors) if message is not None}
     if not failed:
-        return found
-    number, error = next(iter(failed.items()))
+        return cast(Result, found)
+    number, message = next(iter(failed.items()))
     if not accelerator.is_main_process:
-        raise ElsewhereError(error)
-    raise own_error or ValueError(f"process {number} of {accelerator.num_processes}: {error}")
+        raise ElsewhereError(message)
+    raise own_error or ValueError(f"process {number} of {accelerator.num_processes}: {message}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _replace(value: Any, kind: type, replacement: Callable[[Any], Any]) -> Any:
         return {key: _replace(entry, kind, replacement) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_replace(entry, kind, replacement) for entry in value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         entries = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
         return type(value)(**{name: _replace(entry, kind, replacement) for name, entry in entries.items()})
     return value

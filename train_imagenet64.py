@@ -1,15 +1,22 @@
-"""Trains a class-conditional diffusion model on prepared images: accelerate launch train_imagenet64.py --help."""
+"""Trains a class-conditional diffusion model on prepared images. The same call goes on with a run that was stopped.
+
+Start it with accelerate launch, and several processes and machines share the work.
+"""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from imagenet64_diffusion.command_line import run_verb
+from imagenet64_diffusion.configs import CONFIG_DIR
 from imagenet64_diffusion.training.options import TrainOptions
 
 
-def train(options: TrainOptions) -> Path:
-    """Trains a network and saves it as a pipeline folder, ``output_dir/model``, which is returned."""
+EXAMPLE = "--config demo --train_data_dir outputs/digits\n--output_dir outputs/train"
+
+
+def train(options: TrainOptions) -> Path | None:
+    """Trains a network and saves it as a pipeline folder, ``output_dir/model``; returns that, None after a dry run."""
     # torch, diffusers and accelerate take seconds to import, which --help should not
     from imagenet64_diffusion.training.loop import train as run
 
@@ -18,7 +25,7 @@ def train(options: TrainOptions) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-train; returns the exit code."""
-    return run_verb(TrainOptions, train, __doc__, argv)
+    return run_verb(TrainOptions, train, __doc__, argv, example=EXAMPLE, presets=CONFIG_DIR / "training")
 
 
 if __name__ == "__main__":

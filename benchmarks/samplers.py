@@ -37,8 +37,8 @@ INTERVALS = {
     "UniPC, first three quarters guided": (0.0, 0.75),
     "UniPC, middle half guided": (0.25, 0.75),
 }
-FEW = [4, 6, 8, 10, 14, 20]
-MANY = [30, 50, 100]  # for DDIM alone, the reference
+FEW = [4, 6, 8, 10, 16]
+MANY = [100]  # for DDIM alone, the reference
 
 
 def guided_steps(num_inference_steps: int, interval: tuple[float, float]) -> int:

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from ..configs import CONFIG_DIR
 from ..data.class_names import NUM_CLASSES, imagenet64_id2label
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..nearest_names import perhaps
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from .errors import CheckpointError
@@ -27,7 +28,10 @@ def build_empty_unet(params: Mapping[str, Any], time_embedding: str, params_name
         CheckpointError: If there is no such network.
     """
     if time_embedding not in TIME_EMBEDDINGS:
-        raise CheckpointError(f"time_embedding is {time_embedding!r}, but must be one of {', '.join(TIME_EMBEDDINGS)}")
+        near = perhaps(time_embedding, TIME_EMBEDDINGS)
+        raise CheckpointError(
+            f"time_embedding is {time_embedding!r}, but must be one of {', '.join(TIME_EMBEDDINGS)}{near}"
+        )
     try:
         # the tables of the time encoding are no parameters and are made as ever
         with init_empty_weights(include_buffers=False):
@@ -98,20 +102,20 @@ def class_names(
         return {index: str(index) for index in range(num_classes)}, f"{num_classes}, numbered{why}"
     if isinstance(id2label, (str, Path)):
         source = Path(id2label).name
-        id2label = _read_names(Path(id2label))
+        names = _read_names(Path(id2label))
     else:
-        source = "id2label"
-    if isinstance(id2label, Mapping):
-        by_key = {str(key): name for key, name in id2label.items()}
+        source, names = "id2label", id2label
+    if isinstance(names, Mapping):
+        by_key = {str(key): name for key, name in names.items()}
         if set(by_key) != {str(index) for index in range(num_classes)}:
             raise CheckpointError(f"{source} must name the classes 0 to {num_classes - 1}, each once, but does not")
-        id2label = [by_key[str(index)] for index in range(num_classes)]
-    if len(id2label) != num_classes:
-        raise CheckpointError(f"{source} has {len(id2label)} names, but the network has {num_classes} classes")
-    for index, name in enumerate(id2label):
+        names = [by_key[str(index)] for index in range(num_classes)]
+    if len(names) != num_classes:
+        raise CheckpointError(f"{source} has {len(names)} names, but the network has {num_classes} classes")
+    for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise CheckpointError(f"{source}: the name of class {index} must be text, but is empty or something else")
-    return dict(enumerate(id2label)), f"{num_classes}, named by {source}"
+    return dict(enumerate(names)), f"{num_classes}, named by {source}"
 
 
 def _read_names(file: Path) -> Any:

@@ -7,12 +7,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..nearest_names import perhaps
 from ..pipelines.model_card import CARD_NAME, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
@@ -78,15 +79,15 @@ def convert_files(
     start = time.perf_counter()
     checkpoint, params_file, output_dir = Path(checkpoint), Path(params), Path(output_dir)
     if dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+        raise CheckpointError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}{perhaps(dtype, DTYPES)}")
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
         raise CheckpointError(f"variant is {variant!r}, but must be made of letters and digits, such as fp16")
     _check_replaceable(output_dir)
 
     read = _read(checkpoint, params_file, optimizer, time_embedding, id2label)
-    params, classes, num_weights, num_unused = read.params, read.classes, len(read.shapes), len(read.unused)
-    scheduler = original_scheduler(params, finish_denoising)
-    step_folder = f"checkpoints/checkpoint-{params.get('step')}"
+    content, classes, num_weights, num_unused = read.params, read.classes, len(read.shapes), len(read.unused)
+    scheduler = original_scheduler(content, finish_denoising)
+    step_folder = f"checkpoints/checkpoint-{content.get('step')}"
     with replacing_folder(output_dir) as writing:
         if read.optimizer_state is not None:
             _save_training_state(writing / step_folder, read, scheduler)
@@ -101,23 +102,23 @@ def convert_files(
     seconds = time.perf_counter() - start
     noise = float(1 - scheduler.final_alpha_cumprod) ** 0.5
     ending = f"leaves noise of {noise:.2f}, as the original's does" if noise else "fully denoised"
-    trained = [f"{name} {params[name]:,}" for name in ("epoch", "step") if name in params]
+    trained = [f"{name} {content[name]:,}" for name in ("epoch", "step") if name in content]
     report = [
         f"converted {checkpoint} to {output_dir} in {seconds:.1f} s",
         f"  network    {num_parameters:,} parameters, {recipe_of(pipeline.unet)}, {dtype}",
         f"  trained    {', '.join(trained) or 'not said'}",
         f"  classes    {classes}",
         f"  time       {time_embedding}",
-        f"  schedule   the original's {params['beta_sched']}, {params['T']} timesteps, last step {ending}",
+        f"  schedule   the original's {content['beta_sched']}, {content['T']} timesteps, last step {ending}",
         f"  checked    all {num_weights} weights accounted for, shapes right, one forward pass finite",
     ]
     if num_unused:
         report.append(f"  kept       {num_unused} weights without effect, in {UNUSED_WEIGHTS_NAME}")
     if optimizer is not None:
         report.append(f"  optimizer  {output_dir / step_folder}, to go on with the training")
-    if unknown_params(params):
-        report.append(f"  not used   {', '.join(unknown_params(params))} of {params_file.name}")
-    return Conversion(pipeline, output_dir, num_parameters, params.get("epoch"), params.get("step"), seconds, report)
+    if unknown_params(content):
+        report.append(f"  not used   {', '.join(unknown_params(content))} of {params_file.name}")
+    return Conversion(pipeline, output_dir, num_parameters, content.get("epoch"), content.get("step"), seconds, report)
 
 
 @dataclasses.dataclass
@@ -230,7 +231,7 @@ def _load_and_check(
 def _save_training_state(folder: Path, read: _Read, scheduler: EtaDDIMScheduler) -> None:
     """Writes the folder from which the training goes on."""
     params, unet = read.params, read.unet
-    mapped = map_original_optimizer(read.optimizer_state, read.shapes, params, unet)
+    mapped = map_original_optimizer(cast(dict[str, Any], read.optimizer_state), read.shapes, params, unet)
     group = mapped["param_groups"][0]
     optimizer = torch.optim.AdamW(unet.parameters(), lr=group["lr"])
     # groups written by other versions of torch lack an option or have one more
@@ -307,12 +308,12 @@ def convert_folder(folder: Path, output_dir: Path, **options: Any) -> None:
     Raises:
         CheckpointError: If there are none, or some failed.
     """
-    checkpoints = sorted(path for path in folder.rglob("model_*.pkl") if _MODEL_NAME.fullmatch(path.name))
+    found = {path: _MODEL_NAME.fullmatch(path.name) for path in folder.rglob("model_*.pkl")}
+    checkpoints = sorted((path, match[1]) for path, match in found.items() if match)
     if not checkpoints:
         raise CheckpointError(f"checkpoint is {folder}, which holds no model_...e_...s.pkl")
-    rows = []
-    for checkpoint in checkpoints:
-        name = _MODEL_NAME.fullmatch(checkpoint.name)[1]
+    rows: list[tuple[str, ...]] = []
+    for checkpoint, name in checkpoints:
         place = checkpoint.parent.relative_to(folder)
         optimizer = checkpoint.with_name(f"optim_{name}.pkl")
         source = str(checkpoint.relative_to(folder))

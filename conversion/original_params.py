@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES
+from ..nearest_names import perhaps
 from .errors import CheckpointError
 
 
@@ -29,6 +30,8 @@ _MOST_LAYERS = 64
 _LARGEST_FILE = 1 << 20
 # Older files lack the first, and the other two say nothing of the network.
 _OPTIONAL = ("atn_resolution", "epoch", "step")
+# their classes say more than nn.Module does
+_LAYER_TYPES: Mapping[str, Any] = LAYER_TYPES
 _BETA_SCHEDULES = ("cosine", "linear")
 _KNOWN = (*_RANGES, "blk_types", "beta_sched", "c_dim")
 
@@ -89,19 +92,21 @@ def check_params(params: Any, name: str) -> dict[str, Any]:
     if unknown:
         raise CheckpointError(
             f"{name}: blk_types names {_shown(unknown[0])}, but must be made of {', '.join(LAYER_TYPE_ALIASES)}"
+            f"{perhaps(unknown[0], LAYER_TYPE_ALIASES)}"
         )
-    if not LAYER_TYPES[LAYER_TYPE_ALIASES[layers[0]]].changes_width:
+    if not _LAYER_TYPES[LAYER_TYPE_ALIASES[layers[0]]].changes_width:
         raise CheckpointError(f"{name}: blk_types begins with {layers[0]}, but must begin with res or conv")
     if params["beta_sched"] not in _BETA_SCHEDULES:
         raise CheckpointError(
             f"{name}: beta_sched is {_shown(params['beta_sched'])}, but must be one of {', '.join(_BETA_SCHEDULES)}"
+            f"{perhaps(params['beta_sched'], _BETA_SCHEDULES)}"
         )
     class_dim = params["c_dim"]
     if class_dim is not None and class_dim != -1 and not _is_whole(class_dim, 1, 65_536):
         raise CheckpointError(
             f"{name}: c_dim is {_shown(class_dim)}, but must be a whole number in [1, 65536], or null for no classes"
         )
-    needy = [layer for layer in layers if LAYER_TYPES[LAYER_TYPE_ALIASES[layer]].needs_classes]
+    needy = [layer for layer in layers if _LAYER_TYPES[LAYER_TYPE_ALIASES[layer]].needs_classes]
     if needy and class_dim in (None, -1):
         raise CheckpointError(
             f"{name}: c_dim is {_shown(class_dim)}, but blk_types names {needy[0]}, which needs classes"

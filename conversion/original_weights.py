@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -254,6 +254,8 @@ def _layer(
         if class_dim is not None:
             yield from _linear(f"{name}.clsProj", class_dim, in_channels)
     elif layer == "clsAtn":
+        # check_params refuses such a layer where there are no classes
+        class_dim = cast(int, class_dim)
         yield from _linear(f"{name}.Q_emb", class_dim, out_channels)
         yield from _linear(f"{name}.K_emb", class_dim, out_channels)
         yield from _conv(f"{name}.out_emb.0", out_channels, out_channels, 1)

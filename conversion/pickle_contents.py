@@ -310,7 +310,8 @@ def _described_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Sto
 
 
 def _why_refused(opcode: bytes) -> str:
-    known = pickletools.code2op.get(opcode.decode("latin1"))
+    # its table by codes is missing in the types of the standard library
+    known = pickletools.code2op.get(opcode.decode("latin1"))  # type: ignore[attr-defined]
     if known is None:
         return f"is not a pickle of torch.save (byte {opcode!r} where an opcode belongs): download or copy it again"
     if known.name in _BUILDING_OPCODES:
@@ -341,7 +342,7 @@ def _pushes_long(follower: _Follower) -> None:
 
 
 # Those of torch's own weights_only reader but two, NEWOBJ and EMPTY_SET, which no tensor needs.
-_HANDLERS: dict[bytes, Callable[[_Follower], None]] = {
+_HANDLERS: dict[bytes, Callable[[_Follower], object]] = {
     pickle.PROTO: lambda follower: follower.take(1),
     pickle.MARK: _pushes(_MARK),
     pickle.NONE: _pushes(None),

@@ -454,7 +454,7 @@ def _check_hyperparameters(group: Mapping[str, Any], name: str) -> None:
         if not is_number(group.get(key)) or group[key] < 0:
             raise CheckpointError(f"{name}: {key} of its group must be a number of at least 0, but is not")
     betas = group.get("betas")
-    if type(betas) not in (tuple, list) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
         raise CheckpointError(f"{name}: betas must be two numbers in [0, 1), but are not")
     for key, value in group.items():
         if key not in ("params", "betas") and value is not None and type(value) not in (bool, int, float):

@@ -102,7 +102,7 @@ class PreparedImages(torch.utils.data.Dataset):
         """Returns the label of every image: int64 (images,), a copy."""
         return self._labels.copy()
 
-    def __getitem__(self, index: int | Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int | Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """Reads one image, or a batch when given several indices.
 
         Args:
@@ -120,7 +120,7 @@ class PreparedImages(torch.utils.data.Dataset):
             return {name: values[0] for name, values in batch.items()}
         return self.__getitems__(index)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """Reads a batch.
 
         Args:

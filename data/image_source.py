@@ -5,12 +5,13 @@ import io
 import os
 import pathlib
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from ..nearest_names import perhaps
 from .errors import DataError
 from .sources import ImageBlock, ImageStream
 
@@ -200,13 +201,14 @@ class ImageDatasetSource:
         Raises:
             DataError: the dataset cannot be loaded or has no images with labels.
         """
+        # with labels, unless load raises
         loaded = self.load(work_folder)
         resolution, _, color_mode = self._convert
         return ImageStream(
-            class_names=loaded.class_names,
+            class_names=cast(list[str], loaded.class_names),
             image_size=(1 if color_mode == "grayscale" else 3, resolution, resolution),
             num_images=len(loaded.images),
-            blocks=self._blocks(loaded.images, loaded.labels),
+            blocks=self._blocks(loaded.images, cast(np.ndarray, loaded.labels)),
             details={"image_column": loaded.images.column_names[0], "label_column": loaded.label_column},
         )
 
@@ -277,7 +279,8 @@ class ImageDatasetSource:
 
         if isinstance(loaded, datasets.DatasetDict):
             if self._split not in loaded:
-                raise DataError(f"--split {self._split}: {self._input} has the splits {', '.join(loaded)}")
+                splits = ", ".join(loaded) + perhaps(self._split, loaded)
+                raise DataError(f"--split {self._split}: {self._input} has the splits {splits}")
             return loaded[self._split]
         if loaded.split is not None and str(loaded.split) != self._split:
             raise DataError(f"--split {self._split}: {self._input} is the split {loaded.split}")
@@ -309,7 +312,8 @@ class ImageDatasetSource:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
         if named is not None:
             if named not in features:
-                raise DataError(f"--{role}_column {named}: {self._input} has the columns {columns}")
+                near = perhaps(named, features)
+                raise DataError(f"--{role}_column {named}: {self._input} has the columns {columns}{near}")
             return named
         found = [name for name, feature in features.items() if isinstance(feature, types)]
         if len(found) != 1:

@@ -16,7 +16,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -139,7 +139,7 @@ def open_array(path: pathlib.Path, name: str, key: str) -> NpzArray:
 
 
 def read_blocks(
-    opened: BinaryIO, name: str, num_rows: int, row_length: int, dtype: np.dtype | type = np.uint8
+    opened: IO[bytes], name: str, num_rows: int, row_length: int, dtype: np.dtype | type = np.uint8
 ) -> Iterator[np.ndarray]:
     """Reads elements that lie one after the other in a file, in blocks of some megabytes.
 
@@ -184,7 +184,7 @@ def zip_errors(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened_member(path: pathlib.Path, name: str, key: str) -> Iterator[tuple[zipfile.ZipInfo, BinaryIO]]:
+def _opened_member(path: pathlib.Path, name: str, key: str) -> Iterator[tuple[zipfile.ZipInfo, IO[bytes]]]:
     with zip_errors(name), zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
         with archive.open(entry) as member:
@@ -195,7 +195,7 @@ def _array_name(file_name: str, key: str) -> str:
     return f'{file_name} array "{key}"'
 
 
-def _read_header(member: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(member: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         version = np.lib.format.read_magic(member)
         readers = {

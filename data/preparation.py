@@ -222,8 +222,8 @@ def _write_images(
         for pixels, labels in blocks:
             pixels, labels = pixels[:left], labels[:left].astype("<i8")
             rows = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
-            pixels_digest.update(rows)
-            labels_digest.update(labels)
+            pixels_digest.update(rows.data)
+            labels_digest.update(labels.data)
             images_per_class += np.bincount(labels, minlength=len(images_per_class))
             writer.write(rows, labels)
             progress.update(len(rows))
@@ -339,7 +339,7 @@ def _write_dataset_description(
     from datasets import config
 
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in file_names],
         "_fingerprint": digest[:16],
         "_format_columns": None,

@@ -16,7 +16,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -116,7 +116,7 @@ class StoredType:
         """Returns the numpy type, or None when this is no integer or floating-point number."""
         if self.code is None or not re.fullmatch(r"[iu][1248]|f[248]", self.code):
             return None
-        return np.dtype(self.code).newbyteorder(self.byte_order.replace("|", "="))
+        return np.dtype(self.code).newbyteorder(cast(Any, self.byte_order.replace("|", "=")))
 
     def __str__(self) -> str:
         dtype = self.numpy_dtype()
@@ -238,6 +238,12 @@ class _Handlers(dict):
 # The pure-Python reader, because only it lets a subclass say what each opcode does: pickle.Unpickler reads every
 # string of bytes into memory before anything can look at it, and calls what find_class returned.
 class _ArrayUnpickler(pickle._Unpickler):
+    # what pickle._Unpickler.load sets
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+    append: Callable[[Any], None]
+    stack: list[Any]
+
     def __init__(self, file: BinaryIO, path: pathlib.Path, spool_folder: pathlib.Path) -> None:
         self._bounded = _BoundedFile(file)
         self._path = path

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class PublishedSource:
         if split not in ("train", "validation"):
             raise DataError(f"--split {split}: ImageNet-64 has the splits train and validation")
         self._files = _find_batches([pathlib.Path(item) for item in inputs], split)
-        self.description = {
+        self.description: dict[str, Any] = {
             "kind": "imagenet64",
             "split": split,
             "files": [
@@ -236,7 +236,7 @@ def _open_pickle(path: pathlib.Path, file: _BatchFile, folder: pathlib.Path) -> 
                 opened.seek(data.data.offset)
                 yield from read_blocks(opened, file.name, num_images, row_width)
         else:
-            yield np.frombuffer(data.data, np.uint8).reshape(num_images, row_width)
+            yield np.frombuffer(cast(bytes, data.data), np.uint8).reshape(num_images, row_width)
 
     return _Batch(file.name, file.size, labels, row_width, read_rows)
 
@@ -249,7 +249,8 @@ def _label_values(name: str, labels: Any) -> np.ndarray:
                 f'{name} has "labels" of type {labels.element_type} and shape {labels.shape} instead of a list of '
                 "integers"
             )
-        return np.frombuffer(labels.data.read() if isinstance(labels.data, FileRange) else labels.data, dtype)
+        content = labels.data.read() if isinstance(labels.data, FileRange) else cast(bytes, labels.data)
+        return np.frombuffer(content, dtype)
     # bool is a kind of int in Python, but no label
     if not isinstance(labels, list | tuple) or not all(type(label) is int for label in labels):
         odd = next((label for label in labels if type(label) is not int), labels) if labels else labels

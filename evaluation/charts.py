@@ -506,7 +506,7 @@ def place_labels(
 
 
 def _inside(places: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return ((places > low) & (places < high)).all(axis=1)
+    return np.all((places > low) & (places < high), axis=1)
 
 
 def _draw_minima(

@@ -12,6 +12,7 @@ import torch
 
 from ..cpu_memory import keep_freed_memory
 from ..data.dataset import PreparedImages
+from ..devices import find_device
 from ..pipelines.generation import class_id, plain_config
 from ..pipelines.loading import download_snapshot, load_pipeline
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -65,7 +66,7 @@ class ModelImages:
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
     ):
-        if torch.device(device).type == "cpu":
+        if find_device(device).type == "cpu":
             keep_freed_memory()
         self.pipeline = load_pipeline(model, dtype=dtype, revision=revision).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -79,6 +80,7 @@ class ModelImages:
         self.image_size = (config.in_channels, *((size, size) if isinstance(size, int) else size))
         self._arguments = sampler.arguments(self.pipeline)
         self._labels = _choose_classes(self.pipeline, class_labels, class_counts, num_images, seed)
+        counts = class_counts.tolist() if class_counts is not None and list(class_labels) == ["frequencies"] else None
         self.description: dict[str, Any] = {
             "model": self.model,
             "revision": revision,
@@ -87,7 +89,7 @@ class ModelImages:
             "scheduler_config": plain_config(scheduler.config),
             **plain_config(dataclasses.asdict(sampler) | self._arguments | {"scheduler": type(scheduler).__name__}),
             "class_labels": list(class_labels),
-            "class_counts": class_counts.tolist() if list(class_labels) == ["frequencies"] else None,
+            "class_counts": counts,
             "seed": seed,
             "num_images": num_images,
             "image_size": list(self.image_size),

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ def _extract_part(
         raise ValueError(
             f"the device's memory is too small for {stop - start} images at a time: give a smaller batch_size"
         ) from error
-    arrays = {"features": features.features.float().cpu().numpy()}
+    arrays: dict[str, Any] = {"features": features.features.float().cpu().numpy()}
     if features.probabilities is not None:
         arrays["probabilities"] = features.probabilities.float().cpu().numpy()
     if labels is not None:

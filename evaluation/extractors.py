@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..devices import find_device
 from .float32_precision import full_float32
 
 
@@ -90,7 +91,7 @@ class FeatureExtractor(abc.ABC):
     def __init__(self, protocol: Protocol, device: str | torch.device = "cpu", batch_size: int = 64) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self._protocol = protocol
         self._batch_size = batch_size
 
@@ -133,8 +134,8 @@ class FeatureExtractor(abc.ABC):
                 part = self._extract(chunk.expand(-1, self.channels, -1, -1))
                 self._check_finite(part.features, start)
                 parts.append(part)
-        features, probabilities = zip(*parts, strict=True)
-        return Features(torch.cat(features), None if self.num_classes is None else torch.cat(probabilities))
+        all_features, all_probabilities = zip(*parts, strict=True)
+        return Features(torch.cat(all_features), None if self.num_classes is None else torch.cat(all_probabilities))
 
     @abc.abstractmethod
     def _extract(self, images: torch.Tensor) -> Features:

@@ -26,9 +26,11 @@ def full_float32() -> Iterator[None]:
         change(torch.backends.cudnn, "deterministic", True)
         if hasattr(torch.backends, "fp32_precision"):
             # these two are followed by the others, which without them show what they have of their own
-            for place in (torch.backends, torch.backends.cudnn):
+            whole: tuple[Any, ...] = (torch.backends, torch.backends.cudnn)
+            for place in whole:
                 change(place, "fp32_precision", "none")
-            for place in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            backends: Any = torch.backends
+            for place in (backends.cuda.matmul, backends.mkldnn.matmul):
                 change(place, "fp32_precision", "ieee")
             torch.backends.fp32_precision = "ieee"
             for backend in (torch.backends.cudnn, torch.backends.mkldnn):

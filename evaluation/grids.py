@@ -4,10 +4,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
+from ..nearest_names import perhaps
 from ..pipelines.sampler import Sampler
 from .options import SweepOptions
 
@@ -83,7 +84,7 @@ def sampler_grid(options: SweepOptions) -> list[Sampler]:
         return list(dict.fromkeys(samplers))
     steps: list[dict[str, int | None]] = [{"num_inference_steps": number} for number in options.num_inference_steps]
     steps += [{"step_size": number} for number in options.step_size]
-    interval = tuple(options.guidance_interval)
+    interval = cast(tuple[float, float], tuple(options.guidance_interval))
     samplers = [
         Sampler(
             scheduler=None if scheduler == "own" else scheduler,
@@ -116,7 +117,8 @@ def _sampler(entry: dict[str, Any], file: str) -> Sampler:
     known = [field.name for field in dataclasses.fields(Sampler)]
     unknown = [name for name in entry if name not in known]
     if unknown:
-        raise ValueError(f"grid is {file}, which names {unknown[0]!r}, but must be made of {', '.join(known)}")
+        near = perhaps(unknown[0], known)
+        raise ValueError(f"grid is {file}, which names {unknown[0]!r}, but must be made of {', '.join(known)}{near}")
     values = dict(entry)
     if values.get("scheduler") == "own":
         values["scheduler"] = None

@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import PIL.Image
@@ -27,6 +27,8 @@ from ..data.image_source import (
 )
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
+from ..data.sources import ImageBlock
+from ..nearest_names import perhaps
 from .weights import file_digest
 
 
@@ -153,7 +155,8 @@ def open_images(
     if color_mode not in ("rgb", "grayscale"):
         raise DataError(f"color_mode is {color_mode}, but must be rgb or grayscale")
     if resize_filter not in RESIZE_FILTERS:
-        raise DataError(f"resize_filter is {resize_filter}, but must be one of {', '.join(RESIZE_FILTERS)}")
+        near = perhaps(resize_filter, RESIZE_FILTERS)
+        raise DataError(f"resize_filter is {resize_filter}, but must be one of {', '.join(RESIZE_FILTERS)}{near}")
     conversion = _Conversion(resolution, resize_filter, color_mode)
     match kind:
         case "prepared folder":
@@ -163,8 +166,10 @@ def open_images(
         case "imagefolder":
             return _FileBatches(path, conversion)
     inputs = [str(source)] if configuration is None else [str(source), configuration]
-    columns = {"image_column": image_column, "label_column": label_column}
-    return _DatasetBatches(ImageDatasetSource("dataset", inputs, split or "train", **columns), conversion)
+    dataset = ImageDatasetSource(
+        "dataset", inputs, split or "train", image_column=image_column, label_column=label_column
+    )
+    return _DatasetBatches(dataset, conversion)
 
 
 def _find_kind(path: Path, source: str) -> str:
@@ -252,14 +257,16 @@ class _NpzBatches(ImageBatches):
         self.source = str(path)
         self._npz = NpzSource([path])
         stream = self._npz.open(path)
-        self.image_size, self._num_images = stream.image_size, stream.num_images
+        self.image_size = stream.image_size
+        self._num_images = cast(int, stream.num_images)  # its headers say it
         files = self._npz.description["files"]
         # the CRC-32 of every array is in its zip
         self._has_labels = bool({"labels", "arr_1"}.intersection(files[0]["crc32"]))
         self.class_names = stream.class_names if self._has_labels else None
         self._checksums = [file["crc32"].get("images") or file["crc32"]["arr_0"] for file in files]
         self._blocks: Iterator[Any] = iter(())
-        self._block, self._block_start, self._block_stop = None, 0, 0
+        self._block: ImageBlock | None = None
+        self._block_start = self._block_stop = 0
 
     def __len__(self) -> int:
         return self._num_images
@@ -273,20 +280,20 @@ class _NpzBatches(ImageBatches):
         if start < self._block_start or self._block is None:
             self._blocks = self._npz.open(Path(self.source)).blocks
             self._block_start = self._block_stop = 0
-        position = start
+        position, block = start, cast(ImageBlock, self._block)
         while position < stop:
             if position >= self._block_stop:
                 # left empty by an error, so that the next reading begins again
                 self._block = None
-                self._block = next(self._blocks)
-                self._block_start, self._block_stop = self._block_stop, self._block_stop + len(self._block.pixels)
+                self._block = block = next(self._blocks)
+                self._block_start, self._block_stop = self._block_stop, self._block_stop + len(block.pixels)
                 continue
             rows = slice(position - self._block_start, min(stop, self._block_stop) - self._block_start)
-            pixels.append(self._block.pixels[rows])
-            labels.append(self._block.labels[rows])
+            pixels.append(block.pixels[rows])
+            labels.append(block.labels[rows])
             position += len(labels[-1])
-        labels = torch.from_numpy(np.concatenate(labels)) if self._has_labels else None
-        return ImageBatch(torch.from_numpy(np.concatenate(pixels)), labels)
+        all_labels = torch.from_numpy(np.concatenate(labels)) if self._has_labels else None
+        return ImageBatch(torch.from_numpy(np.concatenate(pixels)), all_labels)
 
 
 class _DecodedBatches(ImageBatches):
@@ -305,7 +312,7 @@ class _DecodedBatches(ImageBatches):
 
     def _decode(self, number: int) -> np.ndarray:
         stored, name = self._stored(number)
-        pixels = decode_image(stored, name, self._conversion)
+        pixels = decode_image(stored, name, self._conversion.__call__)
         if number and pixels.shape != self.image_size:
             found, right = (f"{width}x{height}" for _, height, width in (pixels.shape, self.image_size))
             raise DataError(

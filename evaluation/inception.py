@@ -55,6 +55,7 @@ class TorchScriptInception(FeatureExtractor):
         batch_size: int = 64,
     ) -> None:
         self._resize_outside = None
+        libraries: tuple[str, ...]
         if mode == "clean":
             with needs_extra("clean-fid", mode):
                 from cleanfid.resize import build_resizer

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..devices import find_device
 from .feature_arrays import FeatureRows, check_pair, checked_blocks, to_float64
 from .float32_precision import full_float32
 
@@ -126,8 +127,8 @@ class _FeatureSet:
 
     def blocks(self) -> Iterator[_Block]:
         for start in range(0, len(self), _BLOCK_ROWS):
-            rows = to_float64(self.features[start : start + _BLOCK_ROWS])
-            rows = torch.from_numpy((rows - self._centre) / self.scale)
+            read = to_float64(self.features[start : start + _BLOCK_ROWS])
+            rows = torch.from_numpy((read - self._centre) / self.scale)
             squares = rows.square().sum(dim=1)
             on_device = (tensor.to(self._device, torch.float32) for tensor in (rows, squares))
             yield _Block(slice(start, start + len(rows)), *on_device)
@@ -159,7 +160,7 @@ def _open_sets(
         for _, block in checked_blocks(features, name)
     ]
     scale = max(squares) ** 0.5 or 1.0
-    device = torch.device(device)
+    device = find_device(device)
     return _FeatureSet(real, centre, scale, device), _FeatureSet(generated, centre, scale, device)
 
 

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -110,11 +110,11 @@ def write_measurement(
     parts = folder / PARTS_NAME
     if keep_images is not None:
         _write_images(folder, num_images, keep_images)
-    statistics = None
+    statistics: FeatureStatistics | None = None
     kept = evenly_spread(num_rows, num_images)
     position = 0
     with replacing_folder(folder / _ROWS_NAME) as writing, contextlib.ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
+        files: dict[str, IO[bytes]] = {}
         for part in read_parts(parts):
             if statistics is None:
                 statistics = FeatureStatistics(part["features"].shape[1])
@@ -132,7 +132,7 @@ def write_measurement(
                 # not by a memory map, with which a full disk ends the process without a word
                 files[name].write(rows.tobytes())
             position += size
-        if position != num_images:
+        if statistics is None or position != num_images:
             raise ValueError(f"{parts} holds {position} images instead of {num_images}: remove it and measure again")
     for name in (*_ROW_ARRAYS, "indices"):
         # those of a call that was killed here and kept another number of rows
@@ -151,7 +151,7 @@ def remove_parts(folder: Path) -> None:
         shutil.rmtree(folder / PARTS_NAME)
 
 
-def _write_npy_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+def _write_npy_header(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> None:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 

@@ -73,7 +73,7 @@ def measure_reference(options: ReferenceOptions) -> Path:
     with distributed_state(options.device) as state:
         images = on_every_process(state, open_source)
         chosen = _EvenlySpread(images, options.max_images or len(images))
-        facts = {"source": options.source, "split": options.split, "resolution": options.resolution}
+        facts: dict[str, Any] = {"source": options.source, "split": options.split, "resolution": options.resolution}
         facts |= {"resize_filter": None if options.resolution is None else _RESIZE_FILTER}
         # of a folder of images all files are read for it, once for all processes
         facts |= {"fingerprint": on_main_process(state, lambda: images.fingerprint)}

@@ -3,7 +3,8 @@
 import math
 from dataclasses import MISSING, dataclass, field, fields
 
-from ..command_line import option
+from ..command_line import option, option_list
+from ..nearest_names import perhaps
 
 
 # the keys of protocols.PROTOCOLS, whose module brings torch, for which --help should not wait
@@ -24,38 +25,55 @@ def _check_at_least(options: object, smallest: int, *names: str) -> None:
 class ExtractionOptions:
     """What measuring images has in common, wherever they are from. The help texts say what each one is."""
 
-    output_dir: str = field(metadata={"help": "Folder for the measurement; the same call goes on with one."})
+    output_dir: str = field(
+        metadata={
+            "help": "Folder for the measurement; the same call goes on with one.",
+            "group": "output",
+            "metavar": "FOLDER",
+        }
+    )
     protocol: str = option(
         "clean",
         "How features are made: clean and legacy_tensorflow (Inception of clean-fid), original (the original program's"
         " own, which compares with nothing else), dinov2, classifier (give its folder or Hub id as weights), pixels.",
+        group="features",
         choices=list(PROTOCOL_NAMES),
         metavar="NAME",
     )
     weights: str | None = option(
         None,
         "The extractor's weights: a file, or for dinov2 and classifier a folder or Hub id (default: fetched once).",
+        group="features",
+        metavar="WEIGHTS",
     )
     extractor_dtype: str | None = option(
         None,
         "What the extractor computes in; another one is another protocol (default: the protocol's own,"
         " which is float16 for original and else float32). On a CPU original is 20 times as fast in float32.",
+        group="features",
         choices=list(EXTRACTOR_DTYPES),
     )
     num_features: int = option(
-        50_000, "Keep the features of so many images, evenly spread, for KID, precision and so on; 0 keeps none."
+        50_000,
+        "Keep the features of so many images, evenly spread, for KID, precision and so on; 0 keeps none.",
+        group="features",
     )
-    batch_size: int = option(64, "Images at a time; it does not change the numbers beyond rounding.")
-    device: str | None = option(None, "Such as cpu or cuda (default: what accelerate finds).")
+    batch_size: int = option(
+        64, "Images at a time, at least 1; it does not change the numbers beyond rounding.", group="speed"
+    )
+    device: str | None = option(
+        None, "Such as cpu or cuda (default: what accelerate finds).", group="speed", metavar="DEVICE"
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
         _check_at_least(self, 1, "batch_size")
         _check_at_least(self, 0, "num_features")
         if self.protocol not in PROTOCOL_NAMES:
-            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(PROTOCOL_NAMES)}")
+            near = perhaps(self.protocol, PROTOCOL_NAMES)
+            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(PROTOCOL_NAMES)}{near}")
         if self.extractor_dtype not in (None, *EXTRACTOR_DTYPES):
-            right = ", ".join(EXTRACTOR_DTYPES)
+            right = ", ".join(EXTRACTOR_DTYPES) + perhaps(self.extractor_dtype, EXTRACTOR_DTYPES)
             raise ValueError(f"extractor_dtype is {self.extractor_dtype!r}, but must be one of {right}")
         if self.protocol in FLOAT32_PROTOCOLS and self.extractor_dtype not in (None, "float32"):
             raise ValueError(
@@ -75,15 +93,19 @@ class ReferenceOptions(ExtractionOptions):
         metadata={
             "help": "The images: a prepared folder, a folder of image files, an .npz of images, or a dataset saved or"
             " on the Hub.",
+            "group": "images",
+            "metavar": "SOURCE",
             "required": True,
         },
     )
-    split: str | None = option(None, "Split of a dataset (default: train).")
-    resolution: int | None = option(None, "Crop and resize to this height and width, for image files and datasets.")
-    color_mode: str = option(
-        "rgb", "What to make of image files and of images of datasets.", choices=["rgb", "grayscale"]
+    split: str | None = option(None, "Split of a dataset (default: train).", group="images", metavar="NAME")
+    resolution: int | None = option(
+        None, "Crop and resize to this height and width in pixels, for image files and datasets.", group="images"
     )
-    max_images: int | None = option(None, "Only so many images, evenly spread.")
+    color_mode: str = option(
+        "rgb", "What to make of image files and of images of datasets.", group="images", choices=["rgb", "grayscale"]
+    )
+    max_images: int | None = option(None, "Only so many images, evenly spread.", group="images")
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
@@ -97,17 +119,25 @@ class ReferenceOptions(ExtractionOptions):
 class SamplingOptions:
     """How images are drawn; the names are those of generate_images.py."""
 
-    num_images: int = option(50_000, "How many images are drawn. Numbers compare only between equal ones.")
-    class_labels: list[str] = field(
-        default_factory=lambda: ["uniform"],
-        metadata={
-            "help": "uniform: every class as often; frequencies: as often as in train_data_dir; or classes by id or"
-            " name, null for none."
-        },
+    num_images: int = option(
+        50_000, "How many images are drawn. Numbers compare only between equal ones.", group="images"
     )
-    train_data_dir: str | None = option(None, "Prepared dataset whose classes are counted for frequencies.")
-    seed: int = option(0, "Seed of the first image; the next one's is one more, and so on.")
-    dtype: str = option("float32", "What the network computes in.", choices=["float32", "bfloat16", "float16"])
+    class_labels: list[str] = option_list(
+        ["uniform"],
+        "uniform: every class as often; frequencies: as often as in train_data_dir; or classes by id or name, null for"
+        " none.",
+        group="images",
+        metavar="CLASS",
+    )
+    train_data_dir: str | None = option(
+        None, "Prepared dataset whose classes are counted for frequencies.", group="images", metavar="FOLDER"
+    )
+    seed: int = option(
+        0, "Seed of the first image, at least 0; the next one's is one more, and so on.", group="images"
+    )
+    dtype: str = option(
+        "float32", "What the network computes in.", group="speed", choices=["float32", "bfloat16", "float16"]
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
@@ -129,22 +159,42 @@ class SamplingOptions:
 class ModelOptions(SamplingOptions, ExtractionOptions):
     """Options of `measure_model`."""
 
-    model: str = field(default="", metadata={"help": "Pipeline folder or Hub id.", "required": True})
+    model: str = field(
+        default="",
+        metadata={"help": "Pipeline folder or Hub id.", "group": "images", "metavar": "MODEL", "required": True},
+    )
     scheduler: str | None = option(
-        None, "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep."
+        None,
+        "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep (default: the"
+        " model's own).",
+        group="sampling",
+        metavar="NAME",
     )
-    num_inference_steps: int | None = option(None, "Denoising steps; 100 where step_size is not given either.")
-    step_size: int | None = option(None, "The original program's way to say the steps: every step_size-th timestep.")
-    guidance_scale: float = option(1.0, "1 draws without guidance, as published FIDs are.")
-    guidance_interval: list[float] = field(
-        default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Begin and end of guidance as fractions of the steps.", "nargs": 2},
+    num_inference_steps: int | None = option(
+        None, "Denoising steps (default: 100, where step_size is not given either).", group="sampling"
     )
-    eta: float = option(0.0, "0 is DDIM, 1 is DDPM; the original's DDIM_scale S is sqrt(S) here.")
-    clip_sample: bool | None = option(None, "Clip the predicted image at each step; default: as the model says.")
+    step_size: int | None = option(
+        None, "The original program's way to say the steps: every step_size-th timestep.", group="sampling"
+    )
+    guidance_scale: float = option(
+        1.0, "Classifier-free guidance, at least 0; 1 draws without, as published FIDs do.", group="sampling"
+    )
+    guidance_interval: list[float] = option_list(
+        [0.0, 1.0],
+        "Begin and end of guidance as fractions of the steps, 0 <= begin <= end <= 1.",
+        group="sampling",
+        nargs=2,
+    )
+    eta: float = option(
+        0.0, "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.", group="sampling"
+    )
+    clip_sample: bool | None = option(
+        None, "Clip the predicted image at each step (default: as the model says).", group="sampling"
+    )
     keep_images: str | None = option(
         None,
         "Keep the images: png in a folder, or npz as the evaluator of guided-diffusion reads it.",
+        group="output",
         choices=["png", "npz"],
     )
 
@@ -176,19 +226,41 @@ class ScoreOptions:
     """Options of `score`."""
 
     reference: str = field(
-        metadata={"help": "Measurement of real images, written by reference: its folder, or the .npz of it alone."}
-    )
-    model: str = field(metadata={"help": "Measurement of drawn images, written by model; likewise."})
-    output: str | None = option(None, "JSON file for the numbers and their protocol (default: scores.json in model).")
-    metrics: list[str] = field(
-        default_factory=lambda: ["all"],
         metadata={
-            "help": f"all: what the two measurements allow; or some of {', '.join(METRICS)}. fid is the Frechet"
-            " distance of the protocol's features: with dinov2 it is FD-DINOv2."
-        },
+            "help": "Measurement of real images, written by reference: its folder, or the .npz of it alone.",
+            "group": "measurements",
+            "metavar": "FOLDER",
+        }
     )
-    seed: int = option(0, "Seed of KID's subsets and of the splits of the Inception Score.")
-    device: str = option("cpu", "Where precision, recall, density and coverage are computed, such as cuda.")
+    model: str = field(
+        metadata={
+            "help": "Measurement of drawn images, written by model; likewise.",
+            "group": "measurements",
+            "metavar": "FOLDER",
+        }
+    )
+    output: str | None = option(
+        None,
+        "JSON file for the numbers and their protocol (default: scores.json in model).",
+        group="output",
+        metavar="FILE",
+    )
+    metrics: list[str] = option_list(
+        ["all"],
+        f"all: what the two measurements allow; or some of {', '.join(METRICS)}. fid is the Frechet distance of the"
+        " protocol's features: with dinov2 it is FD-DINOv2.",
+        group="metrics",
+        metavar="METRIC",
+    )
+    seed: int = option(
+        0, "Seed of KID's subsets and of the splits of the Inception Score, at least 0.", group="metrics"
+    )
+    device: str = option(
+        "cpu",
+        "Where precision, recall, density and coverage are computed, such as cuda.",
+        group="metrics",
+        metavar="DEVICE",
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown metric or a seed below 0."""
@@ -197,7 +269,8 @@ class ScoreOptions:
             raise ValueError(f"metrics is empty: name some of {', '.join(METRICS)}, or all")
         unknown = [name for name in self.metrics if name not in (*METRICS, "all")]
         if unknown:
-            raise ValueError(f"metrics names {unknown[0]!r}, but must be all, or some of {', '.join(METRICS)}")
+            near = perhaps(unknown[0], (*METRICS, "all"))
+            raise ValueError(f"metrics names {unknown[0]!r}, but must be all, or some of {', '.join(METRICS)}{near}")
 
 
 @dataclass
@@ -205,36 +278,52 @@ class SweepOptions(SamplingOptions, ExtractionOptions):
     """Options of `sweep`."""
 
     reference: str = field(
-        default="", metadata={"help": "Measurement of real images, written by reference.", "required": True}
+        default="",
+        metadata={
+            "help": "Measurement of real images, written by reference.",
+            "group": "images",
+            "metavar": "FOLDER",
+            "required": True,
+        },
     )
     models: list[str] = field(
         default_factory=list,
         metadata={
             "help": "Pipeline folders or Hub ids; a folder with several pipelines in it stands for all of them.",
+            "group": "images",
+            "metavar": "MODEL",
             "required": True,
         },
     )
-    scheduler: list[str] = field(
-        default_factory=lambda: ["own"], metadata={"help": "Schedulers; own is the pipeline's."}
+    scheduler: list[str] = option_list(["own"], "Schedulers; own is the pipeline's.", group="samplers", metavar="NAME")
+    num_inference_steps: list[int] = option_list(
+        [], "Denoising steps (default: 100, where step_size is not given either).", group="samplers"
     )
-    num_inference_steps: list[int] = field(default_factory=list, metadata={"help": "Denoising steps."})
-    step_size: list[int] = field(default_factory=list, metadata={"help": "Steps, the original program's way."})
-    guidance_scale: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Guidance scales."})
-    guidance_interval: list[float] = field(
-        default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Begin and end of guidance as fractions of the steps.", "nargs": 2},
+    step_size: list[int] = option_list([], "Steps, the original program's way.", group="samplers")
+    guidance_scale: list[float] = option_list([1.0], "Guidance scales, at least 0.", group="samplers")
+    guidance_interval: list[float] = option_list(
+        [0.0, 1.0],
+        "Begin and end of guidance as fractions of the steps, 0 <= begin <= end <= 1.",
+        group="samplers",
+        nargs=2,
     )
-    eta: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "Etas."})
-    clip_sample: bool | None = option(None, "Clip the predicted image at each step; default: as the model says.")
+    eta: list[float] = option_list([0.0], "Etas, at least 0.", group="samplers")
+    clip_sample: bool | None = option(
+        None, "Clip the predicted image at each step (default: as the model says).", group="samplers"
+    )
     grid: str | None = option(
-        None, "YAML or JSON file: a list of samplers, each with some of the options above, instead of their product."
+        None,
+        "YAML or JSON file: a list of samplers, each with some of the options above, instead of their product.",
+        group="samplers",
+        metavar="FILE",
     )
     share: str = option(
         "images",
         "images: all processes draw for one model, then for the next; models: each process takes models of its own.",
+        group="speed",
         choices=["images", "models"],
     )
-    keep_features: bool = option(False, "Keep the measurement of each entry, with its features.")
+    keep_features: bool = option(False, "Keep the measurement of each entry, with its features.", group="output")
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
@@ -270,12 +359,20 @@ GRID_OPTIONS = (
 class ClassifierOptions:
     """Options of `train_classifier`."""
 
-    train_data_dir: str = field(metadata={"help": "Folder written by prepare_imagenet64.py."})
-    output_dir: str = field(metadata={"help": "Folder for the classifier; one that is there is replaced."})
-    epochs: int = option(20, "Times through the images.")
-    batch_size: int = option(64, "Images per step, at least 2.")
-    learning_rate: float = option(5e-3, "Largest learning rate.")
-    seed: int = option(0, "Seed of weights and order.")
+    train_data_dir: str = field(
+        metadata={"help": "Folder written by prepare_imagenet64.py.", "group": "folders", "metavar": "FOLDER"}
+    )
+    output_dir: str = field(
+        metadata={
+            "help": "Folder for the classifier; one that is there is replaced.",
+            "group": "folders",
+            "metavar": "FOLDER",
+        }
+    )
+    epochs: int = option(20, "Times through the images, at least 1.", group="training")
+    batch_size: int = option(64, "Images per step, at least 2.", group="training")
+    learning_rate: float = option(5e-3, "Largest learning rate, above 0.", group="training")
+    seed: int = option(0, "Seed of weights and order, at least 0.", group="training")
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""

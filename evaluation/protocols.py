@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..nearest_names import perhaps
 from .extractors import FeatureExtractor, PixelExtractor
 from .inception import TorchScriptInception, TorchvisionInception
 from .options import EXTRACTOR_DTYPES, FLOAT32_PROTOCOLS
@@ -74,7 +75,8 @@ def make_extractor(
         ImportError: a library that the protocol needs is not installed.
     """
     if protocol not in PROTOCOLS:
-        raise ValueError(f"there is no protocol {protocol!r}: take one of {', '.join(PROTOCOLS)}")
+        near = perhaps(protocol, PROTOCOLS)
+        raise ValueError(f"there is no protocol {protocol!r}: take one of {', '.join(PROTOCOLS)}{near}")
     dtype = _find_dtype(dtype)
     if protocol != "pixels" and (channels, pixel_size) != (3, 8):
         raise ValueError(f"channels and pixel_size are for the protocol pixels, but the protocol is {protocol}")
@@ -125,5 +127,5 @@ def check_comparable(
 def _find_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in _DTYPES.values():
-        raise ValueError(f"dtype is {dtype}, but must be one of {', '.join(_DTYPES)}")
+        raise ValueError(f"dtype is {dtype}, but must be one of {', '.join(_DTYPES)}{perhaps(dtype, _DTYPES)}")
     return found

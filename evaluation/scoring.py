@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -99,7 +99,8 @@ def compare(
     check_comparable(reference.header["protocol"], model.header["protocol"], str(reference.folder), str(model.folder))
     metrics: dict[str, Any] = {}
     warnings = _warnings(reference, model)
-    features = (reference.features, model.features)
+    # None only where _why_not gives a reason
+    features = (cast(np.ndarray, reference.features), cast(np.ndarray, model.features))
     computed: dict[Callable[..., Any], Any] = {}
 
     def once(compute: Callable[..., Any], *arguments: Any) -> Any:
@@ -129,7 +130,7 @@ def compare(
             pair = once(density_and_coverage, *features, _DENSITY_NEIGHBOURS, device)
             metrics[name] = getattr(pair, name)
         elif name == "inception_score":
-            value = inception_score(model.probabilities, _NUM_SPLITS, seed=seed)
+            value = inception_score(cast(np.ndarray, model.probabilities), _NUM_SPLITS, seed=seed)
             metrics[name] = {"mean": value.mean, "standard_deviation": value.standard_deviation}
         else:
             asked = np.asarray(model.labels)
@@ -171,10 +172,10 @@ def _why_not(name: str, reference: Measurement, model: Measurement) -> str | Non
         if not _knows_the_classes(model):
             return "the extractor does not tell the model's classes apart"
     if name in ("kid", "precision", "recall", "density", "coverage"):
-        fewest = min(len(reference.features), len(model.features))
+        fewest = min(len(cast(np.ndarray, side.features)) for side in (reference, model))
         if fewest <= _DENSITY_NEIGHBOURS:
             return f"there are features of {fewest} images only"
-    if name == "inception_score" and len(model.probabilities) < _NUM_SPLITS:
+    if name == "inception_score" and len(cast(np.ndarray, model.probabilities)) < _NUM_SPLITS:
         return f"there are fewer than {_NUM_SPLITS} images"
     return None
 
@@ -184,7 +185,9 @@ def _knows_the_classes(model: Measurement) -> bool:
     protocol, images = model.header["protocol"], model.header["images"]
     ours, theirs = images.get("id2label"), protocol.get("id2label")
     if ours is None or theirs is None:
-        return protocol.get("num_classes") == images.get("num_classes") == model.probabilities.shape[1]
+        return (
+            protocol.get("num_classes") == images.get("num_classes") == cast(np.ndarray, model.probabilities).shape[1]
+        )
     return ours == theirs
 
 

@@ -155,20 +155,21 @@ class FeatureStatistics:
         arrays = _open_arrays(file)
         _check_format(_read_json(arrays["format"]), name)
         header = _read_json(arrays["header"])
-        count = arrays["count"]
-        if count.shape != () or count.dtype != np.int64:
-            raise DataError(f"{count.name} must be one int64 number, but is {count.shape} of {count.dtype}")
-        count = int(count.read())
-        mean, covariance = arrays["mean"], arrays["covariance"]
-        for array in (mean, covariance):
+        stored = arrays["count"]
+        if stored.shape != () or stored.dtype != np.int64:
+            raise DataError(f"{stored.name} must be one int64 number, but is {stored.shape} of {stored.dtype}")
+        count = int(stored.read())
+        stored_mean, stored_covariance = arrays["mean"], arrays["covariance"]
+        for array in (stored_mean, stored_covariance):
             if array.dtype != np.float64:
                 raise DataError(f"{array.name} must be of float64, but is of {array.dtype}")
-        if len(mean.shape) != 1 or mean.shape[0] < 1 or covariance.shape != 2 * mean.shape:
+        shape = stored_mean.shape
+        if len(shape) != 1 or shape[0] < 1 or stored_covariance.shape != 2 * shape:
             raise DataError(
                 f"{name}: mean and covariance must have the shapes (features,) and (features, features), "
-                f"but have {mean.shape} and {covariance.shape}"
+                f"but have {shape} and {stored_covariance.shape}"
             )
-        mean, covariance = mean.read(), covariance.read()
+        mean, covariance = stored_mean.read(), stored_covariance.read()
         if count < 0:
             raise DataError(f"{name}: count must be at least 0, but is {count}")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):

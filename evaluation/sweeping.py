@@ -180,8 +180,8 @@ class _Sweep:
                     break
         names = list(dict.fromkeys(name for row in rows for name in row if name != "error"))
         results = self.folder / RESULTS_NAME
-        with replacing_file(results) as writing, writing.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*names, "error"])
+        with replacing_file(results) as writing, writing.open("w", newline="", encoding="utf-8") as table:
+            writer = csv.DictWriter(table, [*names, "error"])
             writer.writeheader()
             writer.writerows(rows)
         return rows

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -72,10 +72,11 @@ class DinoV2(FeatureExtractor):
             libraries=("transformers", "Pillow"),
         )
         super().__init__(protocol, device, batch_size)
-        self._network = _load_network(AutoModel, folder, self._dtype).to(self.device)
-        if not hasattr(self._network.config, "hidden_size"):
+        self._network: Any = _load_network(AutoModel, folder, self._dtype).to(self.device)
+        config: Any = self._network.config
+        if not hasattr(config, "hidden_size"):
             raise ValueError(f"weights {weights}: {protocol.network} has no tokens; name a vision transformer")
-        self.num_features = self._network.config.hidden_size
+        self.num_features = config.hidden_size
         self._resize = ThreadedResizer(_resize_bicubic)
 
     def _extract(self, images: torch.Tensor) -> Features:
@@ -120,7 +121,7 @@ class Classifier(FeatureExtractor):
 
         self._dtype = dtype or torch.float32
         folder = _find_folder(weights)
-        network = _load_network(AutoModelForImageClassification, folder, self._dtype)
+        network: Any = _load_network(AutoModelForImageClassification, folder, self._dtype)
         self._processor = None
         size = getattr(network.config, "image_size", None)
         self._size = (size, size) if isinstance(size, int) else size and tuple(size)
@@ -159,7 +160,8 @@ class Classifier(FeatureExtractor):
 
     def _extract(self, images: torch.Tensor) -> Features:
         logits = self._network(pixel_values=self._prepare(images).to(self.device, self._dtype)).logits
-        features, self._kept = self._kept.float().reshape(len(images), -1), None
+        kept = cast(torch.Tensor, self._kept)
+        features, self._kept = kept.float().reshape(len(images), -1), None
         if features.shape[1] != self.num_features:
             raise ValueError(
                 f"{self._protocol.network} gives its last linear layer {features.shape[1]} values of an image instead"
@@ -179,7 +181,7 @@ class Classifier(FeatureExtractor):
         return images / 127.5 - 1
 
 
-def _find_head(network: torch.nn.Module, weights: str | Path) -> torch.nn.Linear:
+def _find_head(network: Any, weights: str | Path) -> torch.nn.Linear:
     """The last linear layer whose outputs are the classes."""
     num_classes = network.config.num_labels
     layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)]

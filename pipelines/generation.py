@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..cpu_memory import keep_freed_memory
+from ..devices import find_device
 from ..version import __version__
 from ..whole_files import replacing_file
 from .generation_options import GenerateOptions
@@ -43,7 +44,7 @@ def generate(options: GenerateOptions) -> Path:
     output_dir = Path(options.output_dir)
     _make_room(output_dir)
 
-    device = torch.device(options.device or _best_device())
+    device = find_device(options.device or _best_device())
     if device.type == "cpu":
         keep_freed_memory()
     pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype)).to(device)
@@ -107,7 +108,9 @@ class _Recorder:
             for start in range(0, len(labels), options.batch_size):
                 batch = labels[start : start + options.batch_size]
 
-                def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any], start: int = start):
+                def on_step_end(
+                    pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any], start: int = start
+                ) -> None:
                     progress_bar.total = num_batches * pipeline.num_timesteps
                     progress_bar.update()
                     self._record(step, start, tensors["latents"])

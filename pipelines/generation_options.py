@@ -1,49 +1,94 @@
 """The options of drawing images to a folder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..command_line import option
+from ..command_line import option, option_list
+from ..pretrained import DIGITS
 
 
 @dataclass
 class GenerateOptions:
     """Options of `generate`. The help texts say what each one is."""
 
-    model: str = field(metadata={"help": "Pipeline folder or Hub id."})
-    output_dir: str = option("outputs/samples", "Folder for the images, the grid, the animation and the manifest.")
-    class_labels: list[str] = field(
-        default_factory=lambda: ["random"],
-        metadata={
-            "help": "Classes by id or name; null is the null class, all is every class, random is num_images classes"
-            " drawn at random."
-        },
+    model: str = option(
+        str(DIGITS),
+        "Pipeline folder or Hub id (default: the handwritten digits that travel with this program).",
+        group="model",
+        metavar="MODEL",
     )
-    num_images_per_label: int = option(1, "Images of each class; those of one class follow one another.")
-    num_images: int = option(16, "How many images, each of another class, where class_labels is random.")
-    seed: int = option(0, "Seed of the first image; the next one's is one more, and so on.")
+    dtype: str = option(
+        "float32", "What the network computes in.", group="model", choices=["float32", "bfloat16", "float16"]
+    )
+    device: str | None = option(
+        None, "Such as cpu, cuda, cuda:1, mps (default: the best there is).", group="model", metavar="DEVICE"
+    )
+    batch_size: int = option(64, "Images drawn at once, at least 1; it does not change them.", group="model")
 
-    num_inference_steps: int | None = option(None, "Denoising steps; 100 where step_size is not given either.")
-    step_size: int | None = option(
-        None, "The original program's way to say the steps: every step_size-th timestep, beginning at the first."
+    class_labels: list[str] = option_list(
+        ["random"],
+        "Classes by id or name; null is the null class, all is every class, random is num_images classes drawn at"
+        " random.",
+        group="images",
+        metavar="CLASS",
     )
-    guidance_scale: float = option(5.0, "1 draws without guidance; the original's guidance w is w + 1 here.")
-    guidance_interval: list[float] = field(
-        default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Begin and end of guidance as fractions of the steps.", "nargs": 2},
+    num_images_per_label: int = option(
+        1, "Images of each class, at least 1; those of one class follow one another.", group="images"
     )
-    eta: float = option(0.0, "0 is DDIM, 1 is DDPM; the original's DDIM_scale S is sqrt(S) here.")
-    clip_sample: bool | None = option(None, "Clip the predicted image at each step; default: as the model says.")
+    num_images: int = option(
+        16, "How many images, each of another class, where class_labels is random.", group="images"
+    )
+    seed: int = option(
+        0, "Seed of the first image, at least 0; the next one's is one more, and so on.", group="images"
+    )
+
     scheduler: str | None = option(
-        None, "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep."
+        None,
+        "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep (default: the"
+        " model's own).",
+        group="sampling",
+        metavar="NAME",
+    )
+    num_inference_steps: int | None = option(
+        None, "Denoising steps (default: 100, where step_size is not given either).", group="sampling"
+    )
+    step_size: int | None = option(
+        None,
+        "The original program's way to say the steps: every step_size-th timestep, beginning at the first.",
+        group="sampling",
+    )
+    guidance_scale: float = option(
+        5.0,
+        "Classifier-free guidance, at least 0; up to 1 draws without. The original's guidance w is w + 1 here.",
+        group="sampling",
+    )
+    guidance_interval: list[float] = option_list(
+        [0.0, 1.0],
+        "Begin and end of guidance as fractions of the steps, 0 <= begin <= end <= 1.",
+        group="sampling",
+        nargs=2,
+    )
+    eta: float = option(
+        0.0,
+        "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.",
+        group="sampling",
+    )
+    clip_sample: bool | None = option(
+        None, "Clip the predicted image at each step (default: as the model says).", group="sampling"
     )
 
-    batch_size: int = option(64, "Images drawn at once; it does not change them.")
-    dtype: str = option("float32", "What the network computes in.", choices=["float32", "bfloat16", "float16"])
-    device: str | None = option(None, "Such as cpu, cuda, cuda:1, mps; default: the best there is.")
-
-    animation: bool = option(True, "Write denoising.gif.")
-    fps: float = option(10.0, "Frames of the animation per second, one frame per step.")
-    columns: int | None = option(None, "Images in a row of the grid; default: as the classes suggest.")
+    output_dir: str = option(
+        "outputs/samples",
+        "Folder for the images, the grid, the animation and the manifest.",
+        group="output",
+        metavar="FOLDER",
+    )
+    animation: bool = option(True, "Write denoising.gif.", group="output")
+    fps: float = option(
+        10.0, "Frames of the animation per second, one frame per step; above 0, at most 100.", group="output"
+    )
+    columns: int | None = option(
+        None, "Images in a row of the grid (default: as the classes suggest).", group="output"
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..nearest_names import perhaps
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
 from .pipeline_class_conditional import ClassConditionalPipeline, check_scheduler
@@ -47,9 +48,13 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
             # diffusers' stand-in for a class that it could not import
             libraries = " ".join(library for library in found._backends if library != "torch")
             raise ValueError(f"{candidate} needs a library that is not installed: pip install {libraries}")
+    # without their common ending, which would make any two of them look alike
+    names = [entry for entry in (*OUR_SCHEDULERS, *dir(diffusers)) if entry.endswith("Scheduler")]
+    known = [entry.removesuffix("Scheduler") for entry in names]
     raise ValueError(
         f"there is no scheduler named {name!r}: take {', '.join(OUR_SCHEDULERS)}, or one of diffusers such as"
         " DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler"
+        f"{perhaps(name.removesuffix('Scheduler'), known)}"
     )
 
 
@@ -123,7 +128,11 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
     if "original_inference_steps" in accepted:
         # the grid of a distilled network's training, which here is the whole
         overrides["original_inference_steps"] = options["num_train_timesteps"]
-    pipeline.scheduler = new_class.from_config(options, **overrides)
+    # what it has no use for it keeps all the same, for a swap back; from_config would warn of it each time
+    foreign = {name: value for name, value in options.items() if name not in accepted and not name.startswith("_")}
+    own = {name: value for name, value in options.items() if name not in foreign}
+    pipeline.scheduler = new_class.from_config(own, **overrides)
+    pipeline.scheduler.register_to_config(**foreign)
     pipeline.scheduler._before_swap = (options, alphas_cumprod)
 
 
@@ -165,7 +174,9 @@ def load_pipeline(
     """
     unknown = set(overrides) - {"id2label", "guide_variance"}
     if unknown:
-        raise ValueError(f"unknown arguments of from_pretrained: {', '.join(sorted(unknown))}")
+        known = {"id2label", "guide_variance", *inspect.signature(load_pipeline).parameters} - {"overrides"}
+        near = perhaps(min(unknown), sorted(known))
+        raise ValueError(f"unknown arguments of from_pretrained: {', '.join(sorted(unknown))}{near}")
     folder = Path(pretrained_model_name_or_path)
     if not folder.is_dir():
         patterns = [pipeline_class.config_name]
@@ -253,7 +264,7 @@ def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path
 
 # The client's connection errors are those of the HTTP library that it is built on, which has changed twice: the base
 # class of its own errors names it. Not all of them are OSErrors.
-_HUB_ERRORS = (OSError, *HfHubHTTPError.__bases__)
+_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 def _reason(error: Exception) -> str:

@@ -54,11 +54,13 @@ def image_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: 
         x, y = left + _GAP + column * (width + _GAP), _GAP + row * (height + below + _GAP)
         sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
         if captions_left and column == 0:
-            place = (left - _MARGIN, y + height / 2)
-            draw.text(place, _shorten(caption, 240, font), fill=_INK, font=font, anchor="rm")
+            draw.text(
+                (left - _MARGIN, y + height / 2), _shorten(caption, 240, font), fill=_INK, font=font, anchor="rm"
+            )
         elif not captions_left:
-            place = (x + width / 2, y + height + 1)
-            draw.text(place, _shorten(caption, width, font), fill=_INK, font=font, anchor="ma")
+            draw.text(
+                (x + width / 2, y + height + 1), _shorten(caption, width, font), fill=_INK, font=font, anchor="ma"
+            )
     return sheet
 
 
@@ -83,7 +85,7 @@ def _columns(captions: Sequence[str]) -> int:
     return max(1, round(len(captions) ** 0.5))
 
 
-def _shorten(caption: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+def _shorten(caption: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The caption, or as much of it as fits into a width in pixels."""
     if font.getlength(caption) <= width:
         return caption

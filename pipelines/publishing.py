@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import cast
 
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -82,7 +83,8 @@ def push_folder(
         hidden = any(part.startswith(".") for part in inside.parts)
         if file.is_file() and not hidden and inside.parts[0] not in leave_out:
             additions[inside.as_posix()] = str(file)
-    card = additions.pop(CARD_NAME, None)
+    # everything but the card may be bytes
+    card = cast(str | None, additions.pop(CARD_NAME, None))
     if subfolder is None:
         text = None if card is None else with_repo_id(Path(card).read_text(encoding="utf-8"), repo_id)
         if not api.file_exists(repo_id, CARD_NAME):

@@ -1,13 +1,13 @@
-"""The package installs, editable and as a wheel, and what it names is there."""
+"""The package installs, and what it names is there; test_wheel.py has the wheel."""
 
 import importlib.metadata
-import shutil
+import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import imagenet64_diffusion
 from imagenet64_diffusion.command_line import parse_options
@@ -34,28 +34,6 @@ def test_editable_install_from_another_folder(tmp_path):
     assert Path(python("-c", USE, cwd=tmp_path).strip()) == ROOT / "__init__.py"
 
 
-def test_wheel_from_another_folder(tmp_path):
-    left_out = shutil.ignore_patterns(".*", "outputs", "build", "*.egg-info", "__pycache__", "results")
-    shutil.copytree(ROOT, tmp_path / "source", ignore=left_out)
-    pip = ("-m", "pip", "--disable-pip-version-check")
-    python(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "wheels", "./source", cwd=tmp_path)
-    wheel = next((tmp_path / "wheels").iterdir())
-    with zipfile.ZipFile(wheel) as archive:
-        files = set(archive.namelist())
-    for name in ("py.typed", "configs/original/res.json", "configs/demo.json", "data/imagenet64_classes.tsv"):
-        assert f"imagenet64_diffusion/{name}" in files
-    assert not [name for name in files if "tests" in name or "benchmarks" in name]
-
-    python(*pip, "install", "--no-deps", "--target", "installed", wheel, cwd=tmp_path)
-    environment = {"PYTHONPATH": str(tmp_path / "installed"), "PATH": "/usr/bin:/bin"}
-    (tmp_path / "elsewhere").mkdir()
-    where = python("-c", USE, cwd=tmp_path / "elsewhere", env=environment).strip()
-    assert Path(where) == tmp_path / "installed" / "imagenet64_diffusion" / "__init__.py"
-    for command in ("imagenet64-prepare", "imagenet64-train", "imagenet64-generate", "imagenet64-convert"):
-        shown = python(tmp_path / "installed" / "bin" / command, "--help", cwd=tmp_path / "elsewhere", env=environment)
-        assert "--output_dir" in shown
-
-
 def test_public_names():
     for name in imagenet64_diffusion.__all__:
         assert getattr(imagenet64_diffusion, name) is not None
@@ -63,6 +41,19 @@ def test_public_names():
     assert dir(imagenet64_diffusion) == sorted(imagenet64_diffusion.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         imagenet64_diffusion.Nothing  # noqa: B018
+
+
+def test_citation():
+    """The version is that of the package, and the papers are those that the README names."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == imagenet64_diffusion.__version__
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    papers = re.findall(r"\(https://arxiv\.org/abs/[\d.]+\)", readme)
+    assert {f"({reference['url']})" for reference in citation["references"]} == set(papers)
+    assert all(
+        reference["authors"] and reference["title"] and reference["year"] for reference in citation["references"]
+    )
+    assert f"## {imagenet64_diffusion.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_import_is_lazy():

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ def save_checkpoint(
                 tensors = {f"{index:05d}": tensor.contiguous() for index, tensor in enumerate(parameters)}
                 save_file(tensors, writing / _AVERAGED_WEIGHTS, metadata={"updates": str(updates)})
             if timestep_sampler:
-                np.savez(writing / _TIMESTEP_SAMPLER, **timestep_sampler)
+                np.savez(writing / _TIMESTEP_SAMPLER, **cast(dict[str, Any], timestep_sampler))
             for name, configured in ((_CONFIG, unet), (_SCHEDULER_CONFIG, scheduler)):
                 config = {key: value for key, value in configured.config.items() if not key.startswith("_")}
                 _write_json(writing / name, config)
@@ -159,9 +159,10 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     if _TIMESTEP_SAMPLER in state["files"]:
         with np.load(folder / _TIMESTEP_SAMPLER, allow_pickle=False) as arrays:
             timestep_sampler = dict(arrays)
+    progress: dict[str, Any] = {field.name: state.get(field.name) for field in dataclasses.fields(Progress)}
     return Checkpoint(
         folder=folder,
-        progress=Progress(**{field.name: state.get(field.name) for field in dataclasses.fields(Progress)}),
+        progress=Progress(**progress),
         options=state["options"],
         unet_config=json.loads((folder / _CONFIG).read_text(encoding="utf-8")),
         scheduler_config=json.loads((folder / _SCHEDULER_CONFIG).read_text(encoding="utf-8")),

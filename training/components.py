@@ -6,14 +6,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..configs import CONFIG_DIR
 from ..data.dataset import PreparedImages
-from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, ClassConditionalUNet2DModel
+from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES, ClassConditionalUNet2DModel
+from ..nearest_names import perhaps
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
@@ -40,6 +41,7 @@ def load_model_config(name_or_path: str) -> dict[str, Any]:
         recipes = sorted(str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in CONFIG_DIR.rglob("*.json"))
         raise ValueError(
             f"model_config_name_or_path is {name_or_path!r}, but must be a JSON file or one of {', '.join(recipes)}"
+            f"{perhaps(name_or_path, recipes)}"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -94,9 +96,16 @@ def unet_config(options: TrainOptions, dataset: PreparedImages, start: StartingP
     }
     unknown = sorted(set(config) - set(defaults))
     if unknown:
-        raise ValueError(f"{name}: the U-Net has no option {', '.join(unknown)}")
+        raise ValueError(f"{name}: the U-Net has no option {', '.join(unknown)}{perhaps(unknown[0], defaults)}")
     config = defaults | config
     config["layer_types"] = [LAYER_TYPE_ALIASES.get(layer, layer) for layer in config["layer_types"]]
+    for layer in config["layer_types"]:
+        if layer not in LAYER_TYPES:
+            known = (*LAYER_TYPES, *LAYER_TYPE_ALIASES)
+            raise ValueError(
+                f"layer_types names {layer!r}, but must be made of {', '.join(LAYER_TYPES)} (the original's names"
+                f" {', '.join(LAYER_TYPE_ALIASES)} are taken too){perhaps(layer, known)}"
+            )
     return config
 
 
@@ -139,7 +148,7 @@ def build_scheduler(options: TrainOptions, start: StartingPoint | None = None) -
         "variance_type": "learned_range",
     }
     if options.beta_schedule == "original_cosine":
-        return EtaDDIMScheduler(**{**common, **original_cosine_options(options.num_train_timesteps)})
+        return EtaDDIMScheduler(**{**common, **original_cosine_options(cast(int, options.num_train_timesteps))})
     # Trailing steps begin at the last timestep, whose images are the noise that sampling begins with
     # (Lin et al. 2023, https://arxiv.org/abs/2305.08891, section 3.3). No clipping: a DDIM step whose image was
     # clipped and whose noise was not does not belong together, which guidance makes visible.
@@ -172,7 +181,7 @@ def build_optimizer(
     Raises:
         ValueError: If 8-bit moments are asked for where they cannot be had.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         "lr": options.learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
         "weight_decay": options.adam_weight_decay,

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..nearest_names import perhaps
 
 
 _AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -103,7 +104,8 @@ def estimate_cost(
             together.
     """
     if precision not in _AUTOCAST_DTYPES:
-        raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(_AUTOCAST_DTYPES)}")
+        near = perhaps(precision, _AUTOCAST_DTYPES)
+        raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(_AUTOCAST_DTYPES)}{near}")
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device_type is {device_type!r}, but must be cpu or cuda")
     options = {name: value for name, value in unet_config.items() if not name.startswith("_")}
@@ -228,7 +230,7 @@ def _autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_autocast_dtype(device_type, before[1])
 
 
-def _saved_bytes(network: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+def _saved_bytes(network: nn.Module, forward: Callable[[], object]) -> int:
     """Bytes of what a forward pass saves for the backward pass, each storage once and the network's own not at all."""
     own = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
     # the storages themselves, not their addresses alone: a free address may go to the next tensor

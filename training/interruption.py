@@ -41,7 +41,7 @@ class StopRequest:
         self._noted = 0
         self._interrupted_at = 0.0
         self._earlier: dict[signal.Signals, Any] = {}
-        self._group = None
+        self._group: Any = None
         if accelerator.num_processes > 1:
             # on the host, so that no accelerator has to be waited for
             self._group = torch.distributed.new_group(backend="gloo")

@@ -5,12 +5,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin, set_seed
+from accelerate.utils import LoggerType, ProjectConfiguration, TorchDynamoPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..command_line import ElsewhereError, StoppedBySignalError
 from ..cpu_memory import keep_freed_memory
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..nearest_names import perhaps
 from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.publishing import push_folder
@@ -90,8 +91,9 @@ class Trainer:
                 power=options.ema_power,
                 foreach=True,
             )
-        self.timestep_sampler = TIMESTEP_SAMPLERS[options.timestep_sampling](options.num_train_timesteps)
-        self.metrics = MetricsWindow(accelerator, options.num_train_timesteps)
+        num_train_timesteps = cast(int, options.num_train_timesteps)  # resolve_options has filled it in
+        self.timestep_sampler = TIMESTEP_SAMPLERS[options.timestep_sampling](num_train_timesteps)
+        self.metrics = MetricsWindow(accelerator, num_train_timesteps)
         if checkpoint is not None:
             self._take_up(checkpoint, unet, optimizer)
         self.lr_scheduler = self._make_lr_scheduler(optimizer)
@@ -479,6 +481,12 @@ def train(options: TrainOptions) -> Path | None:
         OSError: If something cannot be written, or another run writes to the same folder.
         StoppedBySignalError: After SIGTERM or SIGINT, when a checkpoint has been written.
     """
+    trackers = ["none", *LoggerType.list()]
+    if options.report_to not in trackers:
+        raise ValueError(
+            f"report_to is {options.report_to!r}, but must be one of {', '.join(trackers)}"
+            f"{perhaps(options.report_to, trackers)}"
+        )
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,

@@ -3,6 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ..nearest_names import perhaps
+
+
+_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass
@@ -48,15 +54,16 @@ class HybridLoss:
 
     def __init__(
         self,
-        scheduler,
+        scheduler: SchedulerMixin,
         vlb_weight: float = 0.001,
         device: torch.device | str = "cpu",
         snr_gamma: float | None = None,
     ):
         self.prediction_type = scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
+        if self.prediction_type not in _PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type is {self.prediction_type!r}, but must be one of epsilon, sample, v_prediction"
+                f"prediction_type is {self.prediction_type!r}, but must be one of {', '.join(_PREDICTION_TYPES)}"
+                f"{perhaps(self.prediction_type, _PREDICTION_TYPES)}"
             )
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"snr_gamma is {snr_gamma}, but must be above 0")

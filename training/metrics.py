@@ -118,19 +118,19 @@ class MetricsWindow:
         self._sums += row.to(self._sums)
 
     def _raise_non_finite(self) -> None:
-        bad = {}
+        bad: dict[int, list[int]] = {}
         for step, losses, timesteps in self._kept:
             is_bad = ~losses.isfinite()
             if is_bad.any():
                 bad.setdefault(step, []).extend(timesteps[is_bad].tolist())
         found: dict[int, list[int]] = {}
         for steps in gather_object([bad]):
-            for step, timesteps in steps.items():
-                found.setdefault(step, []).extend(timesteps)
+            for step, of_step in steps.items():
+                found.setdefault(step, []).extend(of_step)
         if found:
             step = min(found)
-            timesteps = sorted(set(found[step]))
-            shown = ", ".join(map(str, timesteps[:10])) + (", ..." if len(timesteps) > 10 else "")
+            numbers = sorted(set(found[step]))
+            shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
             raise FloatingPointError(f"the loss is not finite at step {step}, timesteps {shown}")
         first, last = self._kept[0][0], self._kept[-1][0]
         raise FloatingPointError(f"the gradient is not finite between steps {first} and {last}")

@@ -1,5 +1,7 @@
 """The sample grid of a training run: the same classes and the same noise every time, so that grids can be compared."""
 
+from typing import Any, cast
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -26,10 +28,10 @@ def draw_sample_grid(
         batch = mine[start : start + options.train_batch_size]
         # drawn on the CPU, the noise is the same on every machine
         generators = [torch.Generator().manual_seed(options.seed + index) for index in batch]
-        drawn = pipeline(
+        drawn: Any = pipeline(
             [labels[index] for index in batch],
             guidance_scale=options.guidance_scale,
-            num_inference_steps=min(options.num_inference_steps, options.num_train_timesteps),
+            num_inference_steps=min(options.num_inference_steps, cast(int, options.num_train_timesteps)),
             generator=generators,
             output_type="np",
         ).images

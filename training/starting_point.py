@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,20 +49,21 @@ def find_starting_point(options: TrainOptions, accelerator: Accelerator) -> Star
     checkpoint, began_from, damaged = on_main_process(accelerator, lambda: _find_checkpoint(options))
     if checkpoint is not None:
         return StartingPoint(checkpoint=checkpoint, began_from=began_from, damaged=damaged)
-    if options.pretrained_model_name_or_path is None:
+    name = options.pretrained_model_name_or_path
+    if name is None:
         return StartingPoint()
     pretrained = on_every_process(
         accelerator,
-        lambda: load_pipeline(options.pretrained_model_name_or_path, dtype=torch.float32),
+        lambda: load_pipeline(name, dtype=torch.float32),
         # one process of each machine downloads what is not in its cache
         in_turn=True,
     )
-    return StartingPoint(pretrained=pretrained, began_from=options.pretrained_model_name_or_path)
+    return StartingPoint(pretrained=pretrained, began_from=name)
 
 
 def resolve_options(options: TrainOptions, start: StartingPoint) -> TrainOptions:
     """The options with what the starting point says where they are silent."""
-    known = dict(_DEFAULTS)
+    known: dict[str, Any] = dict(_DEFAULTS)
     if start.checkpoint is not None:
         known |= {name: start.checkpoint.options[name] for name in known if name in start.checkpoint.options}
     elif start.pretrained is not None:

@@ -182,7 +182,8 @@ class OptimizerStep:
         self.accelerator.unscale_gradients()
         # in one call over all tensors, which accelerate's own does not do on CPUs
         foreach = True if self.device.type in ("cpu", "cuda") else None
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self._with_gradient()], foreach=foreach)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
         if self.options.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._with_gradient(), self.options.max_grad_norm, norm, foreach)
         return norm

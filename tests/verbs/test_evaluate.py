@@ -649,24 +649,6 @@ def test_the_classifier_measures(classifier, prepared, tmp_path, capsys):
 # ---------------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("name", ["reference", "model", "score", "sweep", "classifier"])
-def test_help_fits_and_has_an_example(name, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("sys.argv", ["evaluate_models.py"])
-    with pytest.raises(SystemExit) as stop:
-        main([name, "--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    description, _, listed = text.partition("options:")
-    assert f" {name} --" in description.partition("Example:")[2]
-    # the example parses
-    words = description.partition("Example:")[2].replace("\\\n", " ").split()[2:]
-    assert [word for word in words if word.startswith("--") and word not in listed] == []
-    explained = [line for line in text.splitlines() if line.startswith(" " * 20) and "[" not in line]
-    assert max(map(len, [*description.splitlines()[-6:], *explained])) <= 80
-    assert "(default: )" not in text
-
-
 def test_a_file_of_options(model, measured, tmp_path, capsys):
     options = {**DRAWING, "model": str(model), "output_dir": str(measured)}
     (tmp_path / "options.yaml").write_text(json.dumps(options))

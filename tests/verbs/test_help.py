@@ -1,0 +1,140 @@
+"""What the command lines say of themselves, and that their examples are right."""
+
+import dataclasses
+import itertools
+import re
+import shlex
+from collections.abc import Callable
+
+import pytest
+
+from imagenet64_diffusion import (
+    convert_checkpoints,
+    evaluate_models,
+    generate_images,
+    prepare_imagenet64,
+    train_imagenet64,
+)
+from imagenet64_diffusion.command_line import parse_options
+from imagenet64_diffusion.configs import CONFIG_DIR
+from imagenet64_diffusion.convert_checkpoints import ConvertOptions
+from imagenet64_diffusion.pipelines.generation_options import GenerateOptions
+from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions
+from imagenet64_diffusion.pretrained import DIGITS
+from imagenet64_diffusion.training.options import TrainOptions
+
+
+# what is typed -> main, its first arguments, its options, and the headings of its help in their order
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], type, list[str]]] = {
+    "prepare_imagenet64.py": (
+        prepare_imagenet64.main,
+        [],
+        PrepareOptions,
+        ["output", "source", "images of imagefolder and dataset"],
+    ),
+    "train_imagenet64.py": (
+        train_imagenet64.main,
+        [],
+        TrainOptions,
+        [
+            "data",
+            "run",
+            "network",
+            "diffusion",
+            "optimisation",
+            "precision and speed",
+            "checkpoints and logging",
+            "samples",
+            "Hub",
+        ],
+    ),
+    "generate_images.py": (generate_images.main, [], GenerateOptions, ["model", "images", "sampling", "output"]),
+    "convert_checkpoints.py": (
+        convert_checkpoints.main,
+        [],
+        ConvertOptions,
+        ["files", "pipeline", "back to the original", "Hub"],
+    ),
+    **{
+        f"evaluate_models.py {name}": (
+            evaluate_models.main,
+            [name],
+            evaluate_models.COMMANDS[name].options_class,
+            headings,
+        )
+        for name, headings in (
+            ("reference", ["output", "images", "features", "speed"]),
+            ("model", ["output", "images", "features", "speed", "sampling"]),
+            ("score", ["measurements", "output", "metrics"]),
+            ("sweep", ["output", "images", "features", "speed", "samplers"]),
+            ("classifier", ["folders", "training"]),
+        )
+    },
+}
+
+
+@pytest.fixture
+def show_help(monkeypatch, capsys) -> Callable[[str], str]:
+    """The help of a command, in a terminal of 80 columns."""
+
+    def show(command: str) -> str:
+        main, arguments, _, _ = COMMANDS[command]
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr("sys.argv", [command.split()[0]])
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--help"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    return show
+
+
+def example_of(text: str) -> list[str]:
+    """The words of the example at the end of a help text."""
+    example = text.partition("\nExample:\n\n")[2].partition("\n\n")[0]
+    return shlex.split(example.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_stands_under_a_heading_once(show_help, command):
+    _, _, options_class, headings = COMMANDS[command]
+    text = show_help(command)
+    assert text.startswith(f"usage: {command} ")
+    assert re.findall(r"^([a-zA-Z ]+):$", text, re.MULTILINE) == [*headings, "general", "Example"]
+    listed = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
+    names = [field.name for field in dataclasses.fields(options_class)]
+    assert sorted(listed) == sorted([*names, "help", "version", "config"])
+    # one spelling each
+    assert re.findall(r"--\w+-\w+", text) == []
+    assert max(map(len, text.splitlines())) <= 80
+    assert "(default: )" not in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_parses(show_help, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "digits").mkdir(parents=True)
+    words = example_of(show_help(command))
+    start = ["python", *command.split()]
+    assert words[: len(start)] == start
+    presets = CONFIG_DIR / "training" if command == "train_imagenet64.py" else None
+    parse_options(COMMANDS[command][2], "", words[len(start) :], presets=presets)
+
+
+def test_the_examples_follow_one_another(show_help):
+    """What one reads, an earlier one has written; the original's checkpoint is the reader's own."""
+    order = ["prepare_imagenet64.py", "train_imagenet64.py"]
+    order += [f"evaluate_models.py {name}" for name in ("reference", "model", "score", "sweep", "classifier")]
+    written: list[str] = []
+    for command in order:
+        words = example_of(show_help(command))
+        for name, value in itertools.pairwise(words):
+            if name == "--output_dir":
+                written.append(value)
+            elif name.startswith("--") and value.startswith("outputs/"):
+                assert any(value == folder or value.startswith(f"{folder}/") for folder in written), (command, name)
+
+
+def test_the_model_that_generate_takes(show_help):
+    assert GenerateOptions().model == str(DIGITS)
+    assert str(DIGITS) not in show_help("generate_images.py")
