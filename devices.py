@@ -1,4 +1,4 @@
-"""The device that an option names."""
+"""The device that an option names, and the best one where it names none."""
 
 import torch
 
@@ -18,6 +18,13 @@ def find_device(name: str | torch.device) -> torch.device:
             f"device is {name}, but must be one that torch has on this machine, such as cpu ({_first_line(error)})"
         ) from error
     return device
+
+
+def best_device() -> str:
+    """The name of the fastest device that this machine has: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..cpu_memory import keep_freed_memory
-from ..devices import find_device
+from ..devices import best_device, find_device
 from ..version import __version__
 from ..whole_files import replacing_file
 from .generation_options import GenerateOptions
@@ -44,15 +44,15 @@ def generate(options: GenerateOptions) -> Path:
     output_dir = Path(options.output_dir)
     _make_room(output_dir)
 
-    device = find_device(options.device or _best_device())
+    device = find_device(options.device or best_device())
     if device.type == "cpu":
         keep_freed_memory()
     pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     sampler = Sampler.from_options(options)
     sampler.prepare(pipeline)
-    labels = _class_ids(pipeline, options)
-    names = [_caption(pipeline, label) for label in labels]
+    labels = requested_class_ids(pipeline, options)
+    names = [class_caption(pipeline, label) for label in labels]
 
     drawn = _Recorder(pipeline, options, sampler, num_animated=min(len(labels), _MAX_IMAGES_IN_GRID))
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def generate(options: GenerateOptions) -> Path:
         frames = [image_grid(frame, names[: len(frame)], options.columns) for frame in drawn.frames()]
         save_animation(frames, output_dir / "denoising.gif", options.fps)
         files.append("denoising.gif")
-    manifest = _manifest(pipeline, options, drawn.timesteps, device) | {"files": files, "images": images}
+    manifest = make_manifest(pipeline, options, drawn.timesteps, device) | {"files": files, "images": images}
     with replacing_file(output_dir / MANIFEST_NAME) as writing:
         writing.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -144,14 +144,12 @@ class _Recorder:
             ]
 
 
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def requested_class_ids(pipeline: ClassConditionalPipeline, options: GenerateOptions) -> list[int | None]:
+    """The class of each image that the options ask for; None is the null class.
 
-
-def _class_ids(pipeline: ClassConditionalPipeline, options: GenerateOptions) -> list[int | None]:
-    """The class of each image; None is the null class."""
+    Raises:
+        ValueError: If the model has no such class.
+    """
     num_classes = pipeline.unet.config.num_class_embeds
     asked = options.class_labels
     if num_classes is None:
@@ -184,7 +182,8 @@ def class_id(pipeline: ClassConditionalPipeline, label: str, num_classes: int) -
     return number
 
 
-def _caption(pipeline: ClassConditionalPipeline, label: int | None) -> str:
+def class_caption(pipeline: ClassConditionalPipeline, label: int | None) -> str:
+    """The name of a class, or its id where it has none; empty for the null class."""
     if label is None:
         return ""
     return (pipeline.config.id2label or {}).get(label, str(label))
@@ -207,9 +206,10 @@ def _make_room(output_dir: Path) -> None:
         raise ValueError(f"output_dir is {output_dir}, which holds other files: name a new or an empty folder")
 
 
-def _manifest(
+def make_manifest(
     pipeline: ClassConditionalPipeline, options: GenerateOptions, timesteps: list[float], device: torch.device
 ) -> dict[str, Any]:
+    """How the images were drawn, as JSON values; the images themselves are not in it yet."""
     return {
         "versions": {
             "imagenet64_diffusion": __version__,

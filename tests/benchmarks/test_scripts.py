@@ -9,6 +9,7 @@ from pathlib import Path
 
 import performance_page
 import pytest
+import readme_figures
 from report import RESULTS, ROOT
 
 # its server of processes has imported what takes longer than the runs
@@ -83,12 +84,17 @@ def test_small_run(script, prepared, tmp_path):
 def test_all_scripts_are_run():
     programs = {file.stem for file in (ROOT / "benchmarks").glob("*.py") if "def main()" in file.read_text()}
     # quality trains networks for hours
-    assert programs - {"performance_page", "quality"} == {*SCRIPTS} == {*performance_page.SECTIONS}
+    assert programs - {"performance_page", "readme_figures", "quality"} == {*SCRIPTS} == {*performance_page.SECTIONS}
 
 
 def test_the_page_shows_what_is_committed():
     page = performance_page.PAGE.read_text(encoding="utf-8")
     assert page == performance_page.make_page(RESULTS), "run python benchmarks/performance_page.py"
+
+
+def test_the_readme_shows_what_is_committed():
+    figures = readme_figures.parts(readme_figures.README.read_text(encoding="utf-8"))[1]
+    assert figures == readme_figures.make_figures(), "run python benchmarks/readme_figures.py"
 
 
 def test_results_without_a_section_are_named(tmp_path):

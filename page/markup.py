@@ -1,0 +1,109 @@
+"""The parts of the page that are HTML: the images, how far they are, what went wrong."""
+
+import base64
+import html
+import io
+import itertools
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+
+from ..pipelines.generation_options import GenerateOptions
+from .drawing import frame_images
+
+
+# The sides in screen pixels that images have at most where there are so many of them: (images, on a wide screen, on a
+# narrow one). They are enlarged by a whole factor, so that every pixel has the same size.
+_SIDES = ((1, 320, 320), (4, 192, 128), (12, 128, 96), (64, 96, 64))
+_SIDES_BESIDE = ((1, 256, 128), (4, 160, 128), (12, 96, 64), (64, 64, 64))
+
+
+def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, beside: bool = False) -> str:
+    """Images with their class names; images of one class that follow one another share theirs.
+
+    Args:
+        pixels: uint8, (images, height, width, channels).
+        captions: The class name of each, empty for the null class.
+        seed: That of the first image.
+        finished: Whether they stay; those in between are sent with less quality.
+        beside: Whether there is another gallery beside it.
+    """
+    sides = next(each for each in (_SIDES_BESIDE if beside else _SIDES) if len(pixels) <= each[0])[1:]
+    height, width = pixels.shape[1:3]
+    wide, narrow = (max(1, side // max(height, width)) for side in sides)
+    figures = []
+    numbers = range(len(pixels))
+    for caption, group in itertools.groupby(numbers, key=lambda number: captions[number]):
+        name = caption or "no class"
+        images = "".join(_image(pixels[i], f"{name}, seed {seed + i}", finished) for i in group)
+        shown = html.escape(name)
+        figures.append(f'<figure><div>{images}</div><figcaption title="{shown}">{shown}</figcaption></figure>')
+    style = f"--height:{height};--width:{width};--wide:{wide};--narrow:{narrow}"
+    state = "finished" if finished else "drawing"
+    return f'<div class="gallery {state}" style="{style}">{"".join(figures)}</div>'
+
+
+def side_by_side(galleries: Sequence[str], titles: Sequence[str]) -> str:
+    """Galleries under their titles; one alone has none."""
+    if len(galleries) == 1:
+        return galleries[0]
+    sides = "".join(
+        f'<section class="side"><h2>{html.escape(title)}</h2>{gallery}</section>'
+        for gallery, title in zip(galleries, titles, strict=True)
+    )
+    return f'<div class="sides">{sides}</div>'
+
+
+def progress(number: int, total: int) -> str:
+    """How many steps are done."""
+    return (
+        f'<div class="progress"><span>step {number} of {total}</span>'
+        f'<progress max="{total}" value="{number}" aria-label="denoising steps"></progress></div>'
+    )
+
+
+def note(text: str) -> str:
+    """A sentence."""
+    return f'<p class="note" role="status">{html.escape(text)}</p>'
+
+
+def problem(text: str) -> str:
+    """A sentence about what went wrong."""
+    return f'<p class="problem" role="alert">{html.escape(text)}</p>'
+
+
+def done(text: str, all_options: Sequence[GenerateOptions]) -> str:
+    """A sentence, and the command lines that draw the images again."""
+    lines = "\n".join(map(command_line, all_options))
+    return (
+        f'{note(text)}<details class="again"><summary>The same on a command line</summary>'
+        f"<pre>{html.escape(lines)}</pre></details>"
+    )
+
+
+def command_line(options: GenerateOptions) -> str:
+    """What a shell is told to draw the images of these options."""
+    words = ["imagenet64-generate"]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        # the device is the page's own affair
+        if field.name == "device" or value == default:
+            continue
+        words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _image(pixels: np.ndarray, text: str, finished: bool) -> str:
+    [image] = frame_images(pixels[None])
+    buffer = io.BytesIO()
+    if finished:
+        image.save(buffer, format="png")
+    else:
+        image.save(buffer, format="jpeg", quality=90, subsampling=0)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    kind = "png" if finished else "jpeg"
+    # decoded before it is painted, so that nothing flickers
+    return f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(text)}" decoding="sync">'

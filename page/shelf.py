@@ -1,0 +1,107 @@
+"""The models of the page: opened once, shared by everybody, and lent without what a request may change."""
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from ..pipelines.loading import load_pipeline
+from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..pretrained import DIGITS
+
+
+class ModelShelf:
+    """Pipelines by their names.
+
+    Args:
+        names: Folders or Hub ids to choose from; the first is what the page begins with.
+        takes_any: Whether others are opened too.
+        device: Where the networks compute.
+        dtype: What they compute in.
+        max_loaded: How many are kept in memory.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        takes_any: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_loaded: int = 3,
+    ):
+        self.names = tuple(dict.fromkeys(names)) or (str(DIGITS),)
+        self.takes_any = takes_any
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._max_loaded = max_loaded
+        self._loaded: OrderedDict[str, ClassConditionalPipeline] = OrderedDict()
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
+
+    def lend(self, name: str) -> ClassConditionalPipeline:
+        """A pipeline of its own on the shared network, whose scheduler may be changed and stepped.
+
+        Raises:
+            ValueError: If the page does not take the name, or there is no pipeline of this kind.
+            OSError: If there is neither such a folder nor such a repository.
+        """
+        shared = self._open(name)
+        pipeline = ClassConditionalPipeline(
+            unet=shared.unet,
+            scheduler=copy.deepcopy(shared.scheduler),
+            id2label=shared.config.id2label,
+            guide_variance=shared.config.guide_variance,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _open(self, name: str) -> ClassConditionalPipeline:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError("Model is empty: choose one")
+        named = name in self.names
+        if not named and not self.takes_any:
+            raise ValueError(f"Model is {name!r}, but this page has {' and '.join(map(title, self.names))} only")
+        if (found := self._find(name)) is not None:
+            return found
+        with self._loading:
+            if (found := self._find(name)) is not None:  # another request has loaded it meanwhile
+                return found
+            # what is typed is not looked up with the rights of whoever serves the page
+            pipeline = load_pipeline(name, dtype=self.dtype, token=None if named else False).to(self.device)
+            with self._lock:
+                self._loaded[name] = pipeline
+                while len(self._loaded) > self._max_loaded:
+                    self._loaded.popitem(last=False)
+        return pipeline
+
+    def _find(self, name: str) -> ClassConditionalPipeline | None:
+        with self._lock:
+            if name in self._loaded:
+                self._loaded.move_to_end(name)
+            return self._loaded.get(name)
+
+
+def title(name: str) -> str:
+    """What a person calls a model by."""
+    return "the digits of this package" if name == str(DIGITS) else name
+
+
+def facts(name: str, pipeline: ClassConditionalPipeline) -> str:
+    """Its title, size, images and classes in one line."""
+    config = pipeline.unet.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    colors = {1: "grey", 3: "RGB"}.get(config.in_channels, f"{config.in_channels} channels")
+    num_classes = config.num_class_embeds
+    millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
+    return " · ".join(
+        [
+            title(name),
+            f"{millions:,.2f} M parameters" if millions < 10 else f"{millions:,.0f} M parameters",
+            f"{width}x{height} pixels, {colors}",
+            "no classes" if num_classes is None else f"{num_classes:,} classes",
+            f"on {pipeline.unet.device}",
+        ]
+    )
