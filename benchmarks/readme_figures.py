@@ -11,7 +11,7 @@ from report import RESULTS, ROOT
 README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: python benchmarks/readme_figures.py -->\n", "<!-- end of the figures -->\n"
 RECIPE = "original/res_res"
-QUICK = "ours, UniPC, 6 steps, guided throughout"
+QUICK = "ours, UniPC, 6 steps, first half guided"
 
 
 def read(folder: Path, benchmark: str) -> dict[str, Any]:
