@@ -73,6 +73,7 @@ def job(tmp_path, prepared):
     return start
 
 
+@pytest.mark.soak
 def test_a_job_that_is_stopped_queues_again_and_ends(job, tmp_path):
     first = job("--max_train_steps", "100000", "--checkpointing_steps", "0")
     metrics = tmp_path / "out" / "metrics.jsonl"
@@ -97,7 +98,6 @@ def test_a_job_that_is_stopped_queues_again_and_ends(job, tmp_path):
     assert (tmp_path / "scontrol.log").read_text().count("requeue") == 1
 
 
-@pytest.mark.soak
 def test_an_error_ends_the_job(job, tmp_path):
     wrong = job("--max_train_steps", "2", "--learning_rate", "-1")
     said = wrong.communicate(timeout=120)[0]
