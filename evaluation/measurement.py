@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
+from ..pipelines.pictures import to_image
 from ..whole_files import replacing_file, replacing_folder
 from .extraction import read_parts
 from .statistics import FeatureStatistics
@@ -162,9 +162,7 @@ def _write_images(folder: Path, num_images: int, keep_images: str) -> None:
         digits = max(5, len(str(num_images)))
         with replacing_folder(folder / "images") as writing:
             for index, image in enumerate(_pixels(parts)):
-                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-                    writing / f"{index:0{digits}d}.png"
-                )
+                to_image(image).save(writing / f"{index:0{digits}d}.png")
         return
     with replacing_file(folder / "images.npz") as writing, zipfile.ZipFile(writing, "w") as archive:
         shape = next(_pixels(parts)).shape

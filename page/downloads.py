@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..pipelines.generation import MANIFEST_NAME, class_caption, make_manifest
-from ..pipelines.pictures import image_grid, save_animation
-from .drawing import Drawing, frame_images
+from ..pipelines.pictures import image_grid, save_animation, to_image
+from .drawing import Drawing
 
 
 PICTURE_NAME, ANIMATION_NAME, ARCHIVE_NAME = "grid.png", "denoising.gif", "everything.zip"
@@ -78,7 +78,7 @@ def _manifest_of(drawing: Drawing) -> dict[str, Any]:
 def _animation(drawing: Drawing) -> list[Image.Image]:
     """A labelled grid of the images after each step."""
     names, columns = captions(drawing), drawing.request.options.columns
-    return [image_grid(frame_images(frame), names, columns) for frame in drawing.frames]
+    return [image_grid(list(map(to_image, frame)), names, columns) for frame in drawing.frames]
 
 
 def _at(frames: Sequence[Image.Image], number: int, of: int) -> Image.Image:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..pipelines.generation import to_pixels
 from ..pipelines.sampler import Sampler
 from .request import Request
 
@@ -116,8 +117,7 @@ class Drawing:
         pipeline, options = self.request.pipeline, self.request.options
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
-            pixels = pipeline.image_processor.postprocess(tensors["latents"], output_type="np")
-            pixels = (pixels * 255).round().astype(np.uint8)
+            pixels = to_pixels(pipeline, tensors["latents"])
             total = pipeline.num_timesteps
             # counted from the last one, which is always there
             if (total - 1 - step) % math.ceil(total / _MAX_FRAMES) == 0:
@@ -142,8 +142,3 @@ def end_all() -> None:
         abandoned.set()
     for thread in running:
         thread.join()
-
-
-def frame_images(pixels: np.ndarray) -> list[Image.Image]:
-    """uint8 (images, height, width, channels) as images, grey where there is one channel."""
-    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]

@@ -28,7 +28,7 @@ from .shelf import ModelShelf, facts, title
 TITLE = "Class-conditional diffusion in pixels"
 _HINT = '<p class="hint">Choose classes and press Generate.</p>'
 _DOWNLOAD_LABELS = ("Picture (PNG)", "Animation (GIF)", "Manifest (JSON)", "Everything (ZIP)")
-# Copies of the downloads go when they are this old, in seconds; looked for as often.
+# Copies of the downloads go when they are this old, in seconds, give or take a third.
 _KEEP_DOWNLOADS = 1800
 # on a narrow screen the pictures stand below the button
 _SHOW_PICTURES = "() => { if (innerWidth <= 820) document.querySelector('#result').scrollIntoView(); }"

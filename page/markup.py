@@ -11,7 +11,7 @@ from dataclasses import fields
 import numpy as np
 
 from ..pipelines.generation_options import GenerateOptions
-from .drawing import frame_images
+from ..pipelines.pictures import to_image
 
 
 # The sides in screen pixels that images have at most where there are so many of them: (images, on a wide screen, on a
@@ -97,7 +97,7 @@ def command_line(options: GenerateOptions) -> str:
 
 
 def _image(pixels: np.ndarray, text: str, finished: bool) -> str:
-    [image] = frame_images(pixels[None])
+    image = to_image(pixels)
     buffer = io.BytesIO()
     if finished:
         image.save(buffer, format="png")

@@ -19,7 +19,7 @@ from ..version import __version__
 from ..whole_files import replacing_file
 from .generation_options import GenerateOptions
 from .loading import load_pipeline
-from .pictures import image_grid, save_animation
+from .pictures import image_grid, save_animation, to_image
 from .pipeline_class_conditional import ClassConditionalPipeline
 from .sampler import Sampler
 
@@ -95,9 +95,8 @@ class _Recorder:
         self.kept: list[Image.Image] = []
         self.timesteps: list[float] = []
         self._num_animated = num_animated
-        self._frames: list[
-            list[np.ndarray]
-        ] = []  # for each step uint8 (images, height, width, channels) of each batch
+        # for each step uint8 (images, height, width, channels) of each batch
+        self._frames: list[list[np.ndarray]] = []
 
     def images(self, labels: list[int | None]) -> Iterator[Image.Image]:
         """The images in order."""
@@ -129,19 +128,20 @@ class _Recorder:
         count = min(len(latents), self._num_animated - start)
         if not self.options.animation or count <= 0:
             return
-        pixels = self.pipeline.image_processor.postprocess(latents[:count], output_type="np")
         if step == len(self._frames):
             self._frames.append([])
-        self._frames[step].append((pixels * 255).round().astype(np.uint8))
+        self._frames[step].append(to_pixels(self.pipeline, latents[:count]))
 
     def frames(self) -> Iterator[list[Image.Image]]:
         """The images after each step."""
         for batches in self._frames:
-            yield [
-                Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-                for batch in batches
-                for pixels in batch
-            ]
+            yield [to_image(pixels) for batch in batches for pixels in batch]
+
+
+def to_pixels(pipeline: ClassConditionalPipeline, latents: torch.Tensor) -> np.ndarray:
+    """What images look like in the middle of drawing: uint8 (images, height, width, channels)."""
+    pixels = pipeline.image_processor.postprocess(latents, output_type="np")
+    return (pixels * 255).round().astype(np.uint8)
 
 
 def requested_class_ids(pipeline: ClassConditionalPipeline, options: GenerateOptions) -> list[int | None]:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..whole_files import replacing_file
@@ -14,6 +15,11 @@ _GAP = 2
 _MARGIN = 8
 _FONT_SIZE = 14
 _PAPER, _INK = "white", "black"
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 (height, width, channels) as an image, grey where there is one channel."""
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def image_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None) -> Image.Image:
