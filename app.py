@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from imagenet64_diffusion.command_line import StoppedBySignalError, run_verb
 from imagenet64_diffusion.page.app_options import AppOptions
+from imagenet64_diffusion.utils.command_line import StoppedBySignalError, run_command
 
 
 def serve(options: AppOptions) -> None:
@@ -37,12 +37,12 @@ def _serve(options: AppOptions) -> None:
     # torch and diffusers take seconds to import, which --help should not
     import torch
 
-    from imagenet64_diffusion.cpu_memory import keep_freed_memory
-    from imagenet64_diffusion.devices import best_device, find_device
     from imagenet64_diffusion.page.drawing import end_all
     from imagenet64_diffusion.page.layout import build_page
     from imagenet64_diffusion.page.look import CSS, make_theme
     from imagenet64_diffusion.page.shelf import ModelShelf
+    from imagenet64_diffusion.utils.devices import best_device, find_device
+    from imagenet64_diffusion.utils.memory import keep_freed_memory
 
     device = find_device(options.device or best_device())
     if device.type == "cpu":
@@ -101,7 +101,7 @@ def _stop(signal_number: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-app; returns the exit code."""
-    return run_verb(
+    return run_command(
         AppOptions, serve, __doc__, argv, example="--model outputs/demo/model your-name/your-model --port 7860"
     )
 

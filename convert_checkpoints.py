@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagenet64_diffusion.command_line import option, run_verb
+from imagenet64_diffusion.utils.command_line import option, run_command
 
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def convert(options: ConvertOptions) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-convert; returns the exit code."""
-    return run_verb(ConvertOptions, convert, __doc__, argv, example=EXAMPLE)
+    return run_command(ConvertOptions, convert, __doc__, argv, example=EXAMPLE)
 
 
 if __name__ == "__main__":

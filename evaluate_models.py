@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from imagenet64_diffusion.command_line import SubCommand, run_sub_commands
 from imagenet64_diffusion.evaluation.options import (
     ClassifierOptions,
     ModelOptions,
@@ -12,6 +11,7 @@ from imagenet64_diffusion.evaluation.options import (
     ScoreOptions,
     SweepOptions,
 )
+from imagenet64_diffusion.utils.command_line import SubCommand, run_sub_commands
 
 
 if TYPE_CHECKING:

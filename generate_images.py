@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from imagenet64_diffusion.command_line import run_verb
 from imagenet64_diffusion.pipelines.generation_options import GenerateOptions
+from imagenet64_diffusion.utils.command_line import run_command
 
 
 EXAMPLE = """--class_labels 3 7 null --num_images_per_label 4
@@ -26,7 +26,7 @@ def generate(options: GenerateOptions) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-generate; returns the exit code."""
-    return run_verb(GenerateOptions, generate, __doc__, argv, example=EXAMPLE)
+    return run_command(GenerateOptions, generate, __doc__, argv, example=EXAMPLE)
 
 
 if __name__ == "__main__":

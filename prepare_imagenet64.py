@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from imagenet64_diffusion.command_line import option, option_list, run_verb
+from imagenet64_diffusion.utils.command_line import option, option_list, run_command
 
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _source(options: PrepareOptions) -> "ImageSource":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-prepare; returns the exit code."""
-    return run_verb(PrepareOptions, prepare, __doc__, argv, example=EXAMPLE)
+    return run_command(PrepareOptions, prepare, __doc__, argv, example=EXAMPLE)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from imagenet64_diffusion.command_line import run_verb
 from imagenet64_diffusion.configs import CONFIG_DIR
 from imagenet64_diffusion.training.options import TrainOptions
+from imagenet64_diffusion.utils.command_line import run_command
 
 
 EXAMPLE = "--config demo --train_data_dir outputs/digits\n--output_dir outputs/train"
@@ -25,7 +25,7 @@ def train(options: TrainOptions) -> Path | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command imagenet64-train; returns the exit code."""
-    return run_verb(TrainOptions, train, __doc__, argv, example=EXAMPLE, presets=CONFIG_DIR / "training")
+    return run_command(TrainOptions, train, __doc__, argv, example=EXAMPLE, presets=CONFIG_DIR / "training")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 from report import ROOT, add_options, choose_sizes, results_dir, write_result
 
-from imagenet64_diffusion.chart_style import COLOURS, finish_axes, save_figure
+from imagenet64_diffusion.utils.chart_style import COLOURS, finish_axes, save_figure
 
 
 CLASSIFIER = ROOT / "evaluation" / "digits_classifier"

@@ -22,7 +22,6 @@ from diffusers.training_utils import EMAModel
 from report import add_options, choose_sizes, results_dir, write_result
 from timing import Clock, alternate, ratios_to, seconds_of
 
-from imagenet64_diffusion.command_line import parse_options
 from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
 from imagenet64_diffusion.training.components import build_optimizer
 from imagenet64_diffusion.training.interruption import StopRequest
@@ -30,6 +29,7 @@ from imagenet64_diffusion.training.loop import Trainer
 from imagenet64_diffusion.training.loss import HybridLoss
 from imagenet64_diffusion.training.options import TrainOptions
 from imagenet64_diffusion.training.plan import make_plan
+from imagenet64_diffusion.utils.command_line import parse_options
 
 
 ROOT = Path(__file__).parents[1]

@@ -31,11 +31,11 @@ from stock_unet import count_stock_flops, make_stock_scheduler, make_stock_unet,
 from timing import alternate, ratios_to, rounded, seconds_of, spread, words_of
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
-from imagenet64_diffusion.cpu_memory import keep_freed_memory
 from imagenet64_diffusion.training.components import build_optimizer
 from imagenet64_diffusion.training.cost import estimate_cost
 from imagenet64_diffusion.training.loss import HybridLoss
 from imagenet64_diffusion.training.options import TrainOptions
+from imagenet64_diffusion.utils.memory import keep_freed_memory
 
 
 OURS, CHECKPOINTED = "ours", "ours, gradient checkpointing"

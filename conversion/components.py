@@ -11,9 +11,9 @@ from accelerate import init_empty_weights
 from ..configs import CONFIG_DIR
 from ..data.class_names import NUM_CLASSES, imagenet64_id2label
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..nearest_names import perhaps
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
+from ..utils.nearest_names import perhaps
 from .errors import CheckpointError
 from .original_weights import original_unet_config
 

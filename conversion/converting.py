@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..nearest_names import perhaps
 from ..pipelines.model_card import CARD_NAME, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..training.checkpoints import Progress, save_checkpoint
-from ..whole_files import replacing_folder
+from ..utils.atomic_write import atomic_folder
+from ..utils.nearest_names import perhaps
 from .components import build_empty_unet, class_names, original_scheduler, recipe_of
 from .errors import CheckpointError
 from .original_optimizer import map_original_optimizer
@@ -88,7 +88,7 @@ def convert_files(
     content, classes, num_weights, num_unused = read.params, read.classes, len(read.shapes), len(read.unused)
     scheduler = original_scheduler(content, finish_denoising)
     step_folder = f"checkpoints/checkpoint-{content.get('step')}"
-    with replacing_folder(output_dir) as writing:
+    with atomic_folder(output_dir) as writing:
         if read.optimizer_state is not None:
             _save_training_state(writing / step_folder, read, scheduler)
         _write(writing, read, scheduler, dtype, variant, checkpoint.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES
-from ..nearest_names import perhaps
+from ..utils.nearest_names import perhaps
 from .errors import CheckpointError
 
 

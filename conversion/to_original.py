@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ..models.unet_class_conditional import LAYER_TYPE_ALIASES
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..whole_files import replacing_file
+from ..utils.atomic_write import atomic_file
 from .components import beta_schedule_of
 from .converting import PARAMS_NAME, UNUSED_WEIGHTS_NAME
 from .errors import CheckpointError
@@ -69,7 +69,7 @@ def write_original(
 
     name = f"{params['epoch']}e_{params['step']}s"
     files = Path(output_dir) / f"model_{name}.pkl", Path(output_dir) / f"model_params_{name}.json"
-    with replacing_file(files[0]) as model_file, replacing_file(files[1]) as params_file:
+    with atomic_file(files[0]) as model_file, atomic_file(files[1]) as params_file:
         with model_file.open("wb") as opened:
             torch.save(state_dict, opened)
         params_file.write_text(json.dumps(params), encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from ..nearest_names import perhaps
+from ..utils.nearest_names import perhaps
 from .errors import DataError
 from .sources import ImageBlock, ImageStream
 

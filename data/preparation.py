@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import tqdm
 
-from ..whole_files import lock_path, only_writer, replacing_folder
+from ..utils.atomic_write import atomic_folder, lock_path, only_writer
 from .errors import DataError
 from .sources import ImageSource, ImageStream
 
@@ -184,7 +184,7 @@ def write_prepared(
         _check_replaceable(output_dir)
     elif _holds_anything(output_dir):
         raise DataError(f"--output_dir {output_dir} is not empty: name another folder, or replace it with --overwrite")
-    with only_writer(output_dir), replacing_folder(output_dir) as folder:
+    with only_writer(output_dir), atomic_folder(output_dir) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
         stream = source.open(scratch)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
-from imagenet64_diffusion.chart_style import BLUE, DPI, GREEN, PURPLE, SKY_BLUE, VERMILION, save_figure
 from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPES, Conv2d, ConvTranspose2d, UpBlock
 from imagenet64_diffusion.training.components import load_model_config
+from imagenet64_diffusion.utils.chart_style import BLUE, DPI, GREEN, PURPLE, SKY_BLUE, VERMILION, save_figure
 
 
 if TYPE_CHECKING:

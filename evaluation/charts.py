@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..chart_style import COLOURS, DPI, finish_axes, save_figure
+from ..utils.chart_style import COLOURS, DPI, finish_axes, save_figure
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.dataset import PreparedImages, to_model_range
-from ..whole_files import only_writer, replacing_folder
+from ..utils.atomic_write import atomic_folder, only_writer
 from .options import ClassifierOptions
 from .weights import file_digest
 
@@ -81,7 +81,7 @@ def train_classifier(options: ClassifierOptions) -> TrainedClassifier:
             )
         network = _train(_make_network(dataset, options.seed), dataset, training, options)
         accuracy = _accuracy(network.eval(), dataset, held_out, options.batch_size)
-        with replacing_folder(folder) as writing:
+        with atomic_folder(folder) as writing:
             network.save_pretrained(writing, safe_serialization=True)
             card = _CARD.format(
                 summary=dataset.preparation.summary(),

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cpu_memory import keep_freed_memory
 from ..data.dataset import PreparedImages
-from ..devices import find_device
 from ..pipelines.generation import class_id, plain_config
 from ..pipelines.loading import download_snapshot, load_pipeline
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
+from ..utils.devices import find_device
+from ..utils.memory import keep_freed_memory
 
 
 # keeps the draws of classes apart from those of noise, which come from the same seed

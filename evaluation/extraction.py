@@ -17,8 +17,8 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..processes import on_every_process
-from ..whole_files import replacing_file
+from ..utils.atomic_write import atomic_file
+from ..utils.distributed import on_every_process
 from .extractors import FeatureExtractor
 
 
@@ -122,7 +122,7 @@ def _extract_part(
     if keep_pixels:
         arrays["pixels"] = pixels.cpu().numpy()
     try:
-        with replacing_file(folder / f"{start:09d}-{stop:09d}.npz") as writing:
+        with atomic_file(folder / f"{start:09d}-{stop:09d}.npz") as writing:
             np.savez(writing, **arrays)
     except OSError as error:
         raise OSError(f"{error}; what has been measured stays, and the same call goes on") from error

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..devices import find_device
+from ..utils.devices import find_device
 from .float32_precision import full_float32
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
-from ..nearest_names import perhaps
 from ..pipelines.sampler import Sampler
+from ..utils.nearest_names import perhaps
 from .options import SweepOptions
 
 

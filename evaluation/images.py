@@ -28,7 +28,7 @@ from ..data.image_source import (
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
 from ..data.sources import ImageBlock
-from ..nearest_names import perhaps
+from ..utils.nearest_names import perhaps
 from .weights import file_digest
 
 

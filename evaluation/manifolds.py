@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..devices import find_device
+from ..utils.devices import find_device
 from .feature_arrays import FeatureRows, check_pair, checked_blocks, to_float64
 from .float32_precision import full_float32
 

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..pipelines.pictures import to_image
-from ..whole_files import replacing_file, replacing_folder
+from ..pipelines.image_grid import to_image
+from ..utils.atomic_write import atomic_file, atomic_folder
 from .extraction import read_parts
 from .statistics import FeatureStatistics
 
@@ -113,7 +113,7 @@ def write_measurement(
     statistics: FeatureStatistics | None = None
     kept = evenly_spread(num_rows, num_images)
     position = 0
-    with replacing_folder(folder / _ROWS_NAME) as writing, contextlib.ExitStack() as stack:
+    with atomic_folder(folder / _ROWS_NAME) as writing, contextlib.ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
         for part in read_parts(parts):
             if statistics is None:
@@ -160,11 +160,11 @@ def _write_images(folder: Path, num_images: int, keep_images: str) -> None:
     parts = folder / PARTS_NAME
     if keep_images == "png":
         digits = max(5, len(str(num_images)))
-        with replacing_folder(folder / "images") as writing:
+        with atomic_folder(folder / "images") as writing:
             for index, image in enumerate(_pixels(parts)):
                 to_image(image).save(writing / f"{index:0{digits}d}.png")
         return
-    with replacing_file(folder / "images.npz") as writing, zipfile.ZipFile(writing, "w") as archive:
+    with atomic_file(folder / "images.npz") as writing, zipfile.ZipFile(writing, "w") as archive:
         shape = next(_pixels(parts)).shape
         # one image at a time, and so in no more memory than that
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:

@@ -14,9 +14,9 @@ from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..pipelines.sampler import Sampler
-from ..processes import on_every_process, on_main_process
+from ..utils.atomic_write import atomic_file, only_writer
+from ..utils.distributed import on_every_process, on_main_process
 from ..version import __version__
-from ..whole_files import only_writer, replacing_file
 from .drawing import ModelImages, count_classes, find_revision
 from .extraction import Images, extract_parts, find_parts
 from .extractors import FeatureExtractor
@@ -288,7 +288,7 @@ def _is_finished(folder: Path, header: dict[str, Any]) -> bool:
         others = [file for file in folder.iterdir() if file.name[0] != "." and file != parts]
         if others or (parts.is_dir() and find_parts(parts)):
             raise ValueError(f"output_dir is {folder}, which holds other files: name a new or an empty folder")
-    with replacing_file(settings_file) as writing:
+    with atomic_file(settings_file) as writing:
         writing.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     return False
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import MISSING, dataclass, field, fields
 
-from ..command_line import option, option_list
-from ..nearest_names import perhaps
+from ..utils.command_line import option, option_list
+from ..utils.nearest_names import perhaps
 
 
 # the keys of protocols.PROTOCOLS, whose module brings torch, for which --help should not wait

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..nearest_names import perhaps
+from ..utils.nearest_names import perhaps
 from .extractors import FeatureExtractor, PixelExtractor
 from .inception import TorchScriptInception, TorchvisionInception
 from .options import EXTRACTOR_DTYPES, FLOAT32_PROTOCOLS

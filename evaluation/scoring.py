@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..whole_files import replacing_file
+from ..utils.atomic_write import atomic_file
 from .classifier_score import inception_score
 from .frechet import frechet_distance
 from .kid import kernel_distance
@@ -57,7 +57,7 @@ def score(options: ScoreOptions) -> dict[str, Any]:
     everything = "all" in options.metrics
     found = compare(reference, model, names, everything=everything, seed=options.seed, device=options.device)
     file = Path(options.output) if options.output else model.folder / "scores.json"
-    with replacing_file(file) as writing:
+    with atomic_file(file) as writing:
         writing.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(
         f"protocol {found['protocol']['protocol']}, {model.statistics.count:,} images of {model.folder} against"

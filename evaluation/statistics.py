@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.errors import DataError
 from ..data.npz_arrays import NpzArray, array_keys, open_array
-from ..whole_files import replacing_file
+from ..utils.atomic_write import atomic_file
 from .feature_arrays import BLOCK_ROWS, FeatureRows, check_finite, to_float64
 
 
@@ -135,7 +135,7 @@ class FeatureStatistics:
             # one row has no spread, so that nothing is lost by writing zeros
             "covariance": self.covariance if self._count > 1 else np.zeros_like(self._scatter),
         }
-        with replacing_file(file) as writing, zipfile.ZipFile(writing, "w") as archive:
+        with atomic_file(file) as writing, zipfile.ZipFile(writing, "w") as archive:
             for key, array in arrays.items():
                 # a fixed date instead of the clock's: equal statistics make equal files
                 with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:

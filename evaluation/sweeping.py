@@ -14,8 +14,8 @@ from typing import Any
 from accelerate import PartialState
 
 from ..pipelines.sampler import Sampler
-from ..processes import on_every_process, on_main_process
-from ..whole_files import only_writer, replacing_file
+from ..utils.atomic_write import atomic_file, only_writer
+from ..utils.distributed import on_every_process, on_main_process
 from .charts import draw_sweep_charts
 from .drawing import find_revision
 from .extractors import FeatureExtractor
@@ -166,7 +166,7 @@ class _Sweep:
             file = self.folder / name
             if file not in drawn and file.is_file() and file_digest(file) == digest:
                 file.unlink()
-        with replacing_file(record) as writing:
+        with atomic_file(record) as writing:
             digests = {file.name: file_digest(file) for file in drawn}
             writing.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
@@ -180,7 +180,7 @@ class _Sweep:
                     break
         names = list(dict.fromkeys(name for row in rows for name in row if name != "error"))
         results = self.folder / RESULTS_NAME
-        with replacing_file(results) as writing, writing.open("w", newline="", encoding="utf-8") as table:
+        with atomic_file(results) as writing, writing.open("w", newline="", encoding="utf-8") as table:
             writer = csv.DictWriter(table, [*names, "error"])
             writer.writeheader()
             writer.writerows(rows)
@@ -271,7 +271,7 @@ class _Sweep:
 
     @staticmethod
     def _write_cell(file: Path, content: dict[str, Any]) -> None:
-        with replacing_file(file) as writing:
+        with atomic_file(file) as writing:
             writing.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

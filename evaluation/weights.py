@@ -13,7 +13,7 @@ from typing import BinaryIO
 from huggingface_hub import cached_assets_path, constants
 from tqdm import tqdm
 
-from ..whole_files import only_writer, replacing_file
+from ..utils.atomic_write import atomic_file, only_writer
 
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _fetch(published: WeightsFile, file: Path) -> str:
     if constants.HF_HUB_OFFLINE:
         raise OSError(f"{published.name} is not in {file.parent}, and HF_HUB_OFFLINE is set: {advice}")
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, replacing_file(file) as writing:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, atomic_file(file) as writing:
             with writing.open("wb") as opened:
                 digest = _copy(response, opened, published.name)
             if not digest.startswith(published.sha256):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from imagenet64_diffusion import ClassConditionalPipeline
-from imagenet64_diffusion.pipelines.pictures import image_grid
+from imagenet64_diffusion.pipelines.image_grid import image_grid
 from imagenet64_diffusion.pretrained import DIGITS
 
 

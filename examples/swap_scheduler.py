@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from imagenet64_diffusion import ClassConditionalPipeline, swap_scheduler
-from imagenet64_diffusion.pipelines.pictures import image_grid
+from imagenet64_diffusion.pipelines.image_grid import image_grid
 from imagenet64_diffusion.pretrained import DIGITS
 
 

@@ -4,7 +4,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 
-from ..command_line import option, option_list
+from ..utils.command_line import option, option_list
 
 
 # All images of a request are drawn as one batch, which is generate_images.py's own: so they are the same images.

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..pipelines.generation import MANIFEST_NAME, class_caption, make_manifest
-from ..pipelines.pictures import image_grid, save_animation, to_image
+from ..pipelines.image_grid import image_grid, save_animation, to_image
 from .drawing import Drawing
 
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 import numpy as np
 
 from ..pipelines.generation_options import GenerateOptions
-from ..pipelines.pictures import to_image
+from ..pipelines.image_grid import to_image
 
 
 # The sides in screen pixels that images have at most where there are so many of them: (images, on a wide screen, on a

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..cpu_memory import keep_freed_memory
-from ..devices import best_device, find_device
+from ..utils.atomic_write import atomic_file
+from ..utils.devices import best_device, find_device
+from ..utils.memory import keep_freed_memory
 from ..version import __version__
-from ..whole_files import replacing_file
 from .generation_options import GenerateOptions
+from .image_grid import image_grid, save_animation, to_image
 from .loading import load_pipeline
-from .pictures import image_grid, save_animation, to_image
 from .pipeline_class_conditional import ClassConditionalPipeline
 from .sampler import Sampler
 
@@ -61,13 +61,13 @@ def generate(options: GenerateOptions) -> Path:
     for image, label, name in zip(drawn.images(labels), labels, names, strict=True):
         number = len(images)
         file = output_dir / f"{number:0{digits}d}.png"
-        with replacing_file(file) as writing:
+        with atomic_file(file) as writing:
             image.save(writing)
         images.append({"file": file.name, "class_label": label, "class_name": name, "seed": options.seed + number})
 
     files = []
     if len(drawn.kept) > 0:
-        with replacing_file(output_dir / "grid.png") as writing:
+        with atomic_file(output_dir / "grid.png") as writing:
             image_grid(drawn.kept, names[: len(drawn.kept)], options.columns).save(writing)
         files.append("grid.png")
     if options.animation:
@@ -75,7 +75,7 @@ def generate(options: GenerateOptions) -> Path:
         save_animation(frames, output_dir / "denoising.gif", options.fps)
         files.append("denoising.gif")
     manifest = make_manifest(pipeline, options, drawn.timesteps, device) | {"files": files, "images": images}
-    with replacing_file(output_dir / MANIFEST_NAME) as writing:
+    with atomic_file(output_dir / MANIFEST_NAME) as writing:
         writing.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     what = " and ".join(["the grid", "the animation"][: len(files)])

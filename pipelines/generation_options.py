@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..command_line import option, option_list
 from ..pretrained import DIGITS
+from ..utils.command_line import option, option_list
 
 
 @dataclass

@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
 )
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..nearest_names import perhaps
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
+from ..utils.nearest_names import perhaps
 from .pipeline_class_conditional import ClassConditionalPipeline, check_scheduler
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..configs import CONFIG_DIR
 from ..schedulers.original_schedule import original_cosine_betas
-from ..whole_files import replacing_file
+from ..utils.atomic_write import atomic_file
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 
@@ -60,7 +60,7 @@ def write_model_card(
     """
     folder = Path(folder)
     if samples is not None:
-        with replacing_file(folder / SAMPLES_NAME) as writing:
+        with atomic_file(folder / SAMPLES_NAME) as writing:
             samples.save(writing)
     card = create_model_card(
         pipeline,
@@ -71,7 +71,7 @@ def write_model_card(
         datasets=datasets,
         license=license,
     )
-    with replacing_file(folder / CARD_NAME) as writing:
+    with atomic_file(folder / CARD_NAME) as writing:
         card.save(writing)
     return folder / CARD_NAME
 

@@ -48,7 +48,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw_two(pipeline: ClassConditionalPipeline) -> torch.Tensor:
+def generate_two(pipeline: ClassConditionalPipeline) -> torch.Tensor:
     """Two guided images of a tiny pipeline, always the same ones."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions, prepare
-from tests.components import RECIPES, OriginalCheckpoint
+from imagenet64_diffusion.tests.components import RECIPES, OriginalCheckpoint
 
 
 @pytest.fixture(scope="session", params=RECIPES)

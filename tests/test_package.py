@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 import imagenet64_diffusion
-from imagenet64_diffusion.command_line import parse_options
 from imagenet64_diffusion.train_imagenet64 import TrainOptions
+from imagenet64_diffusion.utils.command_line import parse_options
 
 
 ROOT = Path(__file__).parents[1]

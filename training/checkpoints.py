@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..whole_files import replacing_folder, settle_folder
+from ..utils.atomic_write import atomic_folder, settle_folder
 
 
 STATE_NAME = "training_state.json"
@@ -119,7 +119,7 @@ def save_checkpoint(
         OSError: If it cannot be written, as on a full disk. What was there is as it was.
     """
     try:
-        with replacing_folder(folder) as writing:
+        with atomic_folder(folder) as writing:
             save_file({name: tensor.contiguous() for name, tensor in unet.state_dict().items()}, writing / _WEIGHTS)
             torch.save(optimizer.state_dict(), writing / _OPTIMIZER)
             if averaged_weights is not None:

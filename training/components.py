@@ -14,10 +14,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..configs import CONFIG_DIR
 from ..data.dataset import PreparedImages
 from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES, ClassConditionalUNet2DModel
-from ..nearest_names import perhaps
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
+from ..utils.nearest_names import perhaps
 from .options import TrainOptions
 from .resuming import requested_network
 from .starting_point import StartingPoint

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..nearest_names import perhaps
+from ..utils.nearest_names import perhaps
 
 
 _AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -18,15 +18,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from ..command_line import ElsewhereError, StoppedBySignalError
-from ..cpu_memory import keep_freed_memory
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..nearest_names import perhaps
 from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.publishing import push_folder
-from ..processes import on_main_process
-from ..whole_files import only_writer, replacing_file, replacing_folder, settle_folder
+from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, settle_folder
+from ..utils.command_line import ElsewhereError, StoppedBySignalError
+from ..utils.distributed import on_main_process
+from ..utils.memory import keep_freed_memory
+from ..utils.nearest_names import perhaps
 from .charts import draw_loss_chart
 from .checkpoints import (
     Checkpoint,
@@ -347,7 +347,7 @@ class Trainer:
         def write() -> None:
             pipeline, facts = self._sampling_pipeline(), self._training_facts()
             try:
-                with self._averaged_weights(), replacing_folder(folder) as writing:
+                with self._averaged_weights(), atomic_folder(folder) as writing:
                     pipeline.save_pretrained(writing)
                     write_model_card(pipeline, writing, samples=self._last_grid, training_facts=facts)
             # safetensors has an error of its own for what the system refuses
@@ -436,7 +436,7 @@ class Trainer:
             grid = draw_sample_grid(self._sampling_pipeline(), self.options, self.accelerator)
         self._last_grid = grid
         if grid is not None:
-            with replacing_file(self._grid_file(self.global_step)) as writing:
+            with atomic_file(self._grid_file(self.global_step)) as writing:
                 grid.save(writing)
             for tracker in self.accelerator.trackers:
                 arrangement = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..nearest_names import perhaps
+from ..utils.nearest_names import perhaps
 
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..whole_files import replacing_file
+from ..utils.atomic_write import atomic_file
 
 
 METRICS_NAME = "metrics.jsonl"
@@ -155,7 +155,7 @@ class MetricsFile:
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
             if len(kept) < len(lines):
-                with replacing_file(self.path) as writing:
+                with atomic_file(self.path) as writing:
                     writing.write_text("".join(kept), encoding="utf-8")
 
     def append(self, values: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..command_line import option
+from ..utils.command_line import option
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..command_line import ElsewhereError
 from ..data.dataset import PreparedImages
-from ..processes import on_every_process
+from ..utils.command_line import ElsewhereError
+from ..utils.distributed import on_every_process
 from .components import training_size, unet_config
 from .options import TrainOptions
 from .resuming import check_changes

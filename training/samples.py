@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from ..pipelines.pictures import image_grid
+from ..pipelines.image_grid import image_grid
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from .options import TrainOptions
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from ..pipelines.loading import load_pipeline
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..processes import on_every_process, on_main_process
+from ..utils.distributed import on_every_process, on_main_process
 from .checkpoints import Checkpoint, DamagedCheckpointError, find_checkpoints, load_checkpoint
 from .options import TrainOptions
 

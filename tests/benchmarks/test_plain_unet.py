@@ -7,7 +7,7 @@ from plain_unet import PLAIN_LAYERS, PlainUNet, guided_prediction
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPES, TIME_EMBEDDING_TYPES
-from tests.components import RECIPES
+from imagenet64_diffusion.tests.components import RECIPES
 
 
 def make_both(recipe: str, with_classes: bool = True, **options):

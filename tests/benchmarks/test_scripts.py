@@ -13,7 +13,7 @@ import readme_figures
 from report import RESULTS, ROOT
 
 # its server of processes has imported what takes longer than the runs
-import tests.verbs.training_runs  # noqa: F401
+import imagenet64_diffusion.tests.commands.training_runs  # noqa: F401
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conversion.originals import write_small
+from imagenet64_diffusion.tests.conversion.originals import write_small
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
-from tests.components import FIXTURES
+from imagenet64_diffusion.tests.components import FIXTURES
 
 
 ORIGINALS = FIXTURES / "original"

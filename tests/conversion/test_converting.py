@@ -16,8 +16,8 @@ from imagenet64_diffusion.conversion.errors import CheckpointError
 from imagenet64_diffusion.convert_checkpoints import convert_checkpoint
 from imagenet64_diffusion.data.class_names import imagenet64_names
 from imagenet64_diffusion.schedulers.original_schedule import original_timesteps
-from tests.components import FIXTURES, OriginalCheckpoint
-from tests.conversion.originals import (
+from imagenet64_diffusion.tests.components import FIXTURES, OriginalCheckpoint
+from imagenet64_diffusion.tests.conversion.originals import (
     ORIGINALS,
     RECIPES_WITH_OPTIMIZER,
     model_file,

@@ -18,11 +18,8 @@ from imagenet64_diffusion.conversion.original_weights import (
 )
 from imagenet64_diffusion.conversion.safe_loading import load_optimizer
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
-from imagenet64_diffusion.training.checkpoints import find_checkpoints, load_checkpoint
-from imagenet64_diffusion.training.loss import HybridLoss
-from imagenet64_diffusion.training.options import TrainOptions
-from tests.components import OriginalCheckpoint
-from tests.conversion.originals import (
+from imagenet64_diffusion.tests.components import OriginalCheckpoint
+from imagenet64_diffusion.tests.conversion.originals import (
     ORIGINALS,
     RECIPES_WITH_OPTIMIZER,
     SMALL_PARAMS,
@@ -31,6 +28,9 @@ from tests.conversion.originals import (
     unpack_optimizer,
     write_small,
 )
+from imagenet64_diffusion.training.checkpoints import find_checkpoints, load_checkpoint
+from imagenet64_diffusion.training.loss import HybridLoss
+from imagenet64_diffusion.training.options import TrainOptions
 
 
 def take_a_step(unet: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: OriginalCheckpoint) -> None:

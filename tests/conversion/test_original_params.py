@@ -8,7 +8,7 @@ import torch
 from imagenet64_diffusion.conversion.errors import CheckpointError
 from imagenet64_diffusion.conversion.original_params import read_params, unknown_params
 from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
-from tests.conversion.originals import SMALL_PARAMS, params_file
+from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS, params_file
 
 
 def read(tmp_path, content):

@@ -21,7 +21,7 @@ import torch
 from imagenet64_diffusion.conversion.errors import CheckpointError
 from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
 from imagenet64_diffusion.conversion.safe_loading import load_optimizer, load_weights
-from tests.conversion.originals import (
+from imagenet64_diffusion.tests.conversion.originals import (
     SMALL_PARAMS,
     as_archive,
     as_legacy,

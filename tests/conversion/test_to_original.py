@@ -12,9 +12,15 @@ from imagenet64_diffusion.conversion.converting import convert_files
 from imagenet64_diffusion.conversion.errors import CheckpointError
 from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
 from imagenet64_diffusion.conversion.to_original import write_original
+from imagenet64_diffusion.tests.components import RECIPES
+from imagenet64_diffusion.tests.conversion.originals import (
+    SMALL_PARAMS,
+    model_file,
+    params_file,
+    small_weights,
+    write_small,
+)
 from imagenet64_diffusion.training.components import load_model_config
-from tests.components import RECIPES
-from tests.conversion.originals import SMALL_PARAMS, model_file, params_file, small_weights, write_small
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-import imagenet64_diffusion.command_line
-from tests.documents.pages import ROOT
-from tests.documents.stand_ins import provide
-from tests.verbs.training_runs import Life
+import imagenet64_diffusion.utils.command_line
+from imagenet64_diffusion.tests.commands.processes import CommandProcess
+from imagenet64_diffusion.tests.documents.pages import ROOT
+from imagenet64_diffusion.tests.documents.stand_ins import provide
 
 
 VERBS = {
@@ -121,10 +121,10 @@ def _follow_script(script: str, words: list[str], folder: Path) -> None:
     if name == "app" or not is_whole:
         _call(module.main, words, is_run=False)
     elif name == "train_imagenet64":
-        life = Life(words, folder / "training.txt", directory=Path.cwd())
-        if life.end() != 0:
-            raise CommandError(life.output())
-        life.log.unlink()
+        process = CommandProcess(words, folder / "training.txt", directory=Path.cwd())
+        if process.end() != 0:
+            raise CommandError(process.output())
+        process.log.unlink()
     else:
         _call(module.main, words, is_run=True)
 
@@ -162,14 +162,14 @@ def _call(main: Callable[[list[str]], int], words: list[str], is_run: bool) -> N
     """Calls a command in this process; without its verb, if it is only to be parsed."""
     with pytest.MonkeyPatch.context() as patch:
         if not is_run:
-            command_line = imagenet64_diffusion.command_line
-            real = command_line.run_verb
+            command_line = imagenet64_diffusion.utils.command_line
+            real = command_line.run_command
 
             def parse_only(options_class, verb, *arguments, **options) -> int:
                 return real(options_class, lambda parsed: None, *arguments, **options)
 
-            patch.setattr(command_line, "run_verb", parse_only)
-            patch.setitem(main.__globals__, "run_verb", parse_only)
+            patch.setattr(command_line, "run_command", parse_only)
+            patch.setitem(main.__globals__, "run_command", parse_only)
         try:
             code = main(words)
         except SystemExit as stop:

@@ -18,9 +18,9 @@ from PIL import Image
 from imagenet64_diffusion.convert_checkpoints import main as convert
 from imagenet64_diffusion.prepare_imagenet64 import main as prepare
 from imagenet64_diffusion.pretrained import DIGITS
-from tests.components import make_pipeline
-from tests.conversion.originals import model_file, params_file, unpack_optimizer
-from tests.documents.pages import ROOT
+from imagenet64_diffusion.tests.components import make_pipeline
+from imagenet64_diffusion.tests.conversion.originals import model_file, params_file, unpack_optimizer
+from imagenet64_diffusion.tests.documents.pages import ROOT
 
 
 # not those that commands of the pages write, or that are nobody's business

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
+from imagenet64_diffusion.tests.components import RECIPES
+from imagenet64_diffusion.tests.documents.pages import ROOT
 from imagenet64_diffusion.training.components import load_model_config
-from tests.components import RECIPES
-from tests.documents.pages import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.documents.pages import ROOT, Block, commands, read_blocks, read_change
+from imagenet64_diffusion.tests.documents.pages import ROOT, Block, commands, read_blocks, read_change
 
 
 PAGE = ROOT / "docs" / "extending.md"

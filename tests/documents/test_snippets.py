@@ -14,11 +14,11 @@ import pytest
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.pretrained import DIGITS
-from tests.documents.commands import VERBS, CommandError, follow
-from tests.documents.pages import PAGES, ROOT, Block, commands, read_blocks, read_change
-from tests.documents.stand_ins import make_root, provide
-from tests.hub.conftest import hub, online  # noqa: F401
-from tests.hub.loopback_hub import TOKEN
+from imagenet64_diffusion.tests.documents.commands import VERBS, CommandError, follow
+from imagenet64_diffusion.tests.documents.pages import PAGES, ROOT, Block, commands, read_blocks, read_change
+from imagenet64_diffusion.tests.documents.stand_ins import make_root, provide
+from imagenet64_diffusion.tests.hub.conftest import hub, online  # noqa: F401
+from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN
 
 
 HUB_ID = "your-name/your-model"

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.hub.conftest import hub, online  # noqa: F401
+from imagenet64_diffusion.tests.hub.conftest import hub, online  # noqa: F401
 
 
 class StandIn(torch.nn.Module):

@@ -10,7 +10,7 @@ import torch
 from imagenet64_diffusion.evaluation.drawing import ModelImages, count_classes
 from imagenet64_diffusion.pipelines.loading import load_pipeline
 from imagenet64_diffusion.pipelines.sampler import Sampler
-from tests.components import make_pipeline, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, seeded
 
 
 SAMPLER = Sampler(num_inference_steps=2, eta=1.0)

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from imagenet64_diffusion.evaluation.protocols import check_comparable, make_extractor
-from tests.hub.loopback_hub import Blob, Repository
+from imagenet64_diffusion.tests.hub.loopback_hub import Blob, Repository
 
 from .conftest import draw_pictures
 

@@ -11,7 +11,7 @@ import torch
 from imagenet64_diffusion.evaluation import precision_and_recall
 from imagenet64_diffusion.evaluation.extractors import PixelExtractor
 from imagenet64_diffusion.evaluation.float32_precision import full_float32
-from tests.verbs import training_runs  # noqa: F401 - its server of processes has imported torch
+from imagenet64_diffusion.tests.commands import training_runs  # noqa: F401 - its server of processes has imported torch
 
 
 PLACES = (

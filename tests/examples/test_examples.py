@@ -54,7 +54,7 @@ def read_digits():
 
 def test_rows_of_digits(tmp_path, read_digits):
     """The cells of a grid are found where they are, and their contents read."""
-    from imagenet64_diffusion.pipelines.pictures import image_grid
+    from imagenet64_diffusion.pipelines.image_grid import image_grid
 
     rng = np.random.default_rng(0)
     digits = rng.integers(0, 256, (2, 10, 32, 32), dtype=np.uint8)

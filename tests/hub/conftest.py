@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from tests.hub.loopback_hub import LoopbackHub
+from imagenet64_diffusion.tests.hub.loopback_hub import LoopbackHub
 
 
 # Put before a program that runs where this package is not installed.

@@ -4,8 +4,8 @@ import torch
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.convert_checkpoints import main
-from tests.conversion.originals import small_weights, write_small
-from tests.hub.loopback_hub import TOKEN
+from imagenet64_diffusion.tests.conversion.originals import small_weights, write_small
+from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN
 
 
 def convert(tmp_path, *arguments) -> int:

@@ -8,9 +8,9 @@ from huggingface_hub import constants, scan_cache_dir
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.generate_images import main
-from tests.components import make_pipeline, make_unet
-from tests.hub.conftest import files_under
-from tests.hub.loopback_hub import TOKEN, Blob, Repository
+from imagenet64_diffusion.tests.components import make_pipeline, make_unet
+from imagenet64_diffusion.tests.hub.conftest import files_under
+from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN, Blob, Repository
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -16,7 +16,7 @@ from imagenet64_diffusion.pipelines.model_card import (
     write_model_card,
 )
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
-from tests.components import make_pipeline, make_unet
+from imagenet64_diffusion.tests.components import make_pipeline, make_unet
 
 
 RECIPES = sorted(path.relative_to(CONFIG_DIR).with_suffix("").as_posix() for path in CONFIG_DIR.rglob("*.json"))

@@ -9,11 +9,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from imagenet64_diffusion import ClassConditionalPipeline
+from imagenet64_diffusion.pipelines.image_grid import image_grid
 from imagenet64_diffusion.pipelines.model_card import UNKNOWN_REPO_ID, write_model_card
-from imagenet64_diffusion.pipelines.pictures import image_grid
-from tests.components import draw_two, make_pipeline, seeded
-from tests.hub.loopback_hub import TOKEN, Blob, Repository
-from tests.verbs.runs import ROOT
+from imagenet64_diffusion.tests.commands.runs import ROOT
+from imagenet64_diffusion.tests.components import generate_two, make_pipeline, seeded
+from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN, Blob, Repository
 
 
 WHOLE = [
@@ -45,7 +45,7 @@ def test_there_and_back(online):
 
     loaded = ClassConditionalPipeline.from_pretrained("me/tiny")
     assert type(loaded) is ClassConditionalPipeline
-    assert torch.equal(draw_two(loaded), draw_two(pipeline))
+    assert torch.equal(generate_two(loaded), generate_two(pipeline))
 
 
 def test_arguments_reach_the_hub(online):

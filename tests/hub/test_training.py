@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from imagenet64_diffusion import ClassConditionalPipeline
+from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN
 from imagenet64_diffusion.train_imagenet64 import main
-from tests.hub.loopback_hub import TOKEN
 
 
 @pytest.fixture

@@ -7,16 +7,16 @@ import torch
 from huggingface_hub import ModelCard
 
 from imagenet64_diffusion import ClassConditionalPipeline
-from tests.components import draw_two, make_pipeline
-from tests.hub.conftest import WITHOUT_THE_PACKAGE
-from tests.hub.loopback_hub import TOKEN
-from tests.hub.test_pushing import WHOLE
+from imagenet64_diffusion.tests.components import generate_two, make_pipeline
+from imagenet64_diffusion.tests.hub.conftest import WITHOUT_THE_PACKAGE
+from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN
+from imagenet64_diffusion.tests.hub.test_pushing import WHOLE
 
 
 def test_from_load_to_push(online, run_python, tmp_path):
     pipeline = make_pipeline()
     pipeline.push_to_hub("me/tiny", token=TOKEN, private=True)
-    torch.save(draw_two(pipeline), tmp_path / "expected.pt")
+    torch.save(generate_two(pipeline), tmp_path / "expected.pt")
     card = ModelCard.load("me/tiny", token=TOKEN).text
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(code) == 4
@@ -76,7 +76,7 @@ def test_from_load_to_push(online, run_python, tmp_path):
         for name in ("pipeline_class_conditional.py", "unet/unet_class_conditional.py"):
             assert repository.files[name] == online.repositories["me/tiny"].files[name]
         loaded = ClassConditionalPipeline.from_pretrained(repo_id, token=TOKEN)
-        assert torch.equal(draw_two(loaded), draw_two(pipeline))
+        assert torch.equal(generate_two(loaded), generate_two(pipeline))
     repository = online.repositories["me/again"]
     assert repository.commits[repository.refs["main"]].message == "From elsewhere"
 
@@ -88,4 +88,4 @@ def test_from_load_to_push(online, run_python, tmp_path):
     online.repositories["me/tiny"].private = False
     scope = {}
     exec(with_package, scope)
-    assert torch.equal(draw_two(scope["pipeline"]), draw_two(pipeline))
+    assert torch.equal(generate_two(scope["pipeline"]), generate_two(pipeline))

@@ -14,7 +14,7 @@ from imagenet64_diffusion.models.unet_class_conditional import (
     ConvTranspose2d,
     StandardizedConv2d,
 )
-from tests.components import make_unet
+from imagenet64_diffusion.tests.components import make_unet
 
 
 ALL_LAYERS = ("resnet", "convnext", "class_attention", "self_attention", "channel_attention")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.configs import CONFIG_DIR
 from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES
-from tests.components import TINY_UNET, make_unet
+from imagenet64_diffusion.tests.components import TINY_UNET, make_unet
 
 
 def inputs(batch=3, size=16):

@@ -7,9 +7,9 @@ import pytest
 
 from imagenet64_diffusion.page.app_options import AppOptions
 from imagenet64_diffusion.page.shelf import ModelShelf
-from tests.components import make_pipeline
-from tests.page.browser import Browser, find_browser
-from tests.page.serving import Server
+from imagenet64_diffusion.tests.components import make_pipeline
+from imagenet64_diffusion.tests.page.browser import Browser, find_browser
+from imagenet64_diffusion.tests.page.serving import Server
 
 
 @pytest.fixture(scope="session")

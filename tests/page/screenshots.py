@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from imagenet64_diffusion.pretrained import DIGITS
-from tests.page.browser import Browser
-from tests.page.serving import Server
+from imagenet64_diffusion.tests.page.browser import Browser
+from imagenet64_diffusion.tests.page.serving import Server
 
 
 WIDE, NARROW = (1280, 900), (390, 844)

@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 import pytest
 from PIL import Image
 
-from tests.page.browser import Browser
+from imagenet64_diffusion.tests.page.browser import Browser
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from imagenet64_diffusion.page.drawing import Drawing
 from imagenet64_diffusion.page.live import draw
 from imagenet64_diffusion.page.request import OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULERS, read_form
 from imagenet64_diffusion.page.shelf import ModelShelf
-from tests.components import make_pipeline
-from tests.page.forms import draw_all, form
+from imagenet64_diffusion.tests.components import make_pipeline
+from imagenet64_diffusion.tests.page.forms import draw_all, form
 
 
 def pixels_of(content):

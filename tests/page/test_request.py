@@ -11,7 +11,7 @@ from imagenet64_diffusion.page.request import (
     scheduler_names,
     takes_eta,
 )
-from tests.page.forms import form
+from imagenet64_diffusion.tests.page.forms import form
 
 
 def test_a_good_form(shelf, limits):

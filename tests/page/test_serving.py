@@ -7,8 +7,8 @@ from dataclasses import astuple
 import pytest
 
 from imagenet64_diffusion.pretrained import DIGITS
-from tests.page.forms import GOOD
-from tests.page.serving import Server
+from imagenet64_diffusion.tests.page.forms import GOOD
+from imagenet64_diffusion.tests.page.serving import Server
 
 
 def data(**changes):

@@ -6,7 +6,7 @@ import pytest
 
 from imagenet64_diffusion.page.shelf import ModelShelf, facts
 from imagenet64_diffusion.pretrained import DIGITS
-from tests.components import make_pipeline
+from imagenet64_diffusion.tests.components import make_pipeline
 
 
 def test_without_a_name_it_has_the_digits():

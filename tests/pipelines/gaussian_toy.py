@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
-from tests.components import seeded
+from imagenet64_diffusion.tests.components import seeded
 
 
 SCHEDULES = ("original", "cosine")

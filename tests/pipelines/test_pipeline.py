@@ -8,7 +8,7 @@ from PIL import Image
 
 from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.models.unet_class_conditional import StandardizedConv2d
-from tests.components import make_pipeline, make_unet, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seeded
 
 
 def draw(pipeline, labels=(0, 1, 2), seeds=None, steps=4, output_type="pt", **options):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from imagenet64_diffusion.pipelines.sampler import Sampler
-from tests.components import make_pipeline, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, seeded
 
 
 def test_arguments_are_those_of_the_pipeline():

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.pipelines.loading import scheduler_class, swap_scheduler
-from tests.components import draw_two, make_pipeline, make_unet
+from imagenet64_diffusion.tests.components import generate_two, make_pipeline, make_unet
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def test_with_the_package(folder):
     loaded = ClassConditionalPipeline.from_pretrained(folder)
     assert type(loaded) is ClassConditionalPipeline
     assert type(loaded.unet) is ClassConditionalUNet2DModel
-    assert torch.equal(draw_two(loaded), draw_two(make_pipeline()))
+    assert torch.equal(generate_two(loaded), generate_two(make_pipeline()))
     assert loaded.config.id2label[0] == "tabby, tabby cat"
 
 
 def test_without_the_package(folder, outside_python):
     """In an environment that has diffusers and not us."""
-    torch.save(draw_two(make_pipeline()), folder.parent / "expected.pt")
+    torch.save(generate_two(make_pipeline()), folder.parent / "expected.pt")
     program = """
         import torch
         from diffusers import DiffusionPipeline
@@ -67,7 +67,7 @@ def test_without_the_package(folder, outside_python):
     """
     subprocess.run([outside_python, "-c", textwrap.dedent(program)], cwd=folder.parent, check=True, timeout=120)
     assert torch.equal(
-        draw_two(ClassConditionalPipeline.from_pretrained(folder.parent / "again")), draw_two(make_pipeline())
+        generate_two(ClassConditionalPipeline.from_pretrained(folder.parent / "again")), generate_two(make_pipeline())
     )
 
 
@@ -89,11 +89,11 @@ def test_stock_scheduler_inside(tmp_path):
     pipeline = make_pipeline()
     swap_scheduler(pipeline, "DPMSolverMultistep")
     assert pipeline.scheduler.config.lambda_min_clipped == -5.1
-    expected = draw_two(pipeline)
+    expected = generate_two(pipeline)
     pipeline.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"][0] == "diffusers"
-    assert torch.equal(draw_two(ClassConditionalPipeline.from_pretrained(tmp_path)), expected)
-    assert torch.equal(draw_two(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)), expected)
+    assert torch.equal(generate_two(ClassConditionalPipeline.from_pretrained(tmp_path)), expected)
+    assert torch.equal(generate_two(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)), expected)
 
 
 def test_scheduler_names():

@@ -20,8 +20,13 @@ from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler, Lea
 from imagenet64_diffusion.pipelines.loading import scheduler_class, solvable_betas, swap_scheduler
 from imagenet64_diffusion.pipelines.pipeline_class_conditional import UNSUITABLE_SCHEDULERS
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
-from tests.components import make_unet, seeded
-from tests.pipelines.gaussian_toy import SCHEDULES, GaussianDraw, draw_gaussian, make_gaussian_pipeline
+from imagenet64_diffusion.tests.components import make_unet, seeded
+from imagenet64_diffusion.tests.pipelines.gaussian_toy import (
+    SCHEDULES,
+    GaussianDraw,
+    draw_gaussian,
+    make_gaussian_pipeline,
+)
 
 
 STEPS = (20, 50, 100)

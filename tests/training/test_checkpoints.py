@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from imagenet64_diffusion import EtaDDIMScheduler
+from imagenet64_diffusion.tests.components import make_unet
 from imagenet64_diffusion.training.checkpoints import (
     STATE_NAME,
     DamagedCheckpointError,
@@ -19,7 +20,6 @@ from imagenet64_diffusion.training.checkpoints import (
     save_checkpoint,
     set_aside,
 )
-from tests.components import make_unet
 
 
 FILES = [

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from imagenet64_diffusion.configs import CONFIG_DIR
+from imagenet64_diffusion.tests.components import TINY_UNET, make_unet
 from imagenet64_diffusion.training.cost import TrainingCost, _count_flops, cost_report, estimate_cost
-from tests.components import TINY_UNET, make_unet
 
 
 LAYERS = ("resnet", "convnext", "class_attention", "self_attention", "channel_attention")

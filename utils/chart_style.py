@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .whole_files import replacing_file
+from .atomic_write import atomic_file
 
 
 if TYPE_CHECKING:
@@ -57,5 +57,5 @@ def save_figure(figure: "Figure", file: Path) -> None:
     """
     ending = file.suffix.removeprefix(".")
     metadata = {"Date": None} if ending == "svg" else None
-    with replacing_file(file) as writing:
+    with atomic_file(file) as writing:
         figure.savefig(writing, format=ending, metadata=metadata)

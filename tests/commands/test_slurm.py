@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.verbs.runs import ROOT
+from imagenet64_diffusion.tests.commands.runs import ROOT
 
 
 # Starts the task once for each machine, hands SIGTERM on, and ends with the worst exit code, as srun does.

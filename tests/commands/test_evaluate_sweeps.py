@@ -14,11 +14,8 @@ from accelerate import PartialState
 from imagenet64_diffusion.evaluation.measurement import Measurement
 from imagenet64_diffusion.evaluation.options import SweepOptions
 from imagenet64_diffusion.evaluation.sweeping import _Sweep
-from tests.components import make_pipeline
-from tests.hub.conftest import files_under, hub, online  # noqa: F401 - fixtures
-from tests.hub.loopback_hub import Blob, LoopbackHub, Repository
-from tests.verbs.evaluation_runs import (  # noqa: F401 - fixtures among them
-    EvaluationLife,
+from imagenet64_diffusion.tests.commands.evaluation_runs import (  # noqa: F401 - fixtures among them
+    EvaluationProcess,
     classifier_fixture,
     evaluate,
     files,
@@ -28,7 +25,10 @@ from tests.verbs.evaluation_runs import (  # noqa: F401 - fixtures among them
     to_arguments,
     together,
 )
-from tests.verbs.training_runs import snapshot, wait_until
+from imagenet64_diffusion.tests.commands.processes import snapshot, wait_until
+from imagenet64_diffusion.tests.components import make_pipeline
+from imagenet64_diffusion.tests.hub.conftest import files_under, hub, online  # noqa: F401 - fixtures
+from imagenet64_diffusion.tests.hub.loopback_hub import Blob, LoopbackHub, Repository
 
 
 SWEEP = {"protocol": "pixels", "num_images": 12, "device": "cpu", "batch_size": 12, "seed": 5}
@@ -60,10 +60,10 @@ def swept(tmp_path_factory, models, reference) -> Path:
     common |= {"num_inference_steps": [2, 3], "eta": [0, 1]}
     done: dict[Path, int] = {}
     for number, (signal_number, code) in enumerate(((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130))):
-        life = EvaluationLife(to_arguments("sweep", **common), folder.parent / f"log_{number}.txt")
-        wait_until(lambda done=done: len(cells(folder)) >= len(done) + 2, life)
-        life.send(signal_number)
-        assert life.end() == code, life.output()
+        process = EvaluationProcess(to_arguments("sweep", **common), folder.parent / f"log_{number}.txt")
+        wait_until(lambda done=done: len(cells(folder)) >= len(done) + 2, process)
+        process.send(signal_number)
+        assert process.end() == code, process.output()
         now = cells(folder)
         assert now.items() >= done.items()
         assert len(done) + 2 <= len(now) < 12
@@ -114,8 +114,8 @@ def test_shared_by_models_and_from_a_grid(swept, models, reference, tmp_path):
     )
     common = {"reference": reference, "models": models, "output_dir": tmp_path / "sweep", **SWEEP}
     common["grid"] = grid
-    for life in together(to_arguments("sweep", share="models", **common), 2, tmp_path / "log"):
-        assert life.end() == 0, life.output()
+    for process in together(to_arguments("sweep", share="models", **common), 2, tmp_path / "log"):
+        assert process.end() == 0, process.output()
     assert (tmp_path / "sweep" / "results.csv").read_bytes() == (swept / "results.csv").read_bytes()
 
 
@@ -124,10 +124,10 @@ def test_one_that_fails_does_not_stop_the_others(run, reference, tmp_path):
     common |= SWEEP | {"num_images": 8}
     arguments = to_arguments("sweep", scheduler=["LCM", "own"], **common)
     for number, processes in enumerate((2, 1)):
-        lives = together(arguments, processes, tmp_path / f"log_{number}")
-        assert {life.end() for life in lives} == {2}, lives[0].output()
-        assert f"4 measurements, of which {2 * number} are there already" in lives[0].output()
-        (error,) = [line for life in lives for line in life.errors() if line.startswith("error")]
+        processes = together(arguments, processes, tmp_path / f"log_{number}")
+        assert {process.end() for process in processes} == {2}, processes[0].output()
+        assert f"4 measurements, of which {2 * number} are there already" in processes[0].output()
+        (error,) = [line for process in processes for line in process.errors() if line.startswith("error")]
         assert error.startswith(f"error: 2 of 4 measurements failed, which {tmp_path / 'sweep' / 'results.csv'} says")
         assert "LCMScheduler cannot draw with this network" in error
         rows = table(tmp_path / "sweep")

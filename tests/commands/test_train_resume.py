@@ -9,9 +9,10 @@ import signal
 import pytest
 import torch
 
+from imagenet64_diffusion.tests.commands.processes import snapshot, wait_until
+from imagenet64_diffusion.tests.commands.training_runs import assert_equal_runs
 from imagenet64_diffusion.train_imagenet64 import main
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
-from tests.verbs.training_runs import assert_equal_runs, snapshot, wait_until
 
 
 def losses(run):
@@ -22,38 +23,38 @@ def test_killed_again_and_again(new_run, undisturbed):
     """In a step, in a checkpoint, in the removal of one, and in the final pipeline; with and without workers."""
     run = new_run()
     # 1. in a step, between two checkpoints
-    life = run.start()
-    wait_until(lambda: len(run.metrics()) == 2, life)
-    life.send(signal.SIGKILL)
-    assert life.end() == -signal.SIGKILL
+    process = run.start()
+    wait_until(lambda: len(run.metrics()) == 2, process)
+    process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
     assert run.checkpoint_names() == ["checkpoint-6"]
 
     # 2. in a checkpoint
-    life = run.start(dataloader_num_workers=2)
-    wait_until((run.checkpoints / ".checkpoint-12.writing").exists, life)
-    life.send(signal.SIGKILL)
-    assert life.end() == -signal.SIGKILL
+    process = run.start(dataloader_num_workers=2)
+    wait_until((run.checkpoints / ".checkpoint-12.writing").exists, process)
+    process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
     assert run.checkpoint_names() == [".checkpoint-12.writing", "checkpoint-6"]
 
     # 3. in the removal of a checkpoint, which takes a while for so many files
     for number in range(5000):
         (run.checkpoints / "checkpoint-6" / str(number)).touch()
-    life = run.start()
-    wait_until(lambda: not (run.checkpoints / "checkpoint-6").exists(), life)
-    life.send(signal.SIGKILL)
-    assert life.end() == -signal.SIGKILL
+    process = run.start()
+    wait_until(lambda: not (run.checkpoints / "checkpoint-6").exists(), process)
+    process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
     assert run.checkpoint_names() == [".checkpoint-6.writing", "checkpoint-12", "checkpoint-18"]
 
     # 4. in the final pipeline
-    life = run.start(dataloader_num_workers=2)
-    wait_until((run.output_dir / ".model.writing").exists, life)
-    life.send(signal.SIGKILL)
-    assert life.end() == -signal.SIGKILL
+    process = run.start(dataloader_num_workers=2)
+    wait_until((run.output_dir / ".model.writing").exists, process)
+    process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
     assert run.checkpoint_names() == ["checkpoint-18", "checkpoint-20"]
     assert not (run.output_dir / "model").exists()
 
-    life = run.finish()
-    assert "all 20 steps have been taken already" in life.output()
+    process = run.finish()
+    assert "all 20 steps have been taken already" in process.output()
     assert_equal_runs(run, undisturbed)
 
 
@@ -85,10 +86,10 @@ def test_a_damaged_checkpoint(killed_run, undisturbed, damage, name, message):
     damaged = killed_run.checkpoints / "checkpoint-12"
     damage(damaged / name)
     contents = snapshot(damaged)
-    life = killed_run.finish()
-    assert f"{damaged} is not a whole checkpoint: {message}" in life.output()
-    assert f"from step 6 of {killed_run.checkpoints / 'checkpoint-6'}" in life.output()
-    assert f"{damaged} is now damaged-checkpoint-12" in life.output()
+    process = killed_run.finish()
+    assert f"{damaged} is not a whole checkpoint: {message}" in process.output()
+    assert f"from step 6 of {killed_run.checkpoints / 'checkpoint-6'}" in process.output()
+    assert f"{damaged} is now damaged-checkpoint-12" in process.output()
     assert snapshot(killed_run.checkpoints / "damaged-checkpoint-12") == contents
     shutil.rmtree(killed_run.checkpoints / "damaged-checkpoint-12")
     assert_equal_runs(killed_run, undisturbed)
@@ -103,8 +104,8 @@ def test_what_a_power_cut_leaves(killed_run, undisturbed):
     newest.rename(newest.with_name(".checkpoint-12.replaced"))
     with (killed_run.output_dir / "metrics.jsonl").open("ab") as file:
         file.write(b'\xff\x00\x00\n{"step": "many"}\n[]\n{"step": 13, "lo')
-    life = killed_run.finish()
-    assert f"from step 12 of {newest}" in life.output()
+    process = killed_run.finish()
+    assert f"from step 12 of {newest}" in process.output()
     assert_equal_runs(killed_run, undisturbed)
 
 
@@ -149,8 +150,8 @@ def test_what_may_not_change(killed_run, tmp_path, capsys):
 
 def test_what_may_change(killed_run, undisturbed):
     """The run says what has changed and goes on with that."""
-    life = killed_run.finish(max_train_steps=18, learning_rate=2e-3, seed=1, dropout=0.2)
-    said = [line for line in life.errors() if line.startswith("warning: the run goes on otherwise")]
+    process = killed_run.finish(max_train_steps=18, learning_rate=2e-3, seed=1, dropout=0.2)
+    said = [line for line in process.errors() if line.startswith("warning: the run goes on otherwise")]
     for change in (
         "seed was 0 and is 1",
         "learning_rate was 0.001 and is 0.002",
@@ -169,8 +170,8 @@ def test_what_may_change(killed_run, undisturbed):
 
 def test_another_batch_size(killed_run):
     """The images go on where they were, and each step has more of them."""
-    life = killed_run.finish(max_train_steps=14, train_batch_size=8, checkpoints_total_limit=0)
-    assert "a step had 10 images and has 16" in life.output()
+    process = killed_run.finish(max_train_steps=14, train_batch_size=8, checkpoints_total_limit=0)
+    assert "a step had 10 images and has 16" in process.output()
     assert load_checkpoint(killed_run.checkpoints / "checkpoint-12").progress.images_seen == 120
     progress = load_checkpoint(killed_run.checkpoints / "checkpoint-14").progress
     assert progress.images_seen == 120 + 2 * 16
@@ -184,12 +185,14 @@ def test_a_batch_shared_otherwise(new_run):
     same |= {"train_batch_size": 16, "gradient_accumulation_steps": 1}
     whole, changed = new_run("whole", **same), new_run("changed", **same)
     whole.finish()
-    life = changed.start()
-    wait_until((changed.checkpoints / "checkpoint-6").exists, life)
-    life.send(signal.SIGKILL)
-    life.end()
-    life = changed.finish(train_batch_size=8, gradient_accumulation_steps=2)
-    assert "a step of 16 images was shared by 1 processes in pieces of 16 and is by 1 in pieces of 8" in life.output()
+    process = changed.start()
+    wait_until((changed.checkpoints / "checkpoint-6").exists, process)
+    process.send(signal.SIGKILL)
+    process.end()
+    process = changed.finish(train_batch_size=8, gradient_accumulation_steps=2)
+    assert (
+        "a step of 16 images was shared by 1 processes in pieces of 16 and is by 1 in pieces of 8" in process.output()
+    )
     assert losses(changed)[0] == losses(whole)[0]
     assert losses(changed) == pytest.approx(losses(whole), rel=1e-4)
     states = [load_checkpoint(run.checkpoints / "checkpoint-12") for run in (changed, whole)]
@@ -201,13 +204,13 @@ def test_a_batch_shared_otherwise(new_run):
 def test_a_checkpoint_of_another_run(killed_run, new_run):
     """It is where a run begins; killed, the same command goes on from the run's own newest one."""
     run, start = new_run("other"), killed_run.checkpoints / "checkpoint-12"
-    life = run.start(resume_from_checkpoint=start)
-    wait_until((run.checkpoints / "checkpoint-18").exists, life)
-    life.send(signal.SIGKILL)
-    life.end()
-    assert f"training from step 12 of {start}" in life.output()
-    life = run.finish(resume_from_checkpoint=start)
-    assert f"training from step 18 of {run.checkpoints / 'checkpoint-18'}" in life.output()
+    process = run.start(resume_from_checkpoint=start)
+    wait_until((run.checkpoints / "checkpoint-18").exists, process)
+    process.send(signal.SIGKILL)
+    process.end()
+    assert f"training from step 12 of {start}" in process.output()
+    process = run.finish(resume_from_checkpoint=start)
+    assert f"training from step 18 of {run.checkpoints / 'checkpoint-18'}" in process.output()
     assert load_checkpoint(run.checkpoints / "checkpoint-20").progress.began_from == str(start)
     killed_run.finish()
     for name in ("model/unet/diffusion_pytorch_model.safetensors", "checkpoints/checkpoint-20/optimizer.bin"):
@@ -218,33 +221,33 @@ def test_a_run_that_is_complete(undisturbed, new_run):
     run = new_run()
     shutil.copytree(undisturbed.output_dir, run.output_dir)
     shutil.rmtree(run.output_dir / "model")
-    life = run.finish()
-    assert "all 20 steps have been taken already; drawing and saving the pipeline" in life.output()
+    process = run.finish()
+    assert "all 20 steps have been taken already; drawing and saving the pipeline" in process.output()
     assert_equal_runs(run, undisturbed)
 
 
 def test_epochs_are_the_same_number_of_steps(new_run):
     """Sixteen images a step, 96 images: 1.25 epochs are 7.5 steps, so 8, from wherever the run goes on."""
     run = new_run(max_train_steps=None, num_train_epochs=1.25, train_batch_size=8, checkpointing_steps=3)
-    life = run.start()
-    wait_until((run.checkpoints / "checkpoint-3").exists, life)
-    life.send(signal.SIGKILL)
-    life.end()
-    assert "8 steps of 16 images (1.3 epochs)" in life.output()
-    life = run.finish()
-    assert "8 steps of 16 images (1.3 epochs)" in life.output()
+    process = run.start()
+    wait_until((run.checkpoints / "checkpoint-3").exists, process)
+    process.send(signal.SIGKILL)
+    process.end()
+    assert "8 steps of 16 images (1.3 epochs)" in process.output()
+    process = run.finish()
+    assert "8 steps of 16 images (1.3 epochs)" in process.output()
     assert run.checkpoint_names() == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_a_full_disk(killed_run, undisturbed):
     """No file may be so large as the optimizer's state is."""
     before = snapshot(killed_run.checkpoints)
-    life = killed_run.start(largest_file=300_000)
-    assert life.end() == 2, life.output()
-    message = life.errors()[-1]
+    process = killed_run.start(largest_file=300_000)
+    assert process.end() == 2, process.output()
+    message = process.errors()[-1]
     assert message.startswith(f"error: could not write {killed_run.checkpoints / 'checkpoint-18'} (")
     assert message.endswith("; the checkpoints before it are as they were")
-    assert "Traceback" not in life.output()
+    assert "Traceback" not in process.output()
     assert snapshot(killed_run.checkpoints) == before
     killed_run.finish()
     assert_equal_runs(killed_run, undisturbed)
@@ -270,10 +273,10 @@ def test_a_place_that_cannot_be_written(new_run, tmp_path, capsys, place):
 def test_a_loss_that_is_no_number(new_run, rate, message):
     """The run says where, and checkpoints hold finite numbers only."""
     run = new_run(learning_rate=rate, lr_scheduler="constant", max_grad_norm=0, checkpointing_steps=1)
-    life = run.start()
-    assert life.end() == 2, life.output()
-    assert re.match(message, life.errors()[-1]), life.errors()[-1]
-    assert "Traceback" not in life.output()
+    process = run.start()
+    assert process.end() == 2, process.output()
+    assert re.match(message, process.errors()[-1]), process.errors()[-1]
+    assert "Traceback" not in process.output()
     assert not (run.output_dir / "model").exists()
     for name in run.checkpoint_names():
         checkpoint = load_checkpoint(run.checkpoints / name)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..version import __version__
 from .nearest_names import nearest_name
-from .version import __version__
 
 
 Options = TypeVar("Options")
@@ -62,7 +62,7 @@ def version_line() -> str:
     return f"imagenet64-diffusion {__version__} ({', '.join(versions)}, Python {platform.python_version()})"
 
 
-def run_verb(
+def run_command(
     options_class: type[Options],
     verb: Callable[[Options], Any],
     description: str,
@@ -122,7 +122,7 @@ class SubCommand:
         options_class: Dataclass of its options.
         verb: The function behind it.
         description: What it does; its first sentence stands in the list of commands.
-        example: Arguments that it might be called with, as for `run_verb`.
+        example: Arguments that it might be called with, as for `run_command`.
     """
 
     options_class: type
@@ -132,7 +132,7 @@ class SubCommand:
 
 
 def run_sub_commands(commands: Mapping[str, SubCommand], description: str, argv: Sequence[str] | None = None) -> int:
-    """`run_verb` for a command line whose first word says which of several things to do.
+    """`run_command` for a command line whose first word says which of several things to do.
 
     Args:
         commands: By their names.
@@ -140,7 +140,7 @@ def run_sub_commands(commands: Mapping[str, SubCommand], description: str, argv:
         argv: The arguments; by default those of the process.
 
     Returns:
-        The exit code of `run_verb`; 2 where the first word is none of the names.
+        The exit code of `run_command`; 2 where the first word is none of the names.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = Path(sys.argv[0]).name
@@ -157,7 +157,7 @@ def run_sub_commands(commands: Mapping[str, SubCommand], description: str, argv:
         print(f"error: there is no {name!r}{hint}: take one of {', '.join(commands)}", file=sys.stderr)
         return 2
     command = commands[name]
-    return run_verb(
+    return run_command(
         command.options_class, command.verb, command.description, rest, f"{program} {name}", command.example
     )
 
@@ -172,7 +172,7 @@ def parse_options(
 ) -> Options:
     """The options from the command line and from the file that ``--config`` names; the command line wins.
 
-    The arguments are those of `run_verb`.
+    The arguments are those of `run_command`.
 
     Raises:
         ValueError: If the file cannot be read, names an unknown option, or a value is of the wrong type or out of

@@ -10,10 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from imagenet64_diffusion import ClassConditionalPipeline
+from imagenet64_diffusion.tests.commands.processes import CommandProcess
+from imagenet64_diffusion.tests.commands.runs import run_script
+from imagenet64_diffusion.tests.commands.training_runs import TINY
 from imagenet64_diffusion.train_imagenet64 import main
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
-from tests.verbs.runs import run_script
-from tests.verbs.training_runs import TINY, Life
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def train(tmp_path, prepared):
         ]
         if as_command or processes > 1:
             return run_script("train_imagenet64.py", *arguments, processes=processes), output_dir
-        life = Life(arguments, tmp_path / f"{name}.txt")
-        code = life.end()
-        return subprocess.CompletedProcess(arguments, code, life.output(), life.output()), output_dir
+        process = CommandProcess(arguments, tmp_path / f"{name}.txt")
+        code = process.end()
+        return subprocess.CompletedProcess(arguments, code, process.output(), process.output()), output_dir
 
     return run
 

@@ -8,14 +8,14 @@ import pytest
 
 from imagenet64_diffusion.evaluate_models import main
 from imagenet64_diffusion.evaluation.measurement import Measurement
-from tests.components import make_pipeline
-from tests.verbs.training_runs import Life, distributed, free_port
+from imagenet64_diffusion.tests.commands.processes import CommandProcess, distributed, free_port
+from imagenet64_diffusion.tests.components import make_pipeline
 
 
 GREY_STEP = 1 / (4 * 255)
 
 
-class EvaluationLife(Life):
+class EvaluationProcess(CommandProcess):
     """A process in which ``imagenet64-evaluate`` runs."""
 
     program = "evaluate_models"
@@ -64,13 +64,13 @@ def assert_same_numbers(folder: Path, other: Path, relative: float = 1e-5, most_
     np.testing.assert_array_equal(np.load(folder / "indices.npy"), np.load(other / "indices.npy"))
 
 
-def together(arguments: list[str], processes: int, log: Path) -> list[EvaluationLife]:
+def together(arguments: list[str], processes: int, log: Path) -> list[EvaluationProcess]:
     """Processes that share a run, as a launcher starts them."""
     if processes == 1:
-        return [EvaluationLife(arguments, log)]
+        return [EvaluationProcess(arguments, log)]
     port = free_port()
     return [
-        EvaluationLife(arguments, log.with_name(f"{log.name}_{rank}"), distributed(rank, processes, port))
+        EvaluationProcess(arguments, log.with_name(f"{log.name}_{rank}"), distributed(rank, processes, port))
         for rank in range(processes)
     ]
 

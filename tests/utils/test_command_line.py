@@ -8,13 +8,13 @@ from typing import Literal
 
 import pytest
 
-from imagenet64_diffusion.command_line import (
+from imagenet64_diffusion.utils.command_line import (
     SubCommand,
     option,
     option_list,
     parse_options,
+    run_command,
     run_sub_commands,
-    run_verb,
 )
 from imagenet64_diffusion.version import __version__
 
@@ -91,7 +91,7 @@ def test_a_file_gives_defaults_and_the_command_line_wins(tmp_path, ending, text)
 def test_wrong_files(tmp_path, capsys, text, message):
     file = tmp_path / "options.json"
     file.write_text(text)
-    assert run_verb(Options, print, "Does nothing.", ["--config", str(file), "--place", "x"]) == 2
+    assert run_command(Options, print, "Does nothing.", ["--config", str(file), "--place", "x"]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -108,7 +108,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys, content, message):
     file = tmp_path / "options.yaml"
     if content is not None:
         file.write_bytes(content)
-    assert run_verb(Options, print, "Does nothing.", ["--config", str(file), "--place", "x"]) == 2
+    assert run_command(Options, print, "Does nothing.", ["--config", str(file), "--place", "x"]) == 2
     captured = capsys.readouterr().err
     assert captured.startswith(f"error: --config {'is ' if content is None else ''}{file}")
     assert message in captured
@@ -198,7 +198,7 @@ def test_files_of_options_that_come_along(tmp_path, monkeypatch, capsys):
     (tmp_path / "presets" / "large.yaml").write_text("place: x\nsize: 100\n")
     options = {"description": "Does nothing.", "presets": tmp_path / "presets"}
     assert parse_options(Options, argv=["--config", "large"], **options) == Options("x", 100)
-    assert run_verb(Options, print, argv=["--config", "lagre"], **options) == 2
+    assert run_command(Options, print, argv=["--config", "lagre"], **options) == 2
     message = "error: --config is lagre, but there is no such file, and it is none of large; perhaps large\n"
     assert capsys.readouterr().err == message
     # a file of that name comes first
@@ -211,15 +211,15 @@ def test_exit_codes(capsys, monkeypatch):
         def verb(options):
             raise error
 
-        return run_verb(Options, verb, "Does nothing.", ["--place", "x"])
+        return run_command(Options, verb, "Does nothing.", ["--place", "x"])
 
-    assert run_verb(Options, lambda options: None, "Does nothing.", ["--place", "x"]) == 0
+    assert run_command(Options, lambda options: None, "Does nothing.", ["--place", "x"]) == 0
     assert fail_with(ValueError("no good")) == 2
     assert capsys.readouterr().err == "error: no good\n"
     assert fail_with(OSError(28, "No space left on device", "model")) == 2
     assert "No space left on device: 'model'" in capsys.readouterr().err
     assert fail_with(KeyboardInterrupt()) == 130
-    assert run_verb(Options, print, "Does nothing.", ["--place", "x", "--size", "0"]) == 2
+    assert run_command(Options, print, "Does nothing.", ["--place", "x", "--size", "0"]) == 2
     assert "error: size is 0, but must be at least 1" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         fail_with(ZeroDivisionError())
@@ -251,7 +251,7 @@ def test_exit_codes(capsys, monkeypatch):
 def test_arguments_that_do_not_parse(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/nothing"])
     with pytest.raises(SystemExit) as stop:
-        run_verb(Options, print, "Does nothing.", arguments)
+        run_command(Options, print, "Does nothing.", arguments)
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"usage: nothing --place FOLDER [options]\nerror: {message}\n"
 
@@ -300,7 +300,7 @@ def test_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.argv", ["/usr/bin/nothing"])
     with pytest.raises(SystemExit) as stop:
-        run_verb(Options, print, "Does nothing. Slowly.", ["--help"], example="--place x\n--size 5")
+        run_command(Options, print, "Does nothing. Slowly.", ["--help"], example="--place x\n--size 5")
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(HELP)
 
@@ -325,7 +325,7 @@ def test_help_of_every_type(capsys, monkeypatch):
 
 def test_version(capsys):
     expected = f"imagenet64-diffusion {__version__} (torch {metadata.version('torch')}, diffusers "
-    assert run_verb(Options, print, "Does nothing.", ["--place", "x", "--version"]) == 0
+    assert run_command(Options, print, "Does nothing.", ["--place", "x", "--version"]) == 0
     assert run_command("--version") == 0
     assert run_command("sell", "--version") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -336,7 +336,7 @@ def test_version(capsys):
 PROGRAM = """
 import os, signal, sys
 from dataclasses import dataclass
-from imagenet64_diffusion.command_line import option, run_verb
+from imagenet64_diffusion.utils.command_line import option, run_command
 
 @dataclass
 class Options:
@@ -353,7 +353,7 @@ def verb(options):
         os.kill(os.getpid(), signal.SIGINT)
     print("done, without torch" if "torch" not in sys.modules else "done")
 
-sys.exit(run_verb(Options, verb, ""))
+sys.exit(run_command(Options, verb, ""))
 """
 
 
@@ -394,25 +394,25 @@ def fail(options):
     raise ValueError(f"nobody wants {options.place}")
 
 
-def run_command(*arguments) -> int:
+def run_houses(*arguments) -> int:
     return run_sub_commands(COMMANDS, "Deals with houses.", [str(argument) for argument in arguments])
 
 
 def test_a_sub_command_is_its_verb(capsys):
-    assert run_command("paint", "--place", "there", "--size", 2) == 0
+    assert run_houses("paint", "--place", "there", "--size", 2) == 0
     assert capsys.readouterr().out == f"painting {Options('there', 2)}\n"
-    assert run_command("sell", "--place", "there") == 2
+    assert run_houses("sell", "--place", "there") == 2
     assert capsys.readouterr().err == "error: nobody wants there\n"
-    assert run_command("sell", "--place", "there", "--size", 0) == 2
+    assert run_houses("sell", "--place", "there", "--size", 0) == 2
     assert capsys.readouterr().err == "error: size is 0, but must be at least 1\n"
 
 
 def test_a_sub_command_takes_a_file_of_options(tmp_path, capsys):
     (tmp_path / "options.yaml").write_text("place: there\nsize: 7\n")
-    assert run_command("paint", "--config", tmp_path / "options.yaml", "--size", 8) == 0
+    assert run_houses("paint", "--config", tmp_path / "options.yaml", "--size", 8) == 0
     assert capsys.readouterr().out == f"painting {Options('there', 8)}\n"
     (tmp_path / "options.yaml").write_text("colour: red\n")
-    assert run_command("paint", "--config", tmp_path / "options.yaml") == 2
+    assert run_houses("paint", "--config", tmp_path / "options.yaml") == 2
     assert "names 'colour', which is not an option" in capsys.readouterr().err
 
 
@@ -422,7 +422,7 @@ def test_which_sub_commands_there_are(capsys, monkeypatch):
         "usage: houses {paint,sell} [options]\n\nDeals with houses.\n\n  paint  Paints a house.\n  sell   Sells it.\n"
     )
     for arguments, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
-        assert run_command(*arguments) == code
+        assert run_houses(*arguments) == code
         captured = capsys.readouterr()
         assert (captured.out if code == 0 else captured.err).startswith(shown)
         assert (captured.err if code == 0 else captured.out) == ""
@@ -436,7 +436,7 @@ def test_which_sub_commands_there_are(capsys, monkeypatch):
     ("name", "hint"), [("pant", ", perhaps paint"), ("sel", ", perhaps sell"), ("rent", ""), ("--size", "")]
 )
 def test_an_unknown_sub_command(capsys, name, hint):
-    assert run_command(name, "--place", "x") == 2
+    assert run_houses(name, "--place", "x") == 2
     captured = capsys.readouterr()
     assert captured.err == f"error: there is no {name!r}{hint}: take one of paint, sell\n"
     assert captured.out == ""
@@ -445,7 +445,7 @@ def test_an_unknown_sub_command(capsys, name, hint):
 def test_help_of_a_sub_command(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["houses"])
     with pytest.raises(SystemExit) as stop:
-        run_command("sell", "--help")
+        run_houses("sell", "--help")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: houses sell --place FOLDER [options]\n\nSells it. Slowly.\n\nplace:\n")

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from imagenet64_diffusion.cpu_memory import keep_freed_memory
+from imagenet64_diffusion.utils.memory import keep_freed_memory
 
 
 PROGRAM = """
 import resource, sys
 import torch
-from imagenet64_diffusion.cpu_memory import keep_freed_memory
+from imagenet64_diffusion.utils.memory import keep_freed_memory
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()

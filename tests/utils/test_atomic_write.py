@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from imagenet64_diffusion.whole_files import only_writer, replacing_file, replacing_folder, settle_folder
+from imagenet64_diffusion.utils.atomic_write import atomic_file, atomic_folder, only_writer, settle_folder
 
 
 def names(folder):
@@ -21,7 +21,7 @@ def names(folder):
 
 def test_folder_takes_the_place_of_the_old_one(tmp_path):
     for content in ("first", "second"):
-        with replacing_folder(tmp_path / "deep" / "model") as writing:
+        with atomic_folder(tmp_path / "deep" / "model") as writing:
             (writing / "sub").mkdir()
             (writing / "sub" / "file").write_text(content)
             (writing / content).write_text("")
@@ -34,7 +34,7 @@ def test_folder_takes_the_place_of_the_old_one(tmp_path):
 def test_files_have_the_usual_permissions(tmp_path):
     usual = tmp_path / "usual"
     usual.write_text("")
-    with replacing_folder(tmp_path / "model") as writing:
+    with atomic_folder(tmp_path / "model") as writing:
         (writing / "sub").mkdir()
         save_file({"weight": torch.zeros(2)}, writing / "sub" / "weights.safetensors")
         script = writing / "script.sh"
@@ -52,12 +52,12 @@ def test_an_error_leaves_what_was_there(tmp_path):
     (tmp_path / "file.txt").write_text("old")
 
     def fail_in_folder():
-        with replacing_folder(tmp_path / "model") as writing:
+        with atomic_folder(tmp_path / "model") as writing:
             (writing / "new").write_text("new")
             raise ZeroDivisionError
 
     def fail_in_file():
-        with replacing_file(tmp_path / "file.txt") as writing:
+        with atomic_file(tmp_path / "file.txt") as writing:
             writing.write_text("new")
             raise ZeroDivisionError
 
@@ -70,7 +70,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 
 def test_file_keeps_its_ending(tmp_path):
-    with replacing_file(tmp_path / "deep" / "a.png") as writing:
+    with atomic_file(tmp_path / "deep" / "a.png") as writing:
         assert writing.suffix == ".png"
         writing.write_bytes(b"x")
     assert names(tmp_path / "deep") == ["a.png"]
@@ -81,8 +81,8 @@ def test_kill_while_writing(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("old")
     program = (
-        "import sys, time; from imagenet64_diffusion.whole_files import replacing_folder\n"
-        "with replacing_folder(sys.argv[1]) as writing:\n"
+        "import sys, time; from imagenet64_diffusion.utils.atomic_write import atomic_folder\n"
+        "with atomic_folder(sys.argv[1]) as writing:\n"
         "    (writing / 'new').write_text('half'); print('writing', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "model")], stdout=subprocess.PIPE)
@@ -90,7 +90,7 @@ def test_kill_while_writing(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert names(tmp_path / "model") == ["old"]
-    with replacing_folder(tmp_path / "model") as writing:
+    with atomic_folder(tmp_path / "model") as writing:
         assert names(writing) == []
         (writing / "new").write_text("new")
     assert names(tmp_path) == ["model"]
@@ -101,7 +101,7 @@ def test_kill_between_the_two_renames(tmp_path):
     """The moment in which the new folder is not yet in place: the old one is put back."""
     (tmp_path / ".model.replaced").mkdir()
     (tmp_path / ".model.replaced" / "old").write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "model"):
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "model"):
         1 / 0  # noqa: B018
     assert names(tmp_path) == ["model"]
     assert names(tmp_path / "model") == ["old"]
@@ -110,7 +110,7 @@ def test_kill_between_the_two_renames(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     begin = time.monotonic()
-    with pytest.raises(OSError, match="file"), replacing_folder(tmp_path / "file" / "model"):
+    with pytest.raises(OSError, match="file"), atomic_folder(tmp_path / "file" / "model"):
         pass
     assert time.monotonic() - begin < 10
     assert names(tmp_path) == ["file"]
@@ -132,7 +132,7 @@ def test_killed_at_any_call(tmp_path):
     """A writer that dies at its k-th step, for every k: the old folder is there or the new one, never a half."""
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from imagenet64_diffusion.whole_files import replacing_folder\n"
+        "from imagenet64_diffusion.utils.atomic_write import atomic_folder\n"
         "left = int(sys.argv[2])\n"
         "def die(event, arguments):\n"
         "    global left\n"
@@ -140,7 +140,7 @@ def test_killed_at_any_call(tmp_path):
         "        left -= 1\n"
         "        if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.addaudithook(die)\n"
-        "with replacing_folder(sys.argv[1]) as writing:\n"
+        "with atomic_folder(sys.argv[1]) as writing:\n"
         "    for name in 'ab': (writing / name).write_text('new')\n"
         "print(left)\n"
     )
@@ -174,7 +174,7 @@ def test_killed_at_any_call(tmp_path):
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
     """By whatever name the folder is called; when it ends or is killed, the next one may write."""
     program = (
-        "import sys, time; from imagenet64_diffusion.whole_files import only_writer\n"
+        "import sys, time; from imagenet64_diffusion.utils.atomic_write import only_writer\n"
         "with only_writer(sys.argv[1]): print('writing', flush=True); sys.stdin.read()\n"
     )
     folder = tmp_path / "deep" / "out"

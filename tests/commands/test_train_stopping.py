@@ -10,22 +10,23 @@ import time
 
 import pytest
 
-from tests.verbs.runs import ROOT
-from tests.verbs.training_runs import TrainingRun, assert_equal_runs, wait_until
+from imagenet64_diffusion.tests.commands.processes import wait_until
+from imagenet64_diffusion.tests.commands.runs import ROOT
+from imagenet64_diffusion.tests.commands.training_runs import TrainingRun, assert_equal_runs
 
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-def assert_stopped(run: TrainingRun, life, number: signal.Signals) -> int:
+def assert_stopped(run: TrainingRun, process, number: signal.Signals) -> int:
     """The run says after which step it was stopped, and the checkpoint of that step is there; gives the step."""
-    assert life.end() == EXIT_CODES[number], life.output()
+    assert process.end() == EXIT_CODES[number], process.output()
     step = max(int(name.split("-")[1]) for name in run.checkpoint_names())
-    assert life.errors()[-1] == (
+    assert process.errors()[-1] == (
         f"stopped by {number.name} after step {step} of 20; {run.checkpoints}/checkpoint-{step} keeps it: the same"
         " command goes on from there"
     )
-    assert "Traceback" not in life.output()
+    assert "Traceback" not in process.output()
     assert not any(name.startswith(".") for name in run.checkpoint_names())
     assert not (run.output_dir / "model").exists()
     return step
@@ -35,16 +36,16 @@ def assert_stopped(run: TrainingRun, life, number: signal.Signals) -> int:
 def test_asked_to_stop(new_run, undisturbed, number):
     """By a signal to the whole process group, as from a terminal or a job scheduler, so that workers get it too."""
     run = new_run(dataloader_num_workers=2)
-    life = run.start()
-    wait_until(lambda: len(run.metrics()) == 2, life)
-    life.send(number, group=True)
-    assert assert_stopped(run, life, number) in range(8, 12)
+    process = run.start()
+    wait_until(lambda: len(run.metrics()) == 2, process)
+    process.send(number, group=True)
+    assert assert_stopped(run, process, number) in range(8, 12)
     if number == signal.SIGTERM:
         # and in a step that has a checkpoint anyway
-        life = run.start(dataloader_num_workers=0)
-        wait_until((run.checkpoints / ".checkpoint-18.writing").exists, life)
-        life.send(number)
-        assert assert_stopped(run, life, number) == 18
+        process = run.start(dataloader_num_workers=0)
+        wait_until((run.checkpoints / ".checkpoint-18.writing").exists, process)
+        process.send(number)
+        assert assert_stopped(run, process, number) == 18
     run.finish()
     assert_equal_runs(run, undisturbed)
 
@@ -53,19 +54,19 @@ def test_interrupted_twice(new_run):
     """The second time at once, and what was being written is gone."""
     run = new_run(sample_steps=0, num_inference_steps=4000, num_train_timesteps=4000, timestep_sampling="uniform")
     # the first of them waits for pictures that take long
-    life = run.start(sample_steps=8)
+    process = run.start(sample_steps=8)
     # the last thing before two quick steps, after which the pictures begin
-    wait_until(lambda: (run.output_dir / "loss_chart.png").is_file(), life)
+    wait_until(lambda: (run.output_dir / "loss_chart.png").is_file(), process)
     time.sleep(2)
-    life.send(signal.SIGINT)
+    process.send(signal.SIGINT)
     time.sleep(0.2)
     # a launcher of several processes sends what the terminal has sent
-    life.send(signal.SIGINT)
+    process.send(signal.SIGINT)
     time.sleep(3)
-    assert not life.is_over()
-    life.send(signal.SIGINT)
-    assert life.end(20) == 130
-    assert life.errors()[-1] == "interrupted"
+    assert not process.is_over()
+    process.send(signal.SIGINT)
+    assert process.end(20) == 130
+    assert process.errors()[-1] == "interrupted"
     assert run.checkpoint_names() == ["checkpoint-6"]
     assert sorted(path.name for path in run.output_dir.iterdir()) == ["checkpoints", "loss_chart.png", "metrics.jsonl"]
 
@@ -118,7 +119,7 @@ def moments(run: TrainingRun):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_twenty_random_moments(new_run, undisturbed, number, capsys):
-    """Chains of lives that all end early, until there were twenty of them; each chain ends as if undisturbed."""
+    """Chains of processes that all end early, until there were twenty of them; each chain ends as if undisturbed."""
     rng = random.Random(f"{SOAK_SEED} {number.name}")
     begin, hits, chains = time.monotonic(), [], 0
     print(f"IMAGENET64_SOAK_SEED={SOAK_SEED} draws the moments again")
@@ -129,19 +130,19 @@ def test_twenty_random_moments(new_run, undisturbed, number, capsys):
             workers = rng.choice([0, 2])
             name = rng.choice(list(moments(run)))
             happens, longest = moments(run)[name]
-            life = run.start(dataloader_num_workers=workers)
+            process = run.start(dataloader_num_workers=workers)
             wait = rng.uniform(0, longest)
-            while not happens() and not life.is_over():
+            while not happens() and not process.is_over():
                 time.sleep(0.0002)
             time.sleep(wait)
-            if life.is_over():
-                assert life.end() == 0, life.output()
+            if process.is_over():
+                assert process.end() == 0, process.output()
                 continue
-            life.send(number, group=rng.random() < 0.5)
-            code = life.end()
+            process.send(number, group=rng.random() < 0.5)
+            code = process.end()
             # the end may have come first; before its first step and after its last one a run ends at once
-            assert code in (0, -number, EXIT_CODES.get(number)), life.output()
-            assert "Traceback" not in life.output()
+            assert code in (0, -number, EXIT_CODES.get(number)), process.output()
+            assert "Traceback" not in process.output()
             if code != 0:
                 left = sorted(path.name for path in run.output_dir.rglob(".*")) if run.output_dir.exists() else []
                 hits.append((name, code, run.checkpoint_names(), left))

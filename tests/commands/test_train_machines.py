@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from imagenet64_diffusion.tests.commands.processes import distributed, free_port, snapshot, wait_until
+from imagenet64_diffusion.tests.commands.runs import ROOT
+from imagenet64_diffusion.tests.commands.training_runs import TrainingRun, assert_equal_runs
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
-from tests.verbs.runs import ROOT
-from tests.verbs.training_runs import TrainingRun, assert_equal_runs, distributed, free_port, snapshot, wait_until
 
 
 # Twelve steps of 16 images; drop-out would depend on how they are shared.
@@ -42,16 +43,16 @@ class TwoLives:
         self.second_dir = run.folder / "second"
         self.second_dir.mkdir(exist_ok=True)
         second = {"output_dir": self.second_dir / "out", **changes.pop("second", {})}
-        self.lives = [
+        self.processes = [
             run.start(environment=distributed(0, 2, port), **changes),
             run.start(environment=distributed(1, 2, port), directory=self.second_dir, **{**changes, **second}),
         ]
 
     def end(self) -> list[int]:
-        return [life.end() for life in self.lives]
+        return [process.end() for process in self.processes]
 
     def finish(self) -> "TwoLives":
-        assert self.end() == [0, 0], "\n".join(life.output() for life in self.lives)
+        assert self.end() == [0, 0], "\n".join(process.output() for process in self.processes)
         return self
 
 
@@ -76,20 +77,20 @@ def assert_close_runs(run: TrainingRun, other: TrainingRun) -> None:
 def test_two_processes_killed(shared_run):
     """By SIGTERM to one of them and by SIGKILL; then again by one process with the same batch."""
     undisturbed, killed = shared_run("undisturbed"), shared_run("killed")
-    assert "on 2 x cpu" in TwoLives(undisturbed).finish().lives[0].output()
+    assert "on 2 x cpu" in TwoLives(undisturbed).finish().processes[0].output()
 
     both = TwoLives(killed)
-    wait_until(lambda: len(killed.metrics()) == 1, both.lives[0])
-    both.lives[1].send(signal.SIGTERM)
+    wait_until(lambda: len(killed.metrics()) == 1, both.processes[0])
+    both.processes[1].send(signal.SIGTERM)
     assert both.end() == [143, 143]
     step = int(killed.checkpoint_names()[-1].removeprefix("checkpoint-"))
-    assert f"stopped by SIGTERM after step {step} of 12" in both.lives[0].output()
-    assert "stopped" not in both.lives[1].output()
+    assert f"stopped by SIGTERM after step {step} of 12" in both.processes[0].output()
+    assert "stopped" not in both.processes[1].output()
     if step < 9:
         both = TwoLives(killed)
-        wait_until(lambda: len(killed.metrics()) == 2, both.lives[0])
-        for life in both.lives:
-            life.send(signal.SIGKILL)
+        wait_until(lambda: len(killed.metrics()) == 2, both.processes[0])
+        for process in both.processes:
+            process.send(signal.SIGKILL)
         assert both.end() == [-signal.SIGKILL] * 2
     shutil.copytree(killed.folder, killed.folder.with_name("alone"))
     assert not any((both.second_dir).iterdir())
@@ -97,8 +98,8 @@ def test_two_processes_killed(shared_run):
     assert_equal_runs(killed, undisturbed)
 
     alone = shared_run("alone")
-    life = alone.finish(gradient_accumulation_steps=2)
-    assert "was shared by 2 processes in pieces of 8 and is by 1 in pieces of 8" in life.output()
+    process = alone.finish(gradient_accumulation_steps=2)
+    assert "was shared by 2 processes in pieces of 8 and is by 1 in pieces of 8" in process.output()
     assert_close_runs(alone, undisturbed)
 
 
@@ -144,7 +145,7 @@ def test_two_machines(shared_run, tmp_path):
     assert 6 <= step < 12
     assert list(second.iterdir()) == []
 
-    assert f"from step {step} of" in TwoLives(run).finish().lives[0].output()
+    assert f"from step {step} of" in TwoLives(run).finish().processes[0].output()
     assert_close_runs(run, whole)
 
 
@@ -155,19 +156,19 @@ def test_what_another_machine_has(shared_run, tmp_path):
     next(damaged.glob("*.arrow")).write_bytes(b"no longer an arrow file")
     both = TwoLives(run, second={"train_data_dir": damaged})
     assert both.end() == [2, 2]
-    assert both.lives[0].errors()[-1].startswith(f"error: process 1 of 2: {damaged}")
-    assert both.lives[1].errors() == []
+    assert both.processes[0].errors()[-1].startswith(f"error: process 1 of 2: {damaged}")
+    assert both.processes[1].errors() == []
 
     other = shutil.copytree(run.prepared, tmp_path / "other")
     record = json.loads((other / "preparation.json").read_text())
     (other / "preparation.json").write_text(json.dumps({**record, "fingerprint": "sha256:" + 64 * "0"}))
     both = TwoLives(run, second={"train_data_dir": other})
     assert both.end() == [2, 2]
-    assert "the images' fingerprint is sha256:" in both.lives[0].errors()[-1]
+    assert "the images' fingerprint is sha256:" in both.processes[0].errors()[-1]
 
     both = TwoLives(run, second={"learning_rate": 0.5})
     assert both.end() == [2, 2]
-    assert both.lives[0].errors()[-1] == (
+    assert both.processes[0].errors()[-1] == (
         "error: learning_rate is 0.001, but process 1 has 0.5: all machines must have the same"
     )
     # and what the main process alone can know
@@ -175,8 +176,8 @@ def test_what_another_machine_has(shared_run, tmp_path):
     (run.checkpoints / "checkpoint-3").mkdir()
     both = TwoLives(run)
     assert both.end() == [2, 2]
-    assert "none of the checkpoints in" in both.lives[0].errors()[-1]
-    assert both.lives[1].errors() == []
+    assert "none of the checkpoints in" in both.processes[0].errors()[-1]
+    assert both.processes[1].errors() == []
     assert snapshot(run.output_dir) == {}
 
 
@@ -184,8 +185,8 @@ def test_a_full_disk_of_the_first_machine(shared_run):
     run = shared_run("run")
     both = TwoLives(run, largest_file=100_000)
     assert both.end() == [2, 2]
-    assert both.lives[0].errors()[-1].startswith("error: could not write ")
-    assert not any("Traceback" in life.output() for life in both.lives)
+    assert both.processes[0].errors()[-1].startswith("error: could not write ")
+    assert not any("Traceback" in process.output() for process in both.processes)
     assert run.checkpoint_names() == []
 
 
@@ -216,8 +217,8 @@ def test_fine_tuning_on_two_machines(undisturbed, prepared, tmp_path):
     options |= {"report_to": "none", "logging_steps": 1, "num_inference_steps": 2, "num_samples_per_class": 1}
     run = TrainingRun(tmp_path / "run", prepared, options)
     both = TwoLives(run, second={"pretrained_model_name_or_path": tmp_path / "nowhere"})
-    assert both.end() == [2, 2], [life.output() for life in both.lives]
-    assert both.lives[0].errors()[-1].startswith("error: process 1 of 2: ")
+    assert both.end() == [2, 2], [process.output() for process in both.processes]
+    assert both.processes[0].errors()[-1].startswith("error: process 1 of 2: ")
     assert not run.output_dir.exists()
     both = TwoLives(run, second={"pretrained_model_name_or_path": second}).finish()
-    assert f"training from {first}" in both.lives[0].output()
+    assert f"training from {first}" in both.processes[0].output()

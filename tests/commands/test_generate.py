@@ -9,8 +9,8 @@ from PIL import Image
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.generate_images import main
-from tests.components import make_pipeline
-from tests.verbs.runs import run_script
+from imagenet64_diffusion.tests.commands.runs import run_script
+from imagenet64_diffusion.tests.components import make_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Gives an empty folder to write to, which takes the place of ``folder`` when the block ends without an error.
 
     A process that is killed at any moment leaves the old folder, or the new one, or for an instant neither but the old
@@ -39,7 +39,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_file(file: str | Path) -> Iterator[Path]:
+def atomic_file(file: str | Path) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of ``file`` when the block ends without an error."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)

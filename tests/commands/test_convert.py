@@ -9,8 +9,8 @@ import torch
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.convert_checkpoints import main
-from imagenet64_diffusion.train_imagenet64 import main as train_main
-from tests.conversion.originals import (
+from imagenet64_diffusion.tests.commands.runs import prepare_noise, run_script
+from imagenet64_diffusion.tests.conversion.originals import (
     SMALL_PARAMS,
     model_file,
     params_file,
@@ -19,7 +19,7 @@ from tests.conversion.originals import (
     unpack_optimizer,
     write_small,
 )
-from tests.verbs.runs import prepare_noise, run_script
+from imagenet64_diffusion.train_imagenet64 import main as train_main
 
 
 def names(folder):

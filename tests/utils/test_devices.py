@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from imagenet64_diffusion.devices import find_device
+from imagenet64_diffusion.utils.devices import find_device
 
 
 def test_devices_that_are_there():

@@ -11,13 +11,13 @@ from imagenet64_diffusion.data.image_source import ImageDatasetSource
 from imagenet64_diffusion.evaluation.grids import sampler_grid
 from imagenet64_diffusion.evaluation.options import ReferenceOptions, ScoreOptions, SweepOptions
 from imagenet64_diffusion.evaluation.protocols import make_extractor
-from imagenet64_diffusion.nearest_names import nearest_name, perhaps
 from imagenet64_diffusion.pipelines.loading import load_pipeline, scheduler_class
 from imagenet64_diffusion.pretrained import DIGITS
+from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS
 from imagenet64_diffusion.training.components import load_model_config, unet_config
 from imagenet64_diffusion.training.loop import train
 from imagenet64_diffusion.training.options import TrainOptions
-from tests.conversion.originals import SMALL_PARAMS
+from imagenet64_diffusion.utils.nearest_names import nearest_name, perhaps
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..whole_files import replacing_file
+from ..utils.atomic_write import atomic_file
 
 
 _MIN_CELL = 64  # pixels; smaller images are enlarged by a whole factor so that a person sees them
@@ -80,7 +80,7 @@ def save_animation(frames: Sequence[Image.Image], file: str | Path, fps: float, 
         hold_seconds: How long the last frame stays.
     """
     durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * hold_seconds)]
-    with replacing_file(file) as writing:
+    with atomic_file(file) as writing:
         frames[0].save(writing, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.verbs.training_runs import EVERYTHING, TrainingRun, wait_until
+from imagenet64_diffusion.tests.commands.processes import wait_until
+from imagenet64_diffusion.tests.commands.training_runs import EVERYTHING, TrainingRun
 
 
 @pytest.fixture
@@ -33,10 +34,10 @@ def undisturbed(tmp_path_factory, prepared) -> TrainingRun:
 def killed(tmp_path_factory, prepared) -> TrainingRun:
     """The same run, killed after step 12; to be copied."""
     run = TrainingRun(tmp_path_factory.mktemp("killed"), prepared, EVERYTHING)
-    life = run.start()
-    wait_until((run.checkpoints / "checkpoint-12").exists, life)
-    life.send(signal.SIGKILL)
-    assert life.end() == -signal.SIGKILL
+    process = run.start()
+    wait_until((run.checkpoints / "checkpoint-12").exists, process)
+    process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
     return run
 
 

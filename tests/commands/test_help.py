@@ -15,13 +15,13 @@ from imagenet64_diffusion import (
     prepare_imagenet64,
     train_imagenet64,
 )
-from imagenet64_diffusion.command_line import parse_options
 from imagenet64_diffusion.configs import CONFIG_DIR
 from imagenet64_diffusion.convert_checkpoints import ConvertOptions
 from imagenet64_diffusion.pipelines.generation_options import GenerateOptions
 from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions
 from imagenet64_diffusion.pretrained import DIGITS
 from imagenet64_diffusion.training.options import TrainOptions
+from imagenet64_diffusion.utils.command_line import parse_options
 
 
 # what is typed -> main, its first arguments, its options, and the headings of its help in their order

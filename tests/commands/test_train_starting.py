@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from imagenet64_diffusion.convert_checkpoints import main as convert
+from imagenet64_diffusion.tests.commands.processes import snapshot
+from imagenet64_diffusion.tests.commands.runs import prepare_noise
+from imagenet64_diffusion.tests.commands.training_runs import TrainingRun
+from imagenet64_diffusion.tests.conversion.originals import small_weights, write_small
 from imagenet64_diffusion.train_imagenet64 import main
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
-from tests.conversion.originals import small_weights, write_small
-from tests.verbs.runs import prepare_noise
-from tests.verbs.training_runs import TrainingRun, snapshot
 
 
 LEARNT = {
@@ -77,9 +78,9 @@ def with_classes(prepared, folder, names):
 def test_fine_tuning_begins_with_the_weights(tuned, learnt):
     """Weights, schedule and prediction are the pipeline's, and the first loss is one of a model that has learnt."""
     run = tuned()
-    life = run.finish()
-    assert f"training from {learnt.output_dir / 'model'}: " in life.output()
-    assert "predicting epsilon" in life.output()
+    process = run.finish()
+    assert f"training from {learnt.output_dir / 'model'}: " in process.output()
+    assert "predicting epsilon" in process.output()
     before = unet_weights(learnt)
     for name, weight in unet_weights(run).items():
         torch.testing.assert_close(weight, before[name], atol=1e-9, rtol=0)
@@ -161,10 +162,10 @@ def test_a_converted_checkpoint(tmp_path):
     options |= {"learning_rate": 1e-12, "adam_weight_decay": 0, "lr_scheduler": "constant"}
     data = prepare_noise(tmp_path, size=64, channels=1)
     run = TrainingRun(tmp_path / "run", data, {**options, "model_config_name_or_path": None})
-    life = run.finish()
-    assert f"training from step 7 of {start}" in life.output()
-    assert "predicting epsilon" in life.output()
-    assert "learning_rate was 0.0003 and is 1e-12" in life.output()
+    process = run.finish()
+    assert f"training from step 7 of {start}" in process.output()
+    assert "predicting epsilon" in process.output()
+    assert "learning_rate was 0.0003 and is 1e-12" in process.output()
     assert [entry["step"] for entry in run.metrics()] == [8, 9]
     # its one epoch of our 12 images, then two steps of four
     checkpoint, original = load_checkpoint(run.checkpoints / "checkpoint-9"), load_checkpoint(start)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagenet64_diffusion.pipelines.pictures import image_grid, save_animation
+from imagenet64_diffusion.pipelines.image_grid import image_grid, save_animation
 
 
 def plain(level: int, size: int = 16) -> Image.Image:

@@ -20,9 +20,8 @@ from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler
 from imagenet64_diffusion.evaluate_models import main
 from imagenet64_diffusion.evaluation.measurement import Measurement
 from imagenet64_diffusion.generate_images import main as generate
-from tests.components import make_pipeline, make_unet
-from tests.verbs.evaluation_runs import (  # noqa: F401 - fixtures among them
-    EvaluationLife,
+from imagenet64_diffusion.tests.commands.evaluation_runs import (  # noqa: F401 - fixtures among them
+    EvaluationProcess,
     assert_same_numbers,
     classifier_fixture,
     evaluate,
@@ -33,8 +32,9 @@ from tests.verbs.evaluation_runs import (  # noqa: F401 - fixtures among them
     to_arguments,
     together,
 )
-from tests.verbs.runs import run_script
-from tests.verbs.training_runs import distributed, free_port, snapshot, wait_until
+from imagenet64_diffusion.tests.commands.processes import distributed, free_port, snapshot, wait_until
+from imagenet64_diffusion.tests.commands.runs import run_script
+from imagenet64_diffusion.tests.components import make_pipeline, make_unet
 
 
 # eta 1, so that every step draws noise of its own
@@ -129,12 +129,12 @@ def test_killed_five_times_and_taken_up(model, measured, tmp_path):
     for number, (batch_size, processes) in enumerate(((3, 1), (2, 2), (1, 1), (4, 1), (1, 2))):
         arguments = to_arguments("model", model=model, output_dir=folder, batch_size=batch_size, **DRAWING)
         before = parts(folder)
-        lives = together(arguments, processes, tmp_path / f"{number}")
-        wait_until(lambda before=before: len(parts(folder)) > len(before), lives[0])
+        processes = together(arguments, processes, tmp_path / f"{number}")
+        wait_until(lambda before=before: len(parts(folder)) > len(before), processes[0])
         time.sleep(rng.uniform(0, 0.03))
-        for life in lives:
-            life.send(signal.SIGKILL)
-        assert {life.end() for life in lives} == {-signal.SIGKILL}, lives[0].output()
+        for process in processes:
+            process.send(signal.SIGKILL)
+        assert {process.end() for process in processes} == {-signal.SIGKILL}, processes[0].output()
         assert not (folder / "statistics.npz").exists()
     assert len(parts(folder)) >= 5
     assert evaluate("model", model=model, output_dir=folder, batch_size=64, **DRAWING) == 0
@@ -236,17 +236,17 @@ def test_stopped_refused_and_gone_on_with(model, measured, tmp_path, capsys):
     """A second run beside the first, other settings after it was interrupted, and then the same command."""
     folder = tmp_path / "outer" / "out"
     common = {**DRAWING, "model": model, "output_dir": folder}
-    life = EvaluationLife(to_arguments("model", batch_size=1, **common), tmp_path / "log.txt")
-    wait_until(lambda: len(parts(folder)) >= 2, life)
+    process = EvaluationProcess(to_arguments("model", batch_size=1, **common), tmp_path / "log.txt")
+    wait_until(lambda: len(parts(folder)) >= 2, process)
     # it holds its place and takes its time
-    life.send(signal.SIGSTOP)
+    process.send(signal.SIGSTOP)
     assert evaluate("model", **common) == 2
     assert "another process is writing to it now" in capsys.readouterr().err
-    life.send(signal.SIGINT)
-    life.send(signal.SIGCONT)
-    assert life.end() == 130, life.output()
-    assert life.output().rstrip().endswith("interrupted")
-    assert "Traceback" not in life.output()
+    process.send(signal.SIGINT)
+    process.send(signal.SIGCONT)
+    assert process.end() == 130, process.output()
+    assert process.output().rstrip().endswith("interrupted")
+    assert "Traceback" not in process.output()
     left = snapshot(folder.parent)
     assert sorted(left) == [*(f"out/parts/{name}" for name in parts(folder)), "out/parts/settings.json"]
 
@@ -271,28 +271,32 @@ def test_a_full_disk(model, measured, tmp_path):
     folder = tmp_path / "out"
     common = {**DRAWING, "model": model, "output_dir": folder}
     # a part of 1 image has 1.3 kB and one of 9 images 7.6 kB
-    life = EvaluationLife(to_arguments("model", batch_size=1, **common), tmp_path / "begun.txt")
-    wait_until(lambda: len(parts(folder)) >= 1, life)
-    life.send(signal.SIGKILL)
-    life.end()
+    process = EvaluationProcess(to_arguments("model", batch_size=1, **common), tmp_path / "begun.txt")
+    wait_until(lambda: len(parts(folder)) >= 1, process)
+    process.send(signal.SIGKILL)
+    process.end()
     begun = parts(folder)
-    life = EvaluationLife(to_arguments("model", batch_size=9, **common), tmp_path / "full.txt", largest_file=6000)
-    assert life.end() == 2
-    (error,) = [line for line in life.errors() if line.startswith("error")]
+    process = EvaluationProcess(
+        to_arguments("model", batch_size=9, **common), tmp_path / "full.txt", largest_file=6000
+    )
+    assert process.end() == 2
+    (error,) = [line for line in process.errors() if line.startswith("error")]
     assert error.startswith("error: could not write ")
     assert error.endswith(".npz (File too large); what has been measured stays, and the same call goes on")
-    assert "Traceback" not in life.output()
+    assert "Traceback" not in process.output()
     assert parts(folder) == begun
     # the parts fit, and what they are put together to does not
-    life = EvaluationLife(to_arguments("model", batch_size=3, **common), tmp_path / "later.txt", largest_file=20_000)
-    assert life.end() == 2
-    (error,) = [line for line in life.errors() if line.startswith("error")]
+    process = EvaluationProcess(
+        to_arguments("model", batch_size=3, **common), tmp_path / "later.txt", largest_file=20_000
+    )
+    assert process.end() == 2
+    (error,) = [line for line in process.errors() if line.startswith("error")]
     assert error == (
         f"error: could not write {folder} (File too large); what has been measured stays, and the same call goes on"
     )
     assert not [name for name in files(folder) if "writing" in name or "rows" in name]
-    life = EvaluationLife(to_arguments("model", batch_size=9, **common), tmp_path / "room.txt")
-    assert life.end() == 0
+    process = EvaluationProcess(to_arguments("model", batch_size=9, **common), tmp_path / "room.txt")
+    assert process.end() == 0
     assert_same_numbers(folder, measured)
 
 
@@ -428,10 +432,10 @@ def test_wrong_references(prepared, tmp_path, capsys):
     wrong = f"process 1 of 2: {tmp_path}/sizes/20.png is 20x20 pixels"
     for name, message in (("empty", "holds nothing"), ("sizes", wrong)):
         arguments = to_arguments("reference", source=tmp_path / name, batch_size=1, **common)
-        lives = together(arguments, 2, tmp_path / f"log_{name}")
-        assert [life.end() for life in lives] == [2, 2]
-        assert [life.output().count("error: ") for life in lives] == [1, 0]
-        assert message in lives[0].output()
+        processes = together(arguments, 2, tmp_path / f"log_{name}")
+        assert [process.end() for process in processes] == [2, 2]
+        assert [process.output().count("error: ") for process in processes] == [1, 0]
+        assert message in processes[0].output()
     # what the other process may have measured by then is of images that have changed now
     Image.new("L", (16, 16)).save(tmp_path / "sizes" / "20.png")
     was_begun = bool(parts(tmp_path / "out"))
@@ -483,9 +487,9 @@ def test_a_file_that_cannot_be_read_is_said_once(tmp_path):
     Image.new("L", (16, 16)).save(tmp_path / "images" / "0.png")
     (tmp_path / "images" / "1.png").symlink_to("/proc/self/mem")
     common = {"output_dir": tmp_path / "out", "protocol": "pixels", "device": "cpu"}
-    lives = together(to_arguments("reference", source=tmp_path / "images", **common), 2, tmp_path / "log")
-    assert [life.end() for life in lives] == [2, 2]
-    assert [[line for line in life.errors() if "error" in line] for life in lives] == [
+    processes = together(to_arguments("reference", source=tmp_path / "images", **common), 2, tmp_path / "log")
+    assert [process.end() for process in processes] == [2, 2]
+    assert [[line for line in process.errors() if "error" in line] for process in processes] == [
         [f"error: {tmp_path}/images/1.png cannot be read (Input/output error)"],
         [],
     ]

@@ -1,0 +1,146 @@
+"""Commands as processes of their own, which may be stopped and killed, and what they leave behind."""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+# Importing these takes longer than the runs. A server imports them once, and the processes are forked from it.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["imagenet64_diffusion.training.loop", "transformers", "matplotlib.figure", "datasets", "filelock", "tensorboard"]
+)
+
+
+class CommandProcess:
+    """A process in which a command of the project runs, from its start to its end.
+
+    It leads a process group of its own.
+
+    Attributes:
+        program: The command's module.
+
+    Args:
+        arguments: Its command line.
+        log: Where its output goes.
+        environment: Further environment variables.
+        largest_file: How many bytes a file may have that it writes; as on a full disk, writing more fails.
+        directory: Where it runs.
+    """
+
+    program = "train_imagenet64"
+
+    def __init__(
+        self,
+        arguments: Iterable[Any],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        largest_file: int | None = None,
+        directory: Path | None = None,
+    ):
+        self.log = log
+        arguments = [str(argument) for argument in arguments]
+        self._process = _CONTEXT.Process(
+            target=_live, args=(self.program, arguments, log, dict(environment or {}), largest_file, directory)
+        )
+        self._process.start()
+
+    def send(self, number: signal.Signals, group: bool = False) -> None:
+        """Sends a signal, to the process or, once it leads one, to its whole group; nothing if it is over."""
+        with contextlib.suppress(ProcessLookupError):
+            leads = group and os.getpgid(self._process.pid) == self._process.pid
+            (os.killpg if leads else os.kill)(self._process.pid, number)
+
+    def is_over(self) -> bool:
+        return self._process.exitcode is not None
+
+    def end(self, timeout: float = 200) -> int:
+        """Waits for the end; gives the exit code, negative for a signal that ended it."""
+        self._process.join(timeout)
+        if not self.is_over():
+            self.send(signal.SIGKILL, group=True)
+            raise AssertionError(f"still running after {timeout} s: {self.output()}")
+        return self._process.exitcode
+
+    def output(self) -> str:
+        """What it has written to stdout and stderr."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def errors(self) -> list[str]:
+        """The lines of its output that are not of the progress bar."""
+        lines = self.output().replace("\r", "\n").splitlines()
+        return [line for line in lines if line and not line.startswith("training:")]
+
+
+def _live(
+    program: str,
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str],
+    largest_file: int | None,
+    directory: Path | None,
+) -> None:
+    import torch
+
+    main = importlib.import_module(f"imagenet64_diffusion.{program}").main
+    os.setsid()
+    # where the tests run in the background of a shell, they are started with interrupts ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # the processes of its own that read images are made as in any other Python, not by the server
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    torch.set_num_threads(1)
+    os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment})
+    if directory is not None:
+        os.chdir(directory)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.exit(main(arguments))
+
+
+def wait_until(happens: Callable[[], Any], process: CommandProcess | None = None, seconds: float = 120) -> None:
+    """Waits for something to happen, and fails if the process ends before it."""
+    ends = time.monotonic() + seconds
+    while not happens():
+        if process is not None and process.is_over() and not happens():
+            raise AssertionError(f"the process ended before: {process.output()}")
+        if time.monotonic() > ends:
+            raise AssertionError(f"waited for {seconds} s: {process.output() if process else ''}")
+        time.sleep(0.0002)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def distributed(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher tells a process: one of several that share a run, on CPUs, each on a machine of its own."""
+    return {
+        "ACCELERATE_USE_CPU": "true",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_MIXED_PRECISION": "no",
+    }
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The content of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

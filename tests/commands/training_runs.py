@@ -1,0 +1,135 @@
+"""Training runs as processes, and what they leave behind."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from imagenet64_diffusion.tests.commands.processes import CommandProcess
+
+
+TINY = {
+    "stem_channels": 8,
+    "block_out_channels": [8, 16],
+    "layer_types": ["resnet", "class_attention", "channel_attention"],
+    "time_embed_dim": 16,
+    "class_embed_dim": 16,
+}
+# Twenty steps of ten images in which everything that a checkpoint must keep has an effect: batches cross the borders
+# of epochs, the history of losses fills, and entries of the log, checkpoints and pictures come at different steps.
+EVERYTHING = {
+    "max_train_steps": 20,
+    "train_batch_size": 5,
+    "gradient_accumulation_steps": 2,
+    "timestep_sampling": "importance",
+    "num_train_timesteps": 4,
+    "dropout": 0.1,
+    "random_flip": True,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 3,
+    "logging_steps": 4,
+    "checkpointing_steps": 6,
+    "sample_steps": 6,
+    "pipeline_steps": 12,
+    "num_inference_steps": 2,
+    "num_samples_per_class": 1,
+    "report_to": "none",
+}
+
+
+class TrainingRun:
+    """A command that trains, which may live several times.
+
+    Args:
+        folder: Has the output folder ``out``, named alike in all runs, and the logs of all processes.
+        prepared: The images.
+        options: Of the run; a value of None leaves an option out.
+    """
+
+    def __init__(self, folder: Path, prepared: Path, options: Mapping[str, Any]):
+        folder.mkdir(exist_ok=True, parents=True)
+        self.folder, self.prepared, self.options = folder, prepared, dict(options)
+        self.output_dir, self.checkpoints = folder / "out", folder / "out" / "checkpoints"
+        self._num_processes = 0
+        if "pretrained_model_name_or_path" not in options:
+            self.options.setdefault("model_config_name_or_path", folder / "unet.json")
+            (folder / "unet.json").write_text(json.dumps(TINY))
+
+    def arguments(self, **changes: Any) -> list[str]:
+        """The command line, with changed options."""
+        options = {"train_data_dir": self.prepared, "output_dir": self.output_dir, **self.options, **changes}
+        found = []
+        for name, value in options.items():
+            if value is not None:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                found += [f"--{name}", *map(str, values)]
+        return found
+
+    def start(
+        self,
+        environment: Mapping[str, str] | None = None,
+        largest_file: int | None = None,
+        directory: Path | None = None,
+        **changes: Any,
+    ) -> CommandProcess:
+        """Begins a process of the run, with changed options."""
+        self._num_processes += 1
+        log = self.folder / f"process_{self._num_processes}.txt"
+        return CommandProcess(self.arguments(**changes), log, environment, largest_file, directory)
+
+    def finish(self, **changes: Any) -> CommandProcess:
+        """Lives to the end, which must be a good one."""
+        process = self.start(**changes)
+        assert process.end() == 0, process.output()
+        return process
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The entries of the log."""
+        file = self.output_dir / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def checkpoint_names(self) -> list[str]:
+        """What is in the folder of checkpoints, hidden ones too."""
+        return sorted(path.name for path in self.checkpoints.iterdir()) if self.checkpoints.exists() else []
+
+    def contents(self) -> dict[str, Any]:
+        """What the run has left, by file, without its speed, its memory and its place."""
+        found = {}
+        for file in sorted(path for path in self.output_dir.rglob("*") if path.is_file()):
+            name = str(file.relative_to(self.output_dir))
+            if name == "metrics.jsonl":
+                found[name] = [
+                    {key: value for key, value in entry.items() if key not in ("images_per_second", "peak_memory_gib")}
+                    for entry in self.metrics()
+                ]
+            elif file.name == "training_state.json":
+                state = json.loads(file.read_text())
+                state.pop("sha256", None)
+                for key in ("output_dir", "model_config_name_or_path", "dataloader_num_workers"):
+                    state["options"].pop(key)
+                found[name] = state
+            elif not name.startswith("train/"):
+                found[name] = file.read_bytes()
+        return found
+
+
+def assert_equal_runs(run: TrainingRun, undisturbed: TrainingRun) -> None:
+    """Everything that two runs have left is equal, bit for bit."""
+    left, expected = run.contents(), undisturbed.contents()
+    assert sorted(left) == sorted(expected), sorted({*left} ^ {*expected})
+    different = {name: _difference(left[name], expected[name]) for name in left if left[name] != expected[name]}
+    assert not different, different
+
+
+def _difference(left: Any, expected: Any) -> Any:
+    """Where two values differ, to be read by people."""
+    if isinstance(left, dict) and isinstance(expected, dict):
+        return {
+            key: _difference(left.get(key), expected.get(key))
+            for key in sorted({*left, *expected})
+            if left.get(key) != expected.get(key)
+        }
+    if isinstance(left, bytes):
+        return f"{len(left)} and {len(expected)} bytes"
+    return (left, expected)
