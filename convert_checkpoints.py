@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagenet64_diffusion.utils.command_line import option, run_command
+from imagenet64_diffusion.utils.command_line import CheckedOptions, option, run_command
 
 
 if TYPE_CHECKING:
@@ -17,23 +17,19 @@ EXAMPLE = "--checkpoint model_469e_600000s.pkl\n--output_dir outputs/res_res_atn
 
 
 @dataclass
-class ConvertOptions:
+class ConvertOptions(CheckedOptions):
     """Options of `convert`. The help texts say what each one is."""
 
-    checkpoint: str = field(
-        metadata={
-            "help": "model_...e_...s.pkl, or a folder: every checkpoint in it and in the folders in it is converted."
-            " For to_original a pipeline folder.",
-            "group": "files",
-            "metavar": "FILE",
-        }
+    checkpoint: str = option(
+        help="model_...e_...s.pkl, or a folder: every checkpoint in it and in the folders in it is converted."
+        " For to_original a pipeline folder.",
+        group="files",
+        metavar="FILE",
     )
-    output_dir: str = field(
-        metadata={
-            "help": "The pipeline folder to write, or the folder for several; it must be new, empty or its own.",
-            "group": "files",
-            "metavar": "FOLDER",
-        }
+    output_dir: str = option(
+        help="The pipeline folder to write, or the folder for several; it must be new, empty or its own.",
+        group="files",
+        metavar="FOLDER",
     )
     params: str | None = option(
         None,
@@ -43,15 +39,15 @@ class ConvertOptions:
     )
     optimizer: str | None = option(
         None,
-        "optim_...e_...s.pkl, to go on with the training; a folder's are found by their names.",
+        "optim_...e_...s.pkl, to resume the training; a folder's are found by their names.",
         group="files",
         metavar="FILE",
     )
 
     time_embedding: str = option(
         "original_sine",
-        "original_sine draws as the original does; original_alternating is what the released checkpoints were trained"
-        " with; original_interleaved is for checkpoints of its corrected code.",
+        "original_sine samples as the original does; original_alternating is what the released checkpoints were"
+        " trained with; original_interleaved is for checkpoints of its corrected code.",
         group="pipeline",
         metavar="NAME",
         choices=["original_sine", "original_alternating", "original_interleaved"],
@@ -95,6 +91,7 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for options that do not go together."""
+        super().__post_init__()
         if self.to_original:
             self._refuse_beside("to_original", ("params", "optimizer", "push_to_hub"))
             if self.finish_denoising or self.time_embedding != "original_sine" or self.dtype != "float32":

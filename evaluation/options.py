@@ -1,9 +1,10 @@
 """The options of evaluate_models.py, a dataclass for each of its commands."""
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 
-from ..utils.command_line import option, option_list
+from ..pipelines.generation_options import SamplerOptions, check_class_labels
+from ..utils.command_line import CheckedOptions, option, option_list
 from ..utils.nearest_names import perhaps
 
 
@@ -14,23 +15,14 @@ EXTRACTOR_DTYPES = ("float32", "float16", "bfloat16")
 FLOAT32_PROTOCOLS = ("clean", "legacy_tensorflow", "pixels")
 
 
-def _check_at_least(options: object, smallest: int, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise ValueError(f"{name} is {value}, but must be at least {smallest}")
+@dataclass(kw_only=True)
+class ExtractionOptions(CheckedOptions):
+    """What evaluating images has in common, wherever they are from. The help texts say what each one is."""
 
-
-@dataclass
-class ExtractionOptions:
-    """What measuring images has in common, wherever they are from. The help texts say what each one is."""
-
-    output_dir: str = field(
-        metadata={
-            "help": "Folder for the measurement; the same call goes on with one.",
-            "group": "output",
-            "metavar": "FOLDER",
-        }
+    output_dir: str = option(
+        help="Folder for the evaluation; the same call resumes one.",
+        group="output",
+        metavar="FOLDER",
     )
     protocol: str = option(
         "clean",
@@ -56,10 +48,11 @@ class ExtractionOptions:
     num_features: int = option(
         50_000,
         "Keep the features of so many images, evenly spread, for KID, precision and so on; 0 keeps none.",
+        at_least=0,
         group="features",
     )
     batch_size: int = option(
-        64, "Images at a time, at least 1; it does not change the numbers beyond rounding.", group="speed"
+        64, "Images at a time, at least 1; it does not change the numbers beyond rounding.", at_least=1, group="speed"
     )
     device: str | None = option(
         None, "Such as cpu or cuda (default: what accelerate finds).", group="speed", metavar="DEVICE"
@@ -67,60 +60,43 @@ class ExtractionOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
-        _check_at_least(self, 1, "batch_size")
-        _check_at_least(self, 0, "num_features")
-        if self.protocol not in PROTOCOL_NAMES:
-            near = perhaps(self.protocol, PROTOCOL_NAMES)
-            raise ValueError(f"protocol is {self.protocol!r}, but must be one of {', '.join(PROTOCOL_NAMES)}{near}")
-        if self.extractor_dtype not in (None, *EXTRACTOR_DTYPES):
-            right = ", ".join(EXTRACTOR_DTYPES) + perhaps(self.extractor_dtype, EXTRACTOR_DTYPES)
-            raise ValueError(f"extractor_dtype is {self.extractor_dtype!r}, but must be one of {right}")
+        super().__post_init__()
         if self.protocol in FLOAT32_PROTOCOLS and self.extractor_dtype not in (None, "float32"):
             raise ValueError(
                 f"extractor_dtype is {self.extractor_dtype}, but the protocol {self.protocol} is defined in"
                 " float32: leave it out"
             )
-        if not self.output_dir:
-            raise ValueError("output_dir is empty: name a folder")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ReferenceOptions(ExtractionOptions):
     """Options of `measure_reference`."""
 
-    source: str = field(
-        default="",
-        metadata={
-            "help": "The images: a prepared folder, a folder of image files, an .npz of images, or a dataset saved or"
-            " on the Hub.",
-            "group": "images",
-            "metavar": "SOURCE",
-            "required": True,
-        },
+    source: str = option(
+        help="The images: a prepared folder, a folder of image files, an .npz of images, or a dataset saved or"
+        " on the Hub.",
+        group="images",
+        metavar="SOURCE",
     )
     split: str | None = option(None, "Split of a dataset (default: train).", group="images", metavar="NAME")
     resolution: int | None = option(
-        None, "Crop and resize to this height and width in pixels, for image files and datasets.", group="images"
+        None,
+        "Crop and resize to this height and width in pixels, for image files and datasets.",
+        at_least=1,
+        group="images",
     )
     color_mode: str = option(
         "rgb", "What to make of image files and of images of datasets.", group="images", choices=["rgb", "grayscale"]
     )
-    max_images: int | None = option(None, "Only so many images, evenly spread.", group="images")
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
-        super().__post_init__()
-        if not self.source:
-            raise ValueError("source is empty: name a folder, a file or a dataset")
-        _check_at_least(self, 1, "resolution", "max_images")
+    max_images: int | None = option(None, "Only so many images, evenly spread.", at_least=1, group="images")
 
 
-@dataclass
-class SamplingOptions:
-    """How images are drawn; the names are those of generate_images.py."""
+@dataclass(kw_only=True)
+class SamplingOptions(CheckedOptions):
+    """Which images are sampled; the names are those of generate_images.py."""
 
     num_images: int = option(
-        50_000, "How many images are drawn. Numbers compare only between equal ones.", group="images"
+        50_000, "How many images are sampled. Numbers compare only between equal ones.", at_least=1, group="images"
     )
     class_labels: list[str] = option_list(
         ["uniform"],
@@ -133,7 +109,7 @@ class SamplingOptions:
         None, "Prepared dataset whose classes are counted for frequencies.", group="images", metavar="FOLDER"
     )
     seed: int = option(
-        0, "Seed of the first image, at least 0; the next one's is one more, and so on.", group="images"
+        0, "Seed of the first image, at least 0; the next one's is one more, and so on.", at_least=0, group="images"
     )
     dtype: str = option(
         "float32", "What the network computes in.", group="speed", choices=["float32", "bfloat16", "float16"]
@@ -141,55 +117,30 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
-        _check_at_least(self, 1, "num_images")
-        _check_at_least(self, 0, "seed")
+        super().__post_init__()
         self.class_labels = [str(label) for label in self.class_labels]
-        if not self.class_labels:
-            raise ValueError("class_labels is empty: name classes, or uniform, or frequencies")
-        special = sorted({"uniform", "frequencies"}.intersection(self.class_labels))
-        if special and len(self.class_labels) > 1:
-            raise ValueError(f"class_labels names {special[0]!r} among others, but it must stand alone")
-        if self.train_data_dir is not None and special != ["frequencies"]:
+        check_class_labels(self.class_labels, ("uniform", "frequencies"))
+        by_frequency = self.class_labels == ["frequencies"]
+        if self.train_data_dir is not None and not by_frequency:
             raise ValueError("train_data_dir is for class_labels frequencies: leave it out, or ask for these")
-        if self.train_data_dir is None and special == ["frequencies"]:
+        if self.train_data_dir is None and by_frequency:
             raise ValueError("class_labels is frequencies, which needs train_data_dir, a prepared dataset")
 
 
-@dataclass
-class ModelOptions(SamplingOptions, ExtractionOptions):
+@dataclass(kw_only=True)
+class ModelOptions(SamplerOptions, SamplingOptions, ExtractionOptions):
     """Options of `measure_model`."""
 
-    model: str = field(
-        default="",
-        metadata={"help": "Pipeline folder or Hub id.", "group": "images", "metavar": "MODEL", "required": True},
-    )
-    scheduler: str | None = option(
-        None,
-        "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep (default: the"
-        " model's own).",
-        group="sampling",
-        metavar="NAME",
-    )
-    num_inference_steps: int | None = option(
-        None, "Denoising steps (default: 100, where step_size is not given either).", group="sampling"
-    )
-    step_size: int | None = option(
-        None, "The original program's way to say the steps: every step_size-th timestep.", group="sampling"
+    model: str = option(
+        help="Pipeline folder or Hub id.",
+        group="images",
+        metavar="MODEL",
     )
     guidance_scale: float = option(
-        1.0, "Classifier-free guidance, at least 0; 1 draws without, as published FIDs do.", group="sampling"
-    )
-    guidance_interval: list[float] = option_list(
-        [0.0, 1.0],
-        "Begin and end of guidance as fractions of the steps, 0 <= begin <= end <= 1.",
+        1.0,
+        "Classifier-free guidance, at least 0; 1 samples without, as published FIDs do.",
+        at_least=0,
         group="sampling",
-        nargs=2,
-    )
-    eta: float = option(
-        0.0, "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.", group="sampling"
-    )
-    clip_sample: bool | None = option(
-        None, "Clip the predicted image at each step (default: as the model says).", group="sampling"
     )
     keep_images: str | None = option(
         None,
@@ -200,10 +151,7 @@ class ModelOptions(SamplingOptions, ExtractionOptions):
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
-        ExtractionOptions.__post_init__(self)
-        SamplingOptions.__post_init__(self)
-        if not self.model:
-            raise ValueError("model is empty: name a pipeline folder or a Hub id")
+        super().__post_init__()
         from ..pipelines.sampler import Sampler
 
         Sampler.from_options(self)
@@ -221,23 +169,19 @@ METRICS = (
 )
 
 
-@dataclass
-class ScoreOptions:
+@dataclass(kw_only=True)
+class ScoreOptions(CheckedOptions):
     """Options of `score`."""
 
-    reference: str = field(
-        metadata={
-            "help": "Measurement of real images, written by reference: its folder, or the .npz of it alone.",
-            "group": "measurements",
-            "metavar": "FOLDER",
-        }
+    reference: str = option(
+        help="Evaluation of real images, written by reference: its folder, or the .npz of it alone.",
+        group="evaluations",
+        metavar="FOLDER",
     )
-    model: str = field(
-        metadata={
-            "help": "Measurement of drawn images, written by model; likewise.",
-            "group": "measurements",
-            "metavar": "FOLDER",
-        }
+    model: str = option(
+        help="Evaluation of generated images, written by model; likewise.",
+        group="evaluations",
+        metavar="FOLDER",
     )
     output: str | None = option(
         None,
@@ -247,13 +191,13 @@ class ScoreOptions:
     )
     metrics: list[str] = option_list(
         ["all"],
-        f"all: what the two measurements allow; or some of {', '.join(METRICS)}. fid is the Frechet distance of the"
+        f"all: what the two evaluations allow; or some of {', '.join(METRICS)}. fid is the Frechet distance of the"
         " protocol's features: with dinov2 it is FD-DINOv2.",
         group="metrics",
         metavar="METRIC",
     )
     seed: int = option(
-        0, "Seed of KID's subsets and of the splits of the Inception Score, at least 0.", group="metrics"
+        0, "Seed of KID's subsets and of the splits of the Inception Score, at least 0.", at_least=0, group="metrics"
     )
     device: str = option(
         "cpu",
@@ -264,7 +208,7 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown metric or a seed below 0."""
-        _check_at_least(self, 0, "seed")
+        super().__post_init__()
         if not self.metrics:
             raise ValueError(f"metrics is empty: name some of {', '.join(METRICS)}, or all")
         unknown = [name for name in self.metrics if name not in (*METRICS, "all")]
@@ -273,41 +217,33 @@ class ScoreOptions:
             raise ValueError(f"metrics names {unknown[0]!r}, but must be all, or some of {', '.join(METRICS)}{near}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SweepOptions(SamplingOptions, ExtractionOptions):
     """Options of `sweep`."""
 
-    reference: str = field(
-        default="",
-        metadata={
-            "help": "Measurement of real images, written by reference.",
-            "group": "images",
-            "metavar": "FOLDER",
-            "required": True,
-        },
+    reference: str = option(
+        help="Evaluation of real images, written by reference.",
+        group="images",
+        metavar="FOLDER",
     )
-    models: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Pipeline folders or Hub ids; a folder with several pipelines in it stands for all of them.",
-            "group": "images",
-            "metavar": "MODEL",
-            "required": True,
-        },
+    models: list[str] = option(
+        help="Pipeline folders or Hub ids; a folder with several pipelines in it stands for all of them.",
+        group="images",
+        metavar="MODEL",
     )
     scheduler: list[str] = option_list(["own"], "Schedulers; own is the pipeline's.", group="samplers", metavar="NAME")
     num_inference_steps: list[int] = option_list(
-        [], "Denoising steps (default: 100, where step_size is not given either).", group="samplers"
+        [], "Denoising steps (default: 100, where step_size is not given either).", at_least=1, group="samplers"
     )
-    step_size: list[int] = option_list([], "Steps, the original program's way.", group="samplers")
-    guidance_scale: list[float] = option_list([1.0], "Guidance scales, at least 0.", group="samplers")
+    step_size: list[int] = option_list([], "Steps, the original program's way.", at_least=1, group="samplers")
+    guidance_scale: list[float] = option_list([1.0], "Guidance scales, at least 0.", at_least=0, group="samplers")
     guidance_interval: list[float] = option_list(
         [0.0, 1.0],
         "Begin and end of guidance as fractions of the steps, 0 <= begin <= end <= 1.",
         group="samplers",
         nargs=2,
     )
-    eta: list[float] = option_list([0.0], "Etas, at least 0.", group="samplers")
+    eta: list[float] = option_list([0.0], "Etas, at least 0.", at_least=0, group="samplers")
     clip_sample: bool | None = option(
         None, "Clip the predicted image at each step (default: as the model says).", group="samplers"
     )
@@ -319,20 +255,15 @@ class SweepOptions(SamplingOptions, ExtractionOptions):
     )
     share: str = option(
         "images",
-        "images: all processes draw for one model, then for the next; models: each process takes models of its own.",
+        "images: all ranks sample from one model, then from the next; models: each rank takes models of its own.",
         group="speed",
         choices=["images", "models"],
     )
-    keep_features: bool = option(False, "Keep the measurement of each entry, with its features.", group="output")
+    keep_features: bool = option(False, "Keep the evaluation of each entry, with its features.", group="output")
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
-        ExtractionOptions.__post_init__(self)
-        SamplingOptions.__post_init__(self)
-        if not self.reference:
-            raise ValueError("reference is empty: name a measurement of real images")
-        if not self.models:
-            raise ValueError("models is empty: name pipeline folders or Hub ids")
+        super().__post_init__()
         for name in ("scheduler", "guidance_scale", "eta"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name at least one, or leave it out")
@@ -340,7 +271,7 @@ class SweepOptions(SamplingOptions, ExtractionOptions):
             for item in (item for item in fields(self) if item.name in GRID_OPTIONS):
                 default = item.default if item.default_factory is MISSING else item.default_factory()
                 if getattr(self, item.name) != default:
-                    raise ValueError(f"grid says how images are drawn, and so does {item.name}: give one of them")
+                    raise ValueError(f"grid says how images are sampled, and so does {item.name}: give one of them")
 
 
 # the options of a sweep whose product is its samplers
@@ -355,30 +286,17 @@ GRID_OPTIONS = (
 )
 
 
-@dataclass
-class ClassifierOptions:
+@dataclass(kw_only=True)
+class ClassifierOptions(CheckedOptions):
     """Options of `train_classifier`."""
 
-    train_data_dir: str = field(
-        metadata={"help": "Folder written by prepare_imagenet64.py.", "group": "folders", "metavar": "FOLDER"}
+    train_data_dir: str = option(help="Folder written by prepare_imagenet64.py.", group="folders", metavar="FOLDER")
+    output_dir: str = option(
+        help="Folder for the classifier; one that is there is replaced.",
+        group="folders",
+        metavar="FOLDER",
     )
-    output_dir: str = field(
-        metadata={
-            "help": "Folder for the classifier; one that is there is replaced.",
-            "group": "folders",
-            "metavar": "FOLDER",
-        }
-    )
-    epochs: int = option(20, "Times through the images, at least 1.", group="training")
-    batch_size: int = option(64, "Images per step, at least 2.", group="training")
-    learning_rate: float = option(5e-3, "Largest learning rate, above 0.", group="training")
-    seed: int = option(0, "Seed of weights and order, at least 0.", group="training")
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
-        _check_at_least(self, 1, "epochs")
-        # batch normalisation needs two
-        _check_at_least(self, 2, "batch_size")
-        _check_at_least(self, 0, "seed")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate is {self.learning_rate}, but must be above 0")
+    epochs: int = option(20, "Times through the images, at least 1.", at_least=1, group="training")
+    batch_size: int = option(64, "Images per step, at least 2.", at_least=2, group="training")
+    learning_rate: float = option(5e-3, "Largest learning rate, above 0.", above=0, below=math.inf, group="training")
+    seed: int = option(0, "Seed of weights and order, at least 0.", at_least=0, group="training")

@@ -4,15 +4,15 @@ import ipaddress
 import os
 from dataclasses import dataclass
 
-from ..utils.command_line import option, option_list
+from ..utils.command_line import CheckedOptions, option, option_list
 
 
-# All images of a request are drawn as one batch, which is generate_images.py's own: so they are the same images.
+# All images of a request are sampled as one batch, which is generate_images.py's own: so they are the same images.
 _BATCH_SIZE = 64
 
 
 @dataclass
-class AppOptions:
+class AppOptions(CheckedOptions):
     """Options of the page. The help texts say what each one is."""
 
     model: list[str] = option_list(
@@ -34,7 +34,7 @@ class AppOptions:
         None, "Such as cpu, cuda, cuda:1, mps (default: the best there is).", group="model", metavar="DEVICE"
     )
     max_loaded_models: int = option(
-        3, "Models in memory; the one that was not asked for the longest goes first.", group="model"
+        3, "Models in memory; the one that was not asked for the longest goes first.", at_least=1, group="model"
     )
 
     host: str | None = option(
@@ -44,39 +44,32 @@ class AppOptions:
         metavar="HOST",
     )
     port: int | None = option(
-        None, "Port (default: GRADIO_SERVER_PORT, else the first free one from 7860).", group="address"
+        None,
+        "Port (default: GRADIO_SERVER_PORT, else the first free one from 7860).",
+        at_least=1,
+        at_most=65_535,
+        group="address",
     )
     share: bool = option(
         False, "Ask Gradio's servers for a public address, through which everything then goes.", group="address"
     )
 
-    max_images: int = option(36, "Most images of a request, from 1 to 64.", group="limits")
-    max_steps: int = option(1000, "Most denoising steps of a request, at least 1.", group="limits")
+    max_images: int = option(
+        36, "Most images of a request, from 1 to 64.", at_least=1, at_most=_BATCH_SIZE, group="limits"
+    )
+    max_steps: int = option(1000, "Most denoising steps of a request, at least 1.", at_least=1, group="limits")
     max_evaluations: int = option(
         10_000,
         "Most evaluations of the network for a request, at least 1; a guided step takes two for each image.",
+        at_least=1,
         group="limits",
     )
     max_concurrent: int = option(
-        2, "Requests that are drawn at the same time, at least 1; the others wait.", group="limits"
+        2, "Requests that are sampled at the same time, at least 1; the others wait.", at_least=1, group="limits"
     )
-    max_queue: int = option(20, "Requests that wait, at least 1; further ones are turned away.", group="limits")
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
-        for name, highest in (
-            ("port", 65_535),
-            ("max_images", _BATCH_SIZE),
-            ("max_steps", None),
-            ("max_evaluations", None),
-            ("max_concurrent", None),
-            ("max_queue", None),
-            ("max_loaded_models", None),
-        ):
-            value = getattr(self, name)
-            if value is not None and (value < 1 or (highest is not None and value > highest)):
-                limits = "at least 1" if highest is None else f"from 1 to {highest}"
-                raise ValueError(f"{name} is {value}, but must be {limits}")
+    max_queue: int = option(
+        20, "Requests that wait, at least 1; further ones are turned away.", at_least=1, group="limits"
+    )
 
     @property
     def takes_any_model(self) -> bool:

@@ -1,13 +1,74 @@
-"""The options of drawing images to a folder."""
+"""The options of sampling images, which generate_images.py and evaluate_models.py have in common."""
 
 from dataclasses import dataclass
 
 from ..pretrained import DIGITS
-from ..utils.command_line import option, option_list
+from ..utils.command_line import CheckedOptions, option, option_list
 
 
-@dataclass
-class GenerateOptions:
+@dataclass(kw_only=True)
+class SamplerOptions(CheckedOptions):
+    """How a pipeline samples, see `Sampler`."""
+
+    scheduler: str | None = option(
+        None,
+        "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep (default: the"
+        " model's own).",
+        group="sampling",
+        metavar="NAME",
+    )
+    num_inference_steps: int | None = option(
+        None,
+        "Denoising steps (default: 100, where step_size is not given either).",
+        at_least=1,
+        group="sampling",
+    )
+    step_size: int | None = option(
+        None,
+        "The original program's way to say the steps: every step_size-th timestep, beginning at the first.",
+        at_least=1,
+        group="sampling",
+    )
+    guidance_scale: float = option(
+        5.0,
+        "Classifier-free guidance, at least 0; up to 1 samples without. The original's guidance w is w + 1 here.",
+        at_least=0,
+        group="sampling",
+    )
+    guidance_interval: list[float] = option_list(
+        [0.0, 1.0],
+        "Begin and end of guidance as fractions of the steps, 0 <= begin <= end <= 1.",
+        group="sampling",
+        nargs=2,
+    )
+    eta: float = option(
+        0.0,
+        "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.",
+        at_least=0,
+        group="sampling",
+    )
+    clip_sample: bool | None = option(
+        None, "Clip the predicted image at each step (default: as the model says).", group="sampling"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of range."""
+        super().__post_init__()
+        if self.num_inference_steps is not None and self.step_size is not None:
+            raise ValueError("num_inference_steps and step_size both say the number of steps: give one of them")
+
+
+def check_class_labels(labels: list[str], special: tuple[str, ...]) -> None:
+    """Raises ValueError if there are none, or one of the special ones is not alone."""
+    if not labels:
+        raise ValueError(f"class_labels is empty: name classes, or {', or '.join(special)}")
+    for name in special:
+        if name in labels and len(labels) > 1:
+            raise ValueError(f"class_labels names {name!r} among others, but it must stand alone")
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(SamplerOptions):
     """Options of `generate`. The help texts say what each one is."""
 
     model: str = option(
@@ -22,58 +83,24 @@ class GenerateOptions:
     device: str | None = option(
         None, "Such as cpu, cuda, cuda:1, mps (default: the best there is).", group="model", metavar="DEVICE"
     )
-    batch_size: int = option(64, "Images drawn at once, at least 1; it does not change them.", group="model")
+    batch_size: int = option(
+        64, "Images sampled at once, at least 1; it does not change them.", at_least=1, group="model"
+    )
 
     class_labels: list[str] = option_list(
         ["random"],
-        "Classes by id or name; null is the null class, all is every class, random is num_images classes drawn at"
-        " random.",
+        "Classes by id or name; null is the null class, all is every class, random is num_images classes at random.",
         group="images",
         metavar="CLASS",
     )
     num_images_per_label: int = option(
-        1, "Images of each class, at least 1; those of one class follow one another.", group="images"
+        1, "Images of each class, at least 1; those of one class follow one another.", at_least=1, group="images"
     )
     num_images: int = option(
-        16, "How many images, each of another class, where class_labels is random.", group="images"
+        16, "How many images, each of another class, where class_labels is random.", at_least=1, group="images"
     )
     seed: int = option(
-        0, "Seed of the first image, at least 0; the next one's is one more, and so on.", group="images"
-    )
-
-    scheduler: str | None = option(
-        None,
-        "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep (default: the"
-        " model's own).",
-        group="sampling",
-        metavar="NAME",
-    )
-    num_inference_steps: int | None = option(
-        None, "Denoising steps (default: 100, where step_size is not given either).", group="sampling"
-    )
-    step_size: int | None = option(
-        None,
-        "The original program's way to say the steps: every step_size-th timestep, beginning at the first.",
-        group="sampling",
-    )
-    guidance_scale: float = option(
-        5.0,
-        "Classifier-free guidance, at least 0; up to 1 draws without. The original's guidance w is w + 1 here.",
-        group="sampling",
-    )
-    guidance_interval: list[float] = option_list(
-        [0.0, 1.0],
-        "Begin and end of guidance as fractions of the steps, 0 <= begin <= end <= 1.",
-        group="sampling",
-        nargs=2,
-    )
-    eta: float = option(
-        0.0,
-        "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.",
-        group="sampling",
-    )
-    clip_sample: bool | None = option(
-        None, "Clip the predicted image at each step (default: as the model says).", group="sampling"
+        0, "Seed of the first image, at least 0; the next one's is one more, and so on.", at_least=0, group="images"
     )
 
     output_dir: str = option(
@@ -84,34 +111,18 @@ class GenerateOptions:
     )
     animation: bool = option(True, "Write denoising.gif.", group="output")
     fps: float = option(
-        10.0, "Frames of the animation per second, one frame per step; above 0, at most 100.", group="output"
+        10.0,
+        "Frames of the animation per second, one frame per step; above 0, at most 100.",
+        above=0,
+        at_most=100,
+        group="output",
     )
     columns: int | None = option(
-        None, "Images in a row of the grid (default: as the classes suggest).", group="output"
+        None, "Images in a row of the grid (default: as the classes suggest).", at_least=1, group="output"
     )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
+        super().__post_init__()
         self.class_labels = [str(label) for label in self.class_labels]
-        if not self.class_labels:
-            raise ValueError("class_labels is empty: name classes, or all, or random")
-        special = {"all", "random"} & set(self.class_labels)
-        if special and len(self.class_labels) > 1:
-            raise ValueError(f"class_labels names {special.pop()!r} among others, but it must stand alone")
-        for name in (
-            "num_images_per_label",
-            "num_images",
-            "batch_size",
-            "columns",
-            "step_size",
-            "num_inference_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, but must be at least 0")
-        if self.num_inference_steps is not None and self.step_size is not None:
-            raise ValueError("num_inference_steps and step_size both say the number of steps: give one of them")
-        if not 0 < self.fps <= 100:
-            raise ValueError(f"fps is {self.fps}, but must be above 0 and at most 100")
+        check_class_labels(self.class_labels, ("all", "random"))

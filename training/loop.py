@@ -23,7 +23,7 @@ from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.publishing import push_folder
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, settle_folder
-from ..utils.command_line import ElsewhereError, StoppedBySignalError
+from ..utils.command_line import OtherRankError, StoppedBySignalError
 from ..utils.distributed import on_main_process
 from ..utils.memory import keep_freed_memory
 from ..utils.nearest_names import perhaps
@@ -401,7 +401,7 @@ class Trainer:
 
     def _not_finite(self, what: str) -> Exception:
         if not self.accelerator.is_main_process:
-            return ElsewhereError(what)
+            return OtherRankError(what)
         found = find_checkpoints(self.output_dir / CHECKPOINTS_NAME)
         kept = f"{found[-1]} is from before" if found else "there is no checkpoint from before"
         return FloatingPointError(f"{what}; {kept}. A smaller learning_rate, or bf16 instead of fp16, may help")

@@ -1,18 +1,16 @@
 """The options of a training run, named as in the training scripts of diffusers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..utils.command_line import option
+from ..utils.command_line import CheckedOptions, option
 
 
 @dataclass
-class TrainOptions:
+class TrainOptions(CheckedOptions):
     """Options of `train`. The help texts say what each one is; docs/training.md has the original's names for them."""
 
-    train_data_dir: str = field(
-        metadata={"help": "Folder written by prepare_imagenet64.py.", "group": "data", "metavar": "FOLDER"}
-    )
+    train_data_dir: str = option(help="Folder written by prepare_imagenet64.py.", group="data", metavar="FOLDER")
     random_flip: bool = option(False, "Mirror half of the images.", group="data")
     resize_to_power_of_two: str | None = option(
         None,
@@ -23,15 +21,19 @@ class TrainOptions:
     dataset_in_memory: bool = option(
         False, "Hold all images in memory instead of reading them from the disk.", group="data"
     )
-    dataloader_num_workers: int = option(0, "Processes that read images, per training process.", group="data")
+    dataloader_num_workers: int = option(
+        0, "Processes that read images, per training process.", at_least=0, group="data"
+    )
 
     output_dir: str = option(
         "outputs/train", "Folder for the pipeline, checkpoints, logs and sample grids.", group="run", metavar="FOLDER"
     )
-    seed: int = option(0, "Seed of weights, data order, noise, timesteps and class drop-out; at least 0.", group="run")
+    seed: int = option(
+        0, "Seed of weights, data order, noise, timesteps and class drop-out; at least 0.", at_least=0, group="run"
+    )
     resume_from_checkpoint: str = option(
         "latest",
-        "latest: the newest whole checkpoint in output_dir, or a fresh start; never: a fresh start; or a checkpoint"
+        "latest: the newest complete checkpoint in output_dir, or a fresh start; never: a fresh start; or a checkpoint"
         " folder, also a converted one, where output_dir has none yet.",
         group="run",
         metavar="CHECKPOINT",
@@ -95,19 +97,20 @@ class TrainOptions:
 
     prediction_type: str | None = option(
         None,
-        "What the network predicts (default: v_prediction, or as the weights that it begins with).",
+        "What the network predicts (default: v_prediction, or as the starting checkpoint).",
         group="diffusion",
         choices=["v_prediction", "epsilon", "sample"],
     )
     num_train_timesteps: int | None = option(
         None,
-        "Number of diffusion timesteps T, at least 1 (default: 1000, or as the weights that it begins with).",
+        "Number of diffusion timesteps T, at least 1 (default: 1000, or as the starting checkpoint).",
+        at_least=1,
         group="diffusion",
     )
     beta_schedule: str | None = option(
         None,
         "Noise schedule: squaredcos_cap_v2, linear, scaled_linear, or original_cosine, the original's, whose"
-        " alphas_cumprod never exceeds 0.999 (default: squaredcos_cap_v2, or as the weights that it begins with).",
+        " alphas_cumprod never exceeds 0.999 (default: squaredcos_cap_v2, or as the starting checkpoint).",
         group="diffusion",
         metavar="NAME",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
@@ -115,60 +118,67 @@ class TrainOptions:
     class_dropout_prob: float = option(
         0.2,
         "Probability of training an image without its class, which classifier-free guidance needs; in [0, 1].",
+        at_least=0,
+        at_most=1,
         group="diffusion",
     )
     vlb_weight: float = option(
-        0.001, "Weight of the variational bound, which trains the variance; at least 0.", group="diffusion"
+        0.001, "Weight of the variational bound, which trains the variance; at least 0.", at_least=0, group="diffusion"
     )
     snr_gamma: float | None = option(
         None,
         "Min-SNR weighting of the loss with this gamma, above 0 (5 is usual; default: no weighting).",
+        above=0,
         group="diffusion",
     )
     timestep_sampling: str = option(
         "uniform",
-        "How timesteps are drawn; importance draws those of large loss more often.",
+        "How timesteps are sampled; importance samples those of large loss more often.",
         group="diffusion",
         choices=["uniform", "importance"],
     )
 
-    train_batch_size: int = option(128, "Images per process and forward pass.", group="optimisation")
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.", group="optimisation")
-    max_train_steps: int | None = option(
-        None, "Optimizer steps (default: as num_train_epochs says).", group="optimisation"
+    train_batch_size: int = option(128, "Images per process and forward pass.", at_least=1, group="optimisation")
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes per optimizer step.", at_least=1, group="optimisation"
     )
-    num_train_epochs: float = option(100.0, "Epochs, if max_train_steps is not given; above 0.", group="optimisation")
+    max_train_steps: int | None = option(
+        None, "Optimizer steps (default: as num_train_epochs says).", at_least=1, group="optimisation"
+    )
+    num_train_epochs: float = option(
+        100.0, "Epochs, if max_train_steps is not given; above 0.", above=0, group="optimisation"
+    )
     optimizer: str = option(
         "adamw",
         "AdamW, fused where the device can; adamw_8bit keeps its moments in 8 bits and needs bitsandbytes and CUDA.",
         group="optimisation",
         choices=["adamw", "adamw_8bit"],
     )
-    learning_rate: float = option(3e-4, "Largest learning rate, above 0.", group="optimisation")
+    learning_rate: float = option(3e-4, "Largest learning rate, above 0.", above=0, group="optimisation")
     lr_scheduler: str = option(
         "constant_with_warmup",
-        "Course of the learning rate.",
+        "Learning-rate schedule.",
         group="optimisation",
         choices=["constant", "constant_with_warmup", "linear", "cosine"],
     )
     lr_warmup_steps: int = option(
-        500, "Optimizer steps over which the learning rate rises from 0.", group="optimisation"
+        500, "Optimizer steps over which the learning rate rises from 0.", at_least=0, group="optimisation"
     )
-    adam_beta1: float = option(0.9, "AdamW's beta1, in [0, 1).", group="optimisation")
-    adam_beta2: float = option(0.999, "AdamW's beta2, in [0, 1).", group="optimisation")
-    adam_weight_decay: float = option(0.01, "AdamW's weight decay, at least 0.", group="optimisation")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon, above 0.", group="optimisation")
+    adam_beta1: float = option(0.9, "AdamW's beta1, in [0, 1).", at_least=0, below=1, group="optimisation")
+    adam_beta2: float = option(0.999, "AdamW's beta2, in [0, 1).", at_least=0, below=1, group="optimisation")
+    adam_weight_decay: float = option(0.01, "AdamW's weight decay, at least 0.", at_least=0, group="optimisation")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon, above 0.", above=0, group="optimisation")
     max_grad_norm: float = option(
-        1.0, "Gradients are clipped to this norm; 0 leaves them as they are.", group="optimisation"
+        1.0, "Gradients are clipped to this norm; 0 leaves them as they are.", at_least=0, group="optimisation"
     )
-    use_ema: bool = option(
-        True, "Keep a moving average of the weights, and sample from and save that.", group="optimisation"
+    use_ema: bool = option(True, "Keep an EMA of the weights, and sample from and save that.", group="optimisation")
+    ema_max_decay: float = option(
+        0.9999, "Largest decay of the EMA, in [0, 1].", at_least=0, at_most=1, group="optimisation"
     )
-    ema_max_decay: float = option(0.9999, "Largest decay of the moving average, in [0, 1].", group="optimisation")
     ema_inv_gamma: float = option(
-        1.0, "Decay after n steps is 1 - (1 + n / ema_inv_gamma) ^ -ema_power.", group="optimisation"
+        1.0, "Decay after n steps is 1 - (1 + n / ema_inv_gamma) ^ -ema_power.", above=0, group="optimisation"
     )
-    ema_power: float = option(0.75, "See ema_inv_gamma.", group="optimisation")
+    ema_power: float = option(0.75, "See ema_inv_gamma.", at_least=0, group="optimisation")
 
     mixed_precision: str | None = option(
         None,
@@ -186,16 +196,19 @@ class TrainOptions:
     checkpointing_steps: int = option(
         1000,
         "Optimizer steps between two checkpoints; 0 writes one only when the run is asked to stop.",
+        at_least=0,
         group="checkpoints and logging",
     )
     checkpoints_total_limit: int = option(
         2,
         "How many checkpoints are kept, each about four times as large as the network; 0 keeps all.",
+        at_least=0,
         group="checkpoints and logging",
     )
     pipeline_steps: int = option(
         0,
         "Optimizer steps between two pipelines that are kept, in output_dir/pipelines; 0 keeps only the last one.",
+        at_least=0,
         group="checkpoints and logging",
     )
     report_to: str = option(
@@ -204,15 +217,19 @@ class TrainOptions:
         group="checkpoints and logging",
         metavar="NAME",
     )
-    logging_steps: int = option(10, "Optimizer steps between two entries of the log.", group="checkpoints and logging")
+    logging_steps: int = option(
+        10, "Optimizer steps between two entries of the log.", at_least=1, group="checkpoints and logging"
+    )
 
     sample_steps: int = option(
-        0, "Optimizer steps between two sample grids; 0 draws only the last one.", group="samples"
+        0, "Optimizer steps between two sample grids; 0 samples only the last one.", at_least=0, group="samples"
     )
-    num_sample_classes: int = option(10, "Classes in a sample grid, spread evenly over all.", group="samples")
-    num_samples_per_class: int = option(4, "Images of each class in a sample grid.", group="samples")
-    num_inference_steps: int = option(50, "Denoising steps of the sample grids.", group="samples")
-    guidance_scale: float = option(2.0, "Guidance scale of the sample grids, at least 0.", group="samples")
+    num_sample_classes: int = option(
+        10, "Classes in a sample grid, spread evenly over all.", at_least=1, group="samples"
+    )
+    num_samples_per_class: int = option(4, "Images of each class in a sample grid.", at_least=1, group="samples")
+    num_inference_steps: int = option(50, "Denoising steps of the sample grids.", at_least=1, group="samples")
+    guidance_scale: float = option(2.0, "Guidance scale of the sample grids, at least 0.", at_least=0, group="samples")
 
     push_to_hub: bool = option(False, "Upload the final pipeline with its model card.", group="Hub")
     hub_model_id: str | None = option(
@@ -222,6 +239,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
+        super().__post_init__()
         if not Path(self.train_data_dir).is_dir():
             raise ValueError(
                 f"train_data_dir is {self.train_data_dir}, but there is no such folder: make it with"
@@ -230,38 +248,6 @@ class TrainOptions:
         if self.layer_types is not None:
             # the original separates them by commas
             self.layer_types = [name for entry in self.layer_types for name in entry.split(",") if name]
-        for name in (
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "num_sample_classes",
-            "num_samples_per_class",
-            "num_inference_steps",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "seed",
-            "lr_warmup_steps",
-            "sample_steps",
-            "dataloader_num_workers",
-            "checkpointing_steps",
-            "checkpoints_total_limit",
-            "pipeline_steps",
-        ):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("vlb_weight", "adam_weight_decay", "max_grad_norm", "ema_power", "guidance_scale"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "ema_inv_gamma"):
-            self._require(name, getattr(self, name) > 0, "above 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("class_dropout_prob", "ema_max_decay"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("max_train_steps", "num_train_timesteps"):
-            if getattr(self, name) is not None:
-                self._require(name, getattr(self, name) >= 1, "at least 1")
-        if self.snr_gamma is not None:
-            self._require("snr_gamma", self.snr_gamma > 0, "above 0")
         if self.pretrained_model_name_or_path is not None:
             for name in ("model_config_name_or_path", *NETWORK_OPTIONS):
                 if name != "dropout" and getattr(self, name) is not None:
@@ -269,10 +255,6 @@ class TrainOptions:
                         f"{name} is {getattr(self, name)}, but pretrained_model_name_or_path brings its own network:"
                         " leave one of them out"
                     )
-
-    def _require(self, name: str, holds: bool, what: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)}, but must be {what}")
 
 
 # Options that replace one entry of the network's config.

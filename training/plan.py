@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..data.dataset import PreparedImages
-from ..utils.command_line import ElsewhereError
+from ..utils.command_line import OtherRankError
 from ..utils.distributed import on_every_process
 from .components import training_size, unet_config
 from .options import TrainOptions
@@ -144,7 +144,7 @@ def _require_one_run(options: TrainOptions, dataset: PreparedImages, accelerator
         for name, value in other.items():
             if value != first[name]:
                 message = f"{name} is {first[name]}, but process {number} has {value}: all machines must have the same"
-                raise ValueError(message) if accelerator.is_main_process else ElsewhereError(message)
+                raise ValueError(message) if accelerator.is_main_process else OtherRankError(message)
 
 
 def _changed_classes(id2label: dict[int, str] | None, dataset: PreparedImages) -> list[str]:

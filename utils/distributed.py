@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
-from .command_line import ElsewhereError
+from .command_line import OtherRankError
 
 
 Result = TypeVar("Result")
@@ -24,7 +24,7 @@ def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], 
         find: Runs in the main process only. Its result may hold tensors; they come on the CPU.
 
     Raises:
-        ValueError, OSError: What `find` raises in the main process; in the others `ElsewhereError`, so that it is said
+        ValueError, OSError: What `find` raises in the main process; in the others `OtherRankError`, so that it is said
             once.
     """
     if accelerator.num_processes == 1:
@@ -40,7 +40,7 @@ def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], 
             own_error, outcome[1] = error, str(error)
     broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise own_error or ElsewhereError(outcome[1])
+        raise own_error or OtherRankError(outcome[1])
     shapes = [[(tuple(tensor.shape), tensor.dtype) for tensor in tensors]]
     broadcast_object_list(shapes)
     if not accelerator.is_main_process:
@@ -62,7 +62,7 @@ def on_every_process(
 
     Raises:
         ValueError, OSError: What `find` raises in the main process, or a ValueError there that says what it raised in
-            another one; in the others `ElsewhereError`, so that it is said once.
+            another one; in the others `OtherRankError`, so that it is said once.
     """
     if accelerator.num_processes == 1:
         return find()
@@ -78,7 +78,7 @@ def on_every_process(
         return cast(Result, found)
     number, message = next(iter(failed.items()))
     if not accelerator.is_main_process:
-        raise ElsewhereError(message)
+        raise OtherRankError(message)
     raise own_error or ValueError(f"process {number} of {accelerator.num_processes}: {message}")
 
 

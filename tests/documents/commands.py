@@ -162,14 +162,7 @@ def _call(main: Callable[[list[str]], int], words: list[str], is_run: bool) -> N
     """Calls a command in this process; without its verb, if it is only to be parsed."""
     with pytest.MonkeyPatch.context() as patch:
         if not is_run:
-            command_line = imagenet64_diffusion.utils.command_line
-            real = command_line.run_command
-
-            def parse_only(options_class, verb, *arguments, **options) -> int:
-                return real(options_class, lambda parsed: None, *arguments, **options)
-
-            patch.setattr(command_line, "run_command", parse_only)
-            patch.setitem(main.__globals__, "run_command", parse_only)
+            patch.setattr(imagenet64_diffusion.utils.command_line, "call_command", lambda command, options: None)
         try:
             code = main(words)
         except SystemExit as stop:
