@@ -264,8 +264,8 @@ class _Kind:
         is_list = isinstance(value, list)
         wrong_count = not values or self.count not in ("+", None, len(values)) or (is_list and not self.several)
         no_text = self.value is str and not all(isinstance(entry, str) for entry in values)
-        no_bool = self.value is bool and type(value) is not bool
-        if wrong_count or no_text or no_bool or None in values:
+        wrong_bool = any((type(entry) is bool) != (self.value is bool) for entry in values)
+        if wrong_count or no_text or wrong_bool or None in values:
             quotes = ": put it in quotes" if no_text and not isinstance(value, (list, dict)) else ""
             raise ValueError(f"{self.refusal(value)}{quotes}")
         return values if self.several else values[0]
@@ -340,8 +340,10 @@ class Parser(jsonargparse.ArgumentParser):
         group.add_argument(
             "--print_shtab",
             action=_PrintCompletion,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
             metavar="SHELL",
-            help="Print completions for bash or zsh, and end.",
+            help="Print completions for bash, zsh, fish or tcsh, and end.",
         )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -402,8 +404,10 @@ class _ConfigFile(jsonargparse.ActionConfigFile):
             raise ValueError(f"--config {file} is not text: {error}") from error
         except yaml.YAMLError as error:
             raise ValueError(f"--config {file} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
-        except ValueError as error:
-            raise ValueError(f"--config {file}: {error}") from error
+        except (TypeError, ValueError) as error:
+            # jsonargparse reports what it refuses in a config as an error of the option that names the config
+            message = str(error).removeprefix('Parser key "config": ')
+            raise ValueError(f"--config {file}: {message}") from error
 
 
 class _PrintCompletion(argparse.Action):
