@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], type, list[str]
             "Hub",
         ],
     ),
-    "generate_images.py": (generate_images.main, [], GenerateOptions, ["model", "images", "sampling", "output"]),
+    "generate_images.py": (generate_images.main, [], GenerateOptions, ["model", "images", "output", "sampling"]),
     "convert_checkpoints.py": (
         convert_checkpoints.main,
         [],
@@ -63,10 +63,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], type, list[str]
             headings,
         )
         for name, headings in (
-            ("reference", ["output", "images", "features", "speed"]),
-            ("model", ["output", "images", "features", "speed", "sampling"]),
-            ("score", ["measurements", "output", "metrics"]),
-            ("sweep", ["output", "images", "features", "speed", "samplers"]),
+            ("reference", ["images", "output", "features", "speed"]),
+            ("model", ["images", "output", "sampling", "speed", "features"]),
+            ("score", ["evaluations", "output", "metrics"]),
+            ("sweep", ["images", "output", "samplers", "speed", "features"]),
             ("classifier", ["folders", "training"]),
         )
     },
@@ -103,7 +103,7 @@ def test_every_option_stands_under_a_heading_once(show_help, command):
     assert re.findall(r"^([a-zA-Z ]+):$", text, re.MULTILINE) == [*headings, "general", "Example"]
     listed = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
     names = [field.name for field in dataclasses.fields(options_class)]
-    assert sorted(listed) == sorted([*names, "help", "version", "config"])
+    assert sorted(listed) == sorted([*names, "help", "version", "config", "print_config", "print_shtab"])
     # one spelling each
     assert re.findall(r"--\w+-\w+", text) == []
     assert max(map(len, text.splitlines())) <= 80

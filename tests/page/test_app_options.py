@@ -37,10 +37,10 @@ def test_a_shared_page():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max_images", "65"], "error: max_images is 65, but must be from 1 to 64"),
+        (["--max_images", "65"], "error: max_images is 65, but must be in [1, 64]"),
         (["--max_steps", "0"], "error: max_steps is 0, but must be at least 1"),
         (["--max_queue", "0"], "error: max_queue is 0, but must be at least 1"),
-        (["--port", "70000"], "error: port is 70000, but must be from 1 to 65535"),
+        (["--port", "70000"], "error: port is 70000, but must be in [1, 65535]"),
     ],
 )
 def test_wrong_options(capsys, arguments, message):
