@@ -64,7 +64,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], type, list[str]
         )
         for name, headings in (
             ("reference", ["images", "output", "features", "speed"]),
-            ("model", ["images", "output", "sampling", "speed", "features"]),
+            ("model", ["images", "output", "sampling", "features", "speed"]),
             ("score", ["evaluations", "output", "metrics"]),
             ("sweep", ["images", "output", "samplers", "speed", "features"]),
             ("classifier", ["folders", "training"]),
