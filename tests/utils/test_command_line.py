@@ -326,8 +326,8 @@ def test_help_of_every_type(capsys, monkeypatch):
 def test_version(capsys):
     expected = f"imagenet64-diffusion {__version__} (torch {metadata.version('torch')}, diffusers "
     assert run_command(Options, print, "Does nothing.", ["--place", "x", "--version"]) == 0
-    assert run_command("--version") == 0
-    assert run_command("sell", "--version") == 0
+    assert run_houses("--version") == 0
+    assert run_houses("sell", "--version") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(line.startswith(expected) for line in lines)
