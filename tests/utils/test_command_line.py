@@ -340,8 +340,10 @@ def command(options):
     os.kill(os.getpid(), signal.SIGINT)
 
 for main, arguments in (
-    (generate_images.main, ["--help"]), (train_imagenet64.main, ["--help"]), (evaluate_models.main, ["model", "--help"]),
-    (evaluate_models.main, ["--version"]), (train_imagenet64.main, ["--sed", "1"]),
+    (generate_images.main, ["--help"]),
+    (train_imagenet64.main, ["--sed", "1"]),
+    (evaluate_models.main, ["model", "--help"]),
+    (evaluate_models.main, ["--version"]),
 ):
     try:
         main(arguments)
