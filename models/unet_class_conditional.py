@@ -44,13 +44,10 @@ class LayerConfig:
     class_attention_type: str
 
 
-def _quarter_groups(channels: int) -> int:
-    """The number of GroupNorm groups for groups of four channels, or the next larger size that divides."""
-    return next(groups for groups in range(max(channels // 4, 1), 0, -1) if channels % groups == 0)
-
-
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_quarter_groups(channels), channels)
+    """GroupNorm with groups of four channels, or of the next larger size that divides."""
+    groups = next(groups for groups in range(max(channels // 4, 1), 0, -1) if channels % groups == 0)
+    return nn.GroupNorm(groups, channels)
 
 
 def _modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
@@ -64,170 +61,6 @@ def _modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Ten
 def _silu(hidden_states: torch.Tensor) -> torch.Tensor:
     """SiLU of a tensor that nobody else needs: in its place where no gradient is asked for."""
     return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
-
-
-class CachedWeights:
-    """What a convolution makes of its weights before it uses them, kept while they do not change.
-
-    They are made anew when the weights were written to, replaced, or moved. What writes through ``weight.data`` leaves
-    no trace, so this is for a time in which nobody does, see [`ClassConditionalUNet2DModel.cached_weights`].
-    """
-
-    def __init__(self) -> None:
-        # what they were made of, and they: one assignment, as threads may share a network
-        self._kept: tuple[tuple, tuple[torch.Tensor, ...]] = ((), ())
-
-    @property
-    def weights(self) -> tuple[torch.Tensor, ...]:
-        """Those made last; none before the first call."""
-        return self._kept[1]
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        # a copy or a pickle has None instead: the end of this one's time would not be the end of its
-        return type(None), ()
-
-    def of(self, conv: "Conv2d | ConvTranspose2d", input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        """The kept ones for images of this shape."""
-        weight = conv.weight
-        # tensors made in inference mode have no version, but cannot be written to outside of it either
-        version = 0 if weight.is_inference() else weight._version
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        source = (weight.data_ptr(), version, weight.dtype, weight.device, input_shape, autocast)
-        kept = self._kept
-        if source != kept[0]:
-            kept = self._kept = (source, conv.prepare_weights(input_shape))
-        return kept[1]
-
-
-def _may_cache() -> bool:
-    # before anything that torch.compile would have to watch
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-
-
-def _onednn_takes(weight: torch.Tensor) -> bool:
-    """Whether oneDNN computes with this weight."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _pack(
-    weight: torch.Tensor, input_shape: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int
-) -> torch.Tensor:
-    """A weight in the layout that oneDNN wants for images of this shape, which it would bring it to at every call."""
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(
-        weight.contiguous().to_mkldnn(), padding, stride, [1, 1], groups, list(input_shape)
-    )
-
-
-def _convolve_packed(
-    hidden_states: torch.Tensor,
-    packed_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: Sequence[int],
-    stride: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(
-        hidden_states, packed_weight, bias, padding, stride, [1, 1], groups, "none", [], ""
-    )
-
-
-class Conv2d(nn.Conv2d):
-    """A convolution that prepares its weight once where it can, see [`CachedWeights`]."""
-
-    cached: CachedWeights | None = None
-
-    def used_weight(self) -> torch.Tensor:
-        """What is convolved with, (out_channels, in_channels / groups, height, width)."""
-        return self.weight
-
-    def prepare_weights(self, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        """The used weight, in oneDNN's layout where that computes."""
-        weight = self.used_weight()
-        if not _onednn_takes(weight):
-            return (weight,)
-        return (_pack(weight, input_shape, self.padding, self.stride, self.groups),)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _may_cache() or (cached := self.cached) is None:
-            return self._conv_forward(hidden_states, self.used_weight(), self.bias)
-        (weight,) = cached.of(self, hidden_states.shape)
-        if weight.is_mkldnn:
-            return _convolve_packed(hidden_states, weight, self.bias, self.padding, self.stride, self.groups)
-        return self._conv_forward(hidden_states, weight, self.bias)
-
-
-class StandardizedConv2d(Conv2d):
-    """A convolution whose filters are brought to mean 0 and variance 1 before use.
-
-    Weight standardisation: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.
-    """
-
-    epsilon = 1e-5
-
-    def used_weight(self) -> torch.Tensor:
-        # in float32 whatever the dtype of the model: the variance of a filter is often below what half precision holds
-        weight = self.weight.float()
-        # a layer norm without scale and shift is the formula of the paper, in one pass
-        filters = weight.flatten(1)  # (out_channels, in_channels * height * width)
-        standardized = F.layer_norm(filters, filters.shape[1:], eps=self.epsilon)
-        return standardized.view(self.weight.shape).to(self.weight.dtype)
-
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """The transposed 4x4 convolution that doubles the resolution.
-
-    Row 2 i of what it gives is made of the rows i - 1 and i of the image, row 2 i + 1 of i and i + 1, and columns
-    likewise, so that it is four ordinary 2x2 convolutions whose results interleave. With weights prepared once that is
-    how it is computed on a CPU, where oneDNN's transposed convolutions take twice as long.
-    """
-
-    cached: CachedWeights | None = None
-    # for even and odd rows (columns): which of the four of the filter meet the earlier and the later row
-    _taps = ((3, 1), (2, 0))
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 4, stride=2, padding=1)
-
-    def prepare_weights(self, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        """Four 2x2 filters, of even and odd rows times even and odd columns, packed; or the weight as it is."""
-        if not _onednn_takes(self.weight):
-            return (self.weight,)
-        padded = [*input_shape[:2], input_shape[2] + 1, input_shape[3] + 1]
-        filters = self.weight.transpose(0, 1)  # (out_channels, in_channels, 4, 4)
-        return tuple(
-            _pack(filters[:, :, rows][:, :, :, columns], padded, [0, 0], [1, 1], 1)
-            for rows in self._taps
-            for columns in self._taps
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _may_cache() or (cached := self.cached) is None:
-            return super().forward(hidden_states)
-        weights = cached.of(self, hidden_states.shape)
-        if len(weights) == 1:
-            return super().forward(hidden_states)
-        # rows and columns i - 1 to i + 1 of every i; the even ones need no later, the odd ones no earlier
-        padded = F.pad(hidden_states, (1, 1, 1, 1))
-        batch, _, height, width = hidden_states.shape
-        doubled = torch.empty(
-            (batch, self.out_channels, 2 * height, 2 * width),
-            dtype=hidden_states.dtype,
-            device=hidden_states.device,
-            memory_format=torch.channels_last,
-        )
-        for number, weight in enumerate(weights):
-            row, column = divmod(number, 2)
-            part = padded[:, :, row : row + height + 1, column : column + width + 1]
-            doubled[:, :, row::2, column::2] = _convolve_packed(
-                part.contiguous(memory_format=torch.channels_last), weight, self.bias, [0, 0], [1, 1], 1
-            )
-        return doubled
 
 
 class ResnetLayer(nn.Module):
@@ -368,10 +201,7 @@ class SelfAttentionLayer(nn.Module):
         if patch >= max(height, width):
             return height, width
         if height % patch or width % patch:
-            raise ValueError(
-                f"attention_patch_size {patch} does not divide a feature map of {height}x{width}: take a patch size"
-                " that divides it, or one at least as large as the map"
-            )
+            raise ValueError(f"attention_patch_size {patch} does not divide a feature map of {height}x{width}")
         return patch, patch
 
     def _to_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -572,19 +402,6 @@ class OriginalTimesteps(nn.Module):
         return torch.where(even_row, encodings[0], encodings[1])
 
 
-# networks may be shared by threads
-_CACHE_LOCK = threading.Lock()
-
-
-class _CacheTimes:
-    """How many callers are inside `cached_weights`; copies of a network have None, as nobody is inside of theirs."""
-
-    count = 0
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
-
-
 class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
     r"""A U-Net that predicts the noise (or velocity, or image) and the reverse variance, given timestep and class.
 
@@ -638,7 +455,7 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
-        self._cache_times: _CacheTimes | None = None
+        self._cache_users: _CacheUsers | None = None
         layer_types = tuple(LAYER_TYPE_ALIASES.get(name, name) for name in layer_types)
         self.register_to_config(layer_types=layer_types, block_out_channels=tuple(block_out_channels))
         self._check_config()
@@ -696,43 +513,34 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         ):
             if config[option] not in choices:
                 raise ValueError(f"{option} is {config[option]!r}, but must be one of {', '.join(choices)}")
-        if not config.layer_types:
-            raise ValueError("layer_types is empty, but must name at least one layer, resnet or convnext")
+        for option in ("layer_types", "block_out_channels"):
+            if not config[option]:
+                raise ValueError(f"{option} is empty, but must have at least one entry")
         for name in config.layer_types:
             if name not in LAYER_TYPES:
-                aliases = ", ".join(LAYER_TYPE_ALIASES)
                 raise ValueError(
                     f"layer_types names {name!r}, but must be made of {', '.join(LAYER_TYPES)} (the original's names"
-                    f" {aliases} are taken too)"
+                    f" {', '.join(LAYER_TYPE_ALIASES)} are taken too)"
                 )
+            if LAYER_TYPES[name].needs_classes and config.num_class_embeds is None:
+                raise ValueError(f"layer_types names {name!r}, which needs classes, but num_class_embeds is None")
         first = config.layer_types[0]
         if not LAYER_TYPES[first].changes_width:
             able = " or ".join(name for name, layer in LAYER_TYPES.items() if layer.changes_width)
             raise ValueError(f"layer_types begins with {first!r}, which cannot change the width: begin with {able}")
-        if not config.block_out_channels:
-            raise ValueError("block_out_channels is empty, but must give the width of at least one level")
+        counts = {f"block_out_channels[{i}]": width for i, width in enumerate(config.block_out_channels)}
         for option in ("in_channels", "stem_channels", "time_embed_dim", "class_embed_dim", "attention_patch_size"):
-            if not isinstance(config[option], int) or config[option] < 1:
-                raise ValueError(f"{option} is {config[option]!r}, but must be a whole number of at least 1")
-        if any(not isinstance(width, int) or width < 1 for width in config.block_out_channels):
-            raise ValueError(
-                f"block_out_channels is {config.block_out_channels}, but must hold positive whole numbers"
-            )
-        if config.num_class_embeds is None:
-            needy = [name for name in config.layer_types if LAYER_TYPES[name].needs_classes]
-            if needy:
-                raise ValueError(
-                    f"layer_types names {needy[0]!r}, which needs classes, but num_class_embeds is None: set"
-                    " num_class_embeds to the number of classes, or leave the layer out"
-                )
-        elif config.num_class_embeds < 1:
-            raise ValueError(
-                f"num_class_embeds is {config.num_class_embeds}, but must be at least 1, or None for no classes"
-            )
+            counts[option] = config[option]
+        if config.num_class_embeds is not None:
+            counts["num_class_embeds"] = config.num_class_embeds
+        for option, count in counts.items():
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{option} is {count!r}, but must be a whole number of at least 1")
         if not 0.0 <= config.dropout < 1.0:
             raise ValueError(f"dropout is {config.dropout}, but must be in [0, 1)")
 
-        height, width = self._sample_height_width()
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
         self._check_size(height, width, "sample_size")
         if "self_attention" in config.layer_types:
             patch = config.attention_patch_size
@@ -741,13 +549,8 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
                 if patch < max(rows, columns) and (rows % patch or columns % patch):
                     raise ValueError(
                         f"attention_patch_size is {patch}, which does not divide the feature map of {rows}x{columns}"
-                        f" that sample_size {config.sample_size} gives at level {level}: take a patch size that"
-                        " divides it, or one at least as large as the map"
+                        f" that sample_size {size} gives at level {level}: take one that does, or a larger one"
                     )
-
-    def _sample_height_width(self) -> tuple[int, int]:
-        size = self.config.sample_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     def _check_size(self, height: int, width: int, what: str) -> None:
         levels = len(self.config.block_out_channels)
@@ -811,32 +614,15 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
 
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
-    @contextlib.contextmanager
-    def cached_weights(self) -> Iterator[None]:
+    def cached_weights(self) -> contextlib.AbstractContextManager[None]:
         """A time in which what depends on the weights alone is computed once instead of at every call.
 
-        For loops that call the network many times without gradients, as `ClassConditionalPipeline` does; standardised
-        weights are kept then, and on a CPU all weights in the layout that it computes with, which is as much memory
-        as the convolutions' weights once more. Weights may be changed or moved meanwhile, but not through
-        ``weight.data`` (as diffusers' ``EMAModel.copy_to`` does): such changes would go unnoticed. Times may be nested
-        and overlap.
+        For loops that call the network many times without gradients, as `ClassConditionalPipeline` does; on a CPU it
+        takes as much memory as the convolutions' weights once more. Weights may be changed or moved meanwhile, but not
+        through ``weight.data`` (as diffusers' ``EMAModel.copy_to`` does): such changes would go unnoticed. Calls may
+        be nested and overlap.
         """
-        convolutions = [module for module in self.modules() if isinstance(module, (Conv2d, ConvTranspose2d))]
-        with _CACHE_LOCK:
-            if self._cache_times is None:
-                self._cache_times = _CacheTimes()
-                for module in convolutions:
-                    module.cached = CachedWeights()
-            self._cache_times.count += 1
-        try:
-            yield
-        finally:
-            with _CACHE_LOCK:
-                self._cache_times.count -= 1
-                if self._cache_times.count == 0:
-                    self._cache_times = None
-                    for module in convolutions:
-                        module.cached = None
+        return _cached_weights(self)
 
     def _embed_timestep(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
         timestep = torch.as_tensor(timestep, device=sample.device)
@@ -863,3 +649,188 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         elif class_labels.shape != (len(sample),):
             raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, but must be ({len(sample)},)")
         return self.class_embedding(class_labels)
+
+
+# ------------------------------------------------------------------ convolutions
+#
+# What they compute is the plain convolution. The rest is only speed: inside `cached_weights`, weights are standardised
+# once, and on a CPU brought once to the layout that oneDNN computes with.
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that prepares its weight once where it can, see [`CachedWeights`]."""
+
+    cached: "CachedWeights | None" = None
+
+    def used_weight(self) -> torch.Tensor:
+        """What is convolved with, (out_channels, in_channels / groups, height, width)."""
+        return self.weight
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not _may_cache() or (cached := self.cached) is None:
+            return self._conv_forward(hidden_states, self.used_weight(), self.bias)
+        (weight,) = cached.of(self, hidden_states.shape)
+        if weight.is_mkldnn:
+            return _convolve_packed(hidden_states, weight, self.bias, self.padding, self.stride, self.groups)
+        return self._conv_forward(hidden_states, weight, self.bias)
+
+    def prepare_weights(self, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        weight = self.used_weight()
+        if _onednn_takes(weight):
+            weight = _pack(weight, input_shape, self.padding, self.stride, self.groups)
+        return (weight,)
+
+
+class StandardizedConv2d(Conv2d):
+    """A convolution whose filters are brought to mean 0 and variance 1 before use.
+
+    Weight standardisation: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.
+    """
+
+    epsilon = 1e-5
+
+    def used_weight(self) -> torch.Tensor:
+        # in float32 whatever the dtype of the model: a filter's variance is often below what half precision holds;
+        # a layer norm without scale and shift is the formula of the paper, in one pass
+        filters = self.weight.float().flatten(1)  # (out_channels, in_channels * height * width)
+        standardized = F.layer_norm(filters, filters.shape[1:], eps=self.epsilon)
+        return standardized.view(self.weight.shape).to(self.weight.dtype)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """The transposed 4x4 convolution that doubles the resolution.
+
+    Row 2 i of what it gives is made of the rows i - 1 and i of the image, row 2 i + 1 of i and i + 1, and columns
+    likewise, so that it is four ordinary 2x2 convolutions whose results interleave. With cached weights that is how it
+    is computed on a CPU, where oneDNN's transposed convolutions take twice as long.
+    """
+
+    cached: "CachedWeights | None" = None
+    # for even and odd rows (columns): which of the four of the filter meet the earlier and the later row
+    _taps = ((3, 1), (2, 0))
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 4, stride=2, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not _may_cache() or (cached := self.cached) is None:
+            return super().forward(hidden_states)
+        weights = cached.of(self, hidden_states.shape)
+        if len(weights) == 1:
+            return super().forward(hidden_states)
+        batch, _, height, width = hidden_states.shape
+        padded = F.pad(hidden_states, (1, 1, 1, 1))
+        doubled = padded.new_empty((batch, self.out_channels, 2 * height, 2 * width))
+        doubled = doubled.contiguous(memory_format=torch.channels_last)
+        for number, weight in enumerate(weights):
+            row, column = divmod(
+                number, 2
+            )  # of rows i - 1 to i + 1 the even ones need no later, the odd ones no earlier
+            part = padded[:, :, row : row + height + 1, column : column + width + 1]
+            doubled[:, :, row::2, column::2] = _convolve_packed(
+                part.contiguous(memory_format=torch.channels_last), weight, self.bias, [0, 0], [1, 1], 1
+            )
+        return doubled
+
+    def prepare_weights(self, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        if not _onednn_takes(self.weight):
+            return (self.weight,)
+        padded = [*input_shape[:2], input_shape[2] + 1, input_shape[3] + 1]
+        filters = self.weight.transpose(0, 1)  # (out_channels, in_channels, 4, 4)
+        return tuple(
+            _pack(filters[:, :, rows][:, :, :, columns], padded, [0, 0], [1, 1], 1)
+            for rows in self._taps
+            for columns in self._taps
+        )
+
+
+class CachedWeights:
+    """The prepared weights of a convolution, made anew when its weights were written to, replaced, or moved."""
+
+    def __init__(self) -> None:
+        # what they were made of, and they: one assignment, as threads may share a network
+        self._kept: tuple[tuple, tuple[torch.Tensor, ...]] = ((), ())
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """Those made last; none before the first call."""
+        return self._kept[1]
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # a copy of the network has None: the end of this one's time would not be the end of its
+
+    def of(self, conv: Conv2d | ConvTranspose2d, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        """Those for images of this shape."""
+        weight = conv.weight
+        # tensors made in inference mode have no version, but cannot be written to outside of it either
+        version = 0 if weight.is_inference() else weight._version
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        source = (weight.data_ptr(), version, weight.dtype, weight.device, input_shape, autocast)
+        kept = self._kept
+        if source != kept[0]:
+            kept = self._kept = (source, conv.prepare_weights(input_shape))
+        return kept[1]
+
+
+class _CacheUsers:
+    """How many callers are inside `cached_weights`; copies of a network have None, as nobody is inside of theirs."""
+
+    count = 0
+    lock = threading.Lock()  # networks may be shared by threads
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+@contextlib.contextmanager
+def _cached_weights(unet: ClassConditionalUNet2DModel) -> Iterator[None]:
+    convolutions = [module for module in unet.modules() if isinstance(module, (Conv2d, ConvTranspose2d))]
+    with _CacheUsers.lock:
+        if unet._cache_users is None:
+            unet._cache_users = _CacheUsers()
+            for module in convolutions:
+                module.cached = CachedWeights()
+        unet._cache_users.count += 1
+    try:
+        yield
+    finally:
+        with _CacheUsers.lock:
+            unet._cache_users.count -= 1
+            if unet._cache_users.count == 0:
+                unet._cache_users = None
+                for module in convolutions:
+                    module.cached = None
+
+
+def _may_cache() -> bool:
+    # before anything that torch.compile would have to watch
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def _onednn_takes(weight: torch.Tensor) -> bool:
+    """Whether oneDNN computes with this weight."""
+    onednn = torch.backends.mkldnn
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return on_cpu and onednn.is_available() and onednn.enabled and not torch.is_autocast_enabled("cpu")
+
+
+def _pack(
+    weight: torch.Tensor, input_shape: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int
+) -> torch.Tensor:
+    """A weight in the layout that oneDNN wants for images of this shape, which it would bring it to at every call."""
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(
+        weight.contiguous().to_mkldnn(), padding, stride, [1, 1], groups, list(input_shape)
+    )
+
+
+def _convolve_packed(
+    images: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        images, packed, bias, padding, stride, [1, 1], groups, "none", [], ""
+    )

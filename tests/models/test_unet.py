@@ -1,6 +1,5 @@
 """The class-conditional U-Net as a diffusers model."""
 
-import copy
 import itertools
 import json
 
@@ -35,18 +34,6 @@ def test_all_orders_of_layers(head):
         output = unet(*inputs()).sample
         assert output.shape == (3, 2, 16, 16), order
         assert output.isfinite().all(), order
-
-
-@pytest.mark.parametrize("time", ["sinusoidal", "original_interleaved", "original_sine", "original_alternating"])
-@pytest.mark.parametrize("attention", ["channel", "identity"])
-@pytest.mark.parametrize("head", ["conv", "original"])
-def test_all_options_together(time, attention, head):
-    unet = make_unet(time_embedding_type=time, class_attention_type=attention, output_head_type=head)
-    sample, timestep, labels = inputs()
-    output = unet(sample, timestep, labels).sample
-    assert output.shape == (3, 2, 16, 16)
-    assert (unet(sample, timestep + 1, labels).sample != output).any()
-    assert (unet(sample, timestep, (labels + 1) % 4).sample != output).any()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
@@ -139,20 +126,6 @@ class TestSavingAndLoading:
         with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
             assert not [name for name in file.keys() if "table" in name]  # noqa: SIM118
 
-    def test_half_precision(self, tmp_path):
-        unet = make_unet()
-        unet.save_pretrained(tmp_path)
-        loaded = ClassConditionalUNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-        assert loaded.dtype == torch.bfloat16
-        sample, timestep, labels = inputs()
-        expected = unet(sample, timestep, labels).sample
-        difference = loaded(sample.bfloat16(), timestep, labels).sample.float() - expected
-        assert difference.norm() < 0.03 * expected.norm()
-
-    def test_copies_are_whole(self):
-        unet = make_unet(time_embedding_type="original_sine")
-        assert torch.equal(copy.deepcopy(unet)(*inputs()).sample, unet(*inputs()).sample)
-
 
 class TestConfigFiles:
     @pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.json")), ids=lambda file: file.stem)
@@ -186,7 +159,7 @@ class TestWrongOptions:
             ({"layer_types": ("resnet", "dense")}, "names 'dense', but must be made of resnet, convnext"),
             ({"layer_types": ()}, "layer_types is empty"),
             ({"num_class_embeds": None}, "'class_attention', which needs classes, but num_class_embeds is None"),
-            ({"num_class_embeds": 0}, "num_class_embeds is 0, but must be at least 1, or None"),
+            ({"num_class_embeds": 0}, "num_class_embeds is 0, but must be a whole number of at least 1"),
             ({"sample_size": 18}, "sample_size is 18x18, which 2 levels cannot halve.*multiples of 4"),
             ({"sample_size": (16, 17)}, "sample_size is 16x17"),
             (
@@ -198,7 +171,7 @@ class TestWrongOptions:
                 "does not divide the feature map of 12x12 that sample_size 24 gives at level 1",
             ),
             ({"block_out_channels": ()}, "block_out_channels is empty"),
-            ({"block_out_channels": (8, 0)}, "block_out_channels is .*positive whole numbers"),
+            ({"block_out_channels": (8, 0)}, r"block_out_channels\[1\] is 0, but must be a whole number"),
             ({"stem_channels": 0}, "stem_channels is 0"),
             ({"dropout": 1.0}, "dropout is 1.0, but must be in"),
             ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier', but must be one of sinusoidal"),

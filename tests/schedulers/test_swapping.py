@@ -1,0 +1,63 @@
+"""Swapping schedulers, ours for stock ones and back, warns of nothing and loses nothing."""
+
+import diffusers
+import pytest
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, UniPCMultistepScheduler
+from diffusers.utils import logging
+
+from imagenet64_diffusion.pretrained import DIGITS
+from imagenet64_diffusion.schedulers.scheduling_ddim_eta import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+
+
+OURS = [EtaDDIMScheduler, LearnedVarianceDDPMScheduler]
+STOCK = [
+    *(DDIMScheduler, DDPMScheduler, PNDMScheduler, UniPCMultistepScheduler),
+    *(diffusers.EulerDiscreteScheduler, diffusers.HeunDiscreteScheduler, diffusers.DPMSolverMultistepScheduler),
+]
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What diffusers logs, which keeps its messages from the root logger."""
+    logger = logging.get_logger("diffusers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("ours", OURS)
+@pytest.mark.parametrize("stock", STOCK)
+@pytest.mark.parametrize("max_beta", [1.0, 0.9])
+def test_without_a_warning(ours, stock, max_beta, tmp_path, warnings):
+    named = {"variance_type": "fixed_small", "set_alpha_to_one": False, "prediction_type": "v_prediction"}
+    first = ours(max_beta=max_beta, **named)
+    first.save_pretrained(tmp_path / "ours")
+    for theirs in (
+        stock.from_config(first.config),
+        stock.from_pretrained(tmp_path / "ours"),
+        stock.from_config(ours.from_pretrained(tmp_path / "ours").config),
+    ):
+        assert theirs.config.prediction_type == "v_prediction"
+        theirs.save_pretrained(tmp_path / "theirs")
+        for back in (
+            ours.from_config(theirs.config),
+            ours.from_pretrained(tmp_path / "theirs"),
+            OURS[OURS[0] is ours].from_config(theirs.config),
+        ):
+            assert back.max_beta == back.config.max_beta == max_beta
+            assert {name: back.config[name] for name in named} == named
+    # what is asked for goes before what was saved
+    assert ours.from_config(theirs.config, max_beta=0.5).config["_max_beta"] == 0.5
+    assert "_max_beta" not in ours.from_config(theirs.config, max_beta=1.0).config
+    assert [record.getMessage() for record in warnings.records] == []
+
+
+def test_the_digits(warnings):
+    DDIMScheduler.from_pretrained(DIGITS, subfolder="scheduler")
+    assert [record.getMessage() for record in warnings.records] == []
+
+
+def test_configs_from_before(tmp_path):
+    """They name max_beta itself."""
+    config = {"_class_name": "EtaDDIMScheduler", "max_beta": 0.9, "num_train_timesteps": 50}
+    assert EtaDDIMScheduler.from_config(config).max_beta == 0.9
