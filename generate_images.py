@@ -1,4 +1,4 @@
-"""Draws images of given classes, and writes them with a labelled grid, an animation and a manifest."""
+"""Generates images of given classes, and writes them with a labelled grid, an animation and a manifest."""
 
 import sys
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from imagenet64_diffusion.utils.command_line import run_command
 
 
 EXAMPLE = """--class_labels 3 7 null --num_images_per_label 4
---guidance_scale 2.5 --num_inference_steps 20 --output_dir outputs/drawn"""
+--guidance_scale 2.5 --num_inference_steps 20
+--output_dir outputs/generated"""
 
 
 def generate(options: GenerateOptions) -> Path:
-    """Draws the images and writes them with a grid, an animation and a manifest.
+    """Generates the images and writes them with a grid, an animation and a manifest.
 
     Returns:
         The folder that holds them.

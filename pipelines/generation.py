@@ -1,7 +1,16 @@
-"""Drawing images to a folder: numbered PNGs, a labelled grid, an animation, and a manifest to draw each one again."""
+"""Generating images to a folder: numbered PNGs, a labelled grid, an animation, and a manifest of how they were made.
 
+The same command again resumes a run that was stopped or killed: what tells how far it came are the images themselves.
+"""
+
+import contextlib
+import datetime
+import hashlib
 import json
 import platform
+import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +19,15 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..utils.atomic_write import atomic_file
+from ..utils.atomic_write import atomic_file, only_writer
+from ..utils.command_line import StoppedBySignalError
 from ..utils.devices import best_device, find_device
+from ..utils.distributed import on_every_process, on_main_process
 from ..utils.memory import keep_freed_memory
 from ..version import __version__
 from .generation_options import GenerateOptions
@@ -25,121 +38,263 @@ from .sampler import Sampler
 
 
 MANIFEST_NAME = "manifest.json"
+GRID_NAME, ANIMATION_NAME = "grid.png", "denoising.gif"
+# What the animation is made of, until it is: the way of each image from noise.
+_FRAMES_NAME = ".frames"
+_FAILED_NAME = "failed"
 # A grid or an animation of more would be neither looked at nor held in memory with comfort.
 _MAX_IMAGES_IN_GRID = 144
+# May change when a run is resumed: they make no other images beyond rounding.
+_MAY_DIFFER = {"unfinished", "versions", "device", "batch_size", "output_dir"}
 
 
 def generate(options: GenerateOptions) -> Path:
-    """Draws the images that the options ask for, see `GenerateOptions`.
+    """Generates the images that the options ask for, see `GenerateOptions`, or resumes that.
 
-    Every image is drawn from its own seed, on the CPU, and so does not depend on batch size, place or device beyond
-    rounding.
+    Every image comes from its own seed, on the CPU, and so does not depend on batch size, place or device beyond
+    rounding. The ranks that accelerate has started share the batches.
 
     Returns:
         The folder of the images.
 
     Raises:
         ValueError: If an option does not fit the model, or the folder holds something else.
+        OSError: If something cannot be read or written, or another process writes to the folder.
+        StoppedBySignalError: After SIGTERM or SIGINT.
     """
-    output_dir = Path(options.output_dir)
-    _make_room(output_dir)
+    on_cpu = (options.device or best_device()) == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    # one rank may have the last batch of an hour while the others wait for it
+    state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=7))
+    folder = Path(options.output_dir)
+    with _stopped_by_signals(folder, state), contextlib.ExitStack() as stack:
+        run = on_every_process(state, lambda: _Run(options, state))
 
-    device = find_device(options.device or best_device())
-    if device.type == "cpu":
-        keep_freed_memory()
-    pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype)).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    sampler = Sampler.from_options(options)
-    sampler.prepare(pipeline)
-    labels = requested_class_ids(pipeline, options)
-    names = [class_caption(pipeline, label) for label in labels]
+        def take_folder() -> list[range] | None:
+            stack.enter_context(only_writer(folder))
+            stack.callback(run.remove_if_empty)
+            return run.missing_batches()
 
-    drawn = _Recorder(pipeline, options, sampler, num_animated=min(len(labels), _MAX_IMAGES_IN_GRID))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    digits = max(5, len(str(len(labels))))
-    images: list[dict[str, Any]] = []
-    for image, label, name in zip(drawn.images(labels), labels, names, strict=True):
-        number = len(images)
-        file = output_dir / f"{number:0{digits}d}.png"
-        with atomic_file(file) as writing:
-            image.save(writing)
-        images.append({"file": file.name, "class_label": label, "class_name": name, "seed": options.seed + number})
-
-    files = []
-    if len(drawn.kept) > 0:
-        with atomic_file(output_dir / "grid.png") as writing:
-            image_grid(drawn.kept, names[: len(drawn.kept)], options.columns).save(writing)
-        files.append("grid.png")
-    if options.animation:
-        frames = [image_grid(frame, names[: len(frame)], options.columns) for frame in drawn.frames()]
-        save_animation(frames, output_dir / "denoising.gif", options.fps)
-        files.append("denoising.gif")
-    manifest = make_manifest(pipeline, options, drawn.timesteps, device) | {"files": files, "images": images}
-    with atomic_file(output_dir / MANIFEST_NAME) as writing:
-        writing.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-    what = " and ".join(["the grid", "the animation"][: len(files)])
-    print(f"{len(images)} images, {what} and {MANIFEST_NAME} are in {output_dir}")
-    return output_dir
+        missing = on_main_process(state, take_folder)
+        if missing is not None:
+            on_every_process(state, lambda: run.generate_batches(missing))
+            on_main_process(state, run.finish)
+        if state.is_main_process:
+            files = ", ".join([f"{len(run.labels)} images", *run.manifest["files"]])
+            print(f"{files} and {MANIFEST_NAME} {'were' if missing is None else 'are'} in {folder}", flush=True)
+    # not on an error, of which the others may not know yet
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return folder
 
 
-class _Recorder:
-    """Draws images batch by batch and keeps the first ones, with their way from noise, for grid and animation."""
+@contextlib.contextmanager
+def _stopped_by_signals(folder: Path, state: PartialState) -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT end the work at once: every file is written atomically, so nothing need be saved."""
 
-    def __init__(
-        self, pipeline: ClassConditionalPipeline, options: GenerateOptions, sampler: Sampler, num_animated: int
-    ):
-        self.pipeline = pipeline
-        self.options = options
-        self.sampler = sampler
-        self.kept: list[Image.Image] = []
-        self.timesteps: list[float] = []
-        self._num_animated = num_animated
-        # for each step uint8 (images, height, width, channels) of each batch
-        self._frames: list[list[np.ndarray]] = []
+    def stop(number: int, frame: Any) -> None:
+        message = f"stopped by {signal.Signals(number).name}; the images in {folder} stay: the same command resumes"
+        raise StoppedBySignalError(number, message if state.is_main_process else "")
 
-    def images(self, labels: list[int | None]) -> Iterator[Image.Image]:
-        """The images in order."""
-        options = self.options
-        arguments = self.sampler.arguments(self.pipeline)
-        num_batches = -(-len(labels) // options.batch_size)
-        with tqdm(desc="drawing", unit="step") as progress_bar:
-            for start in range(0, len(labels), options.batch_size):
-                batch = labels[start : start + options.batch_size]
+    earlier: dict[int, Any] = {}
+    # only the main thread may set handlers
+    if threading.current_thread() is threading.main_thread():
+        earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
-                def on_step_end(
-                    pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any], start: int = start
-                ) -> None:
-                    progress_bar.total = num_batches * pipeline.num_timesteps
-                    progress_bar.update()
-                    self._record(step, start, tensors["latents"])
 
-                output = self.pipeline(
-                    batch,
-                    generator=[torch.Generator().manual_seed(options.seed + start + i) for i in range(len(batch))],
-                    callback_on_step_end=on_step_end,
-                    **arguments,
+class _Run:
+    """What the options ask for, and how much of it is in the folder."""
+
+    def __init__(self, options: GenerateOptions, state: PartialState):
+        device = find_device(options.device or (state.device if state.num_processes > 1 else best_device()))
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.options, self.state, self.folder = options, state, Path(options.output_dir)
+        self.pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype)).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        sampler = Sampler.from_options(options)
+        sampler.prepare(self.pipeline)
+        self.arguments = sampler.arguments(self.pipeline)
+        self.labels = requested_class_ids(self.pipeline, options)
+        captions = [class_caption(self.pipeline, label) for label in self.labels]
+        self.captions = captions[:_MAX_IMAGES_IN_GRID]
+        self.num_animated = len(self.captions) if options.animation else 0
+        step_names = ("num_inference_steps", "timesteps", "clip_sample")
+        self.pipeline.prepare_scheduler(**{name: self.arguments.get(name) for name in step_names})
+        timesteps = [float(timestep) for timestep in self.pipeline.timesteps]
+        digits = max(5, len(str(len(self.labels))))
+        images: list[dict[str, Any]] = [
+            {"file": f"{i:0{digits}d}.png", "class_label": label, "class_name": name, "seed": options.seed + i}
+            for i, (label, name) in enumerate(zip(self.labels, captions, strict=True))
+        ]
+        self.manifest = make_manifest(self.pipeline, options, timesteps, device) | {
+            "files": [GRID_NAME, ANIMATION_NAME] if options.animation else [GRID_NAME],
+            "images": images,
+        }
+        self.image_files = [self.folder / image["file"] for image in images]
+        self.frames_folder = self.folder / _FRAMES_NAME
+        self.frames_files = [self.frames_folder / f"{index:05d}.npy" for index in range(self.num_animated)]
+
+    # ------------------------------------------------------------------ the folder, on the main process
+
+    def missing_batches(self) -> list[range] | None:
+        """Takes the folder; the batches that are to be generated, None where everything is there.
+
+        Batches are the same ones in every run, so that resuming makes no image different by rounding.
+        """
+        present = _names(self.folder)
+        earlier = _read_manifest(self.folder / MANIFEST_NAME)
+        if earlier is None and any(not name.startswith((".writing.", _FRAMES_NAME)) for name in present):
+            raise ValueError(f"output_dir is {self.folder}, which holds other files: name a new or an empty folder")
+        if earlier is not None:
+            images = {image["file"] for image in earlier["images"]}
+            written = {*earlier["files"], *images}
+            difference = _difference(earlier, self.manifest)
+            if difference is None and "unfinished" not in earlier and written <= present:
+                return None
+            if difference is not None and "unfinished" in earlier and images & present:
+                raise ValueError(
+                    f"output_dir is {self.folder}, which holds an unfinished run with {difference}: give that to"
+                    " resume it, or another output_dir"
                 )
-                self.kept.extend(output.images[: self._num_animated - len(self.kept)])
-                yield from output.images
-        self.timesteps = [float(timestep) for timestep in self.pipeline.scheduler.timesteps]
+            if difference is not None:
+                for name in written:
+                    (self.folder / Path(name).name).unlink(missing_ok=True)
+                shutil.rmtree(self.frames_folder, ignore_errors=True)
+        self._write_manifest({"unfinished": True})
+        self.frames_folder.mkdir(exist_ok=True)
+        (self.frames_folder / _FAILED_NAME).unlink(missing_ok=True)
 
-    def _record(self, step: int, start: int, latents: torch.Tensor) -> None:
-        count = min(len(latents), self._num_animated - start)
-        if not self.options.animation or count <= 0:
+        present = _names(self.folder) | _names(self.frames_folder)
+        needed = [[file.name] for file in self.image_files]
+        if ANIMATION_NAME not in present:
+            for index, file in enumerate(self.frames_files):
+                needed[index].append(file.name)
+        size = self.options.batch_size
+        starts = {index // size * size for index, names in enumerate(needed) if not present.issuperset(names)}
+        return [range(start, min(start + size, len(needed))) for start in sorted(starts)]
+
+    def _write_manifest(self, entries: dict[str, Any]) -> None:
+        with atomic_file(self.folder / MANIFEST_NAME) as writing:
+            writing.write_text(json.dumps(self.manifest | entries, indent=2) + "\n", encoding="utf-8")
+
+    def remove_if_empty(self) -> None:
+        """Leaves nothing of a run that failed before its first image, so that any other may take its place."""
+        earlier = _read_manifest(self.folder / MANIFEST_NAME)
+        if earlier is None or "unfinished" not in earlier or any(file.exists() for file in self.image_files):
             return
-        if step == len(self._frames):
-            self._frames.append([])
-        self._frames[step].append(to_pixels(self.pipeline, latents[:count]))
+        if _difference(earlier, self.manifest) is None:
+            shutil.rmtree(self.frames_folder, ignore_errors=True)
+            (self.folder / MANIFEST_NAME).unlink()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
-    def frames(self) -> Iterator[list[Image.Image]]:
-        """The images after each step."""
-        for batches in self._frames:
-            yield [to_image(pixels) for batch in batches for pixels in batch]
+    def finish(self) -> None:
+        """Writes the grid and the animation of the first images, and says that everything is there."""
+        options, folder = self.options, self.folder
+        if not (folder / GRID_NAME).exists():
+            images = [Image.open(file) for file in self.image_files[: len(self.captions)]]
+            with atomic_file(folder / GRID_NAME) as writing:
+                image_grid(images, self.captions, options.columns).save(writing)
+        if options.animation and not (folder / ANIMATION_NAME).exists():
+            ways = [np.load(file, mmap_mode="r") for file in self.frames_files]
+            frames = [
+                image_grid(list(map(to_image, step)), self.captions, options.columns)
+                for step in zip(*ways, strict=True)
+            ]
+            save_animation(frames, folder / ANIMATION_NAME, options.fps)
+        shutil.rmtree(self.frames_folder)
+        self._write_manifest({})
+
+    # ------------------------------------------------------------------ sampling, on every rank
+
+    def generate_batches(self, batches: list[range]) -> None:
+        """Generates this rank's part of the batches; ends early where another rank has failed."""
+        failed, state = self.frames_folder / _FAILED_NAME, self.state
+        mine = batches[state.process_index :: state.num_processes]
+        num_steps = len(mine) * self.pipeline.num_timesteps
+        with tqdm(total=num_steps, desc="generating", unit="step", disable=not state.is_main_process) as progress_bar:
+            for batch in mine:
+                if failed.exists():
+                    return
+                try:
+                    self._generate_batch(batch, progress_bar)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        failed.touch()
+                    raise
+
+    def _generate_batch(self, batch: range, progress_bar: tqdm) -> None:
+        animated = batch[: max(self.num_animated - batch.start, 0)]
+        frames: list[np.ndarray] = []
+
+        def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+            progress_bar.update()
+            if animated:
+                frames.append(to_pixels(pipeline, tensors["latents"][: len(animated)]))
+
+        try:
+            images = self.pipeline(
+                self.labels[batch.start : batch.stop],
+                generator=[torch.Generator().manual_seed(self.options.seed + index) for index in batch],
+                callback_on_step_end=on_step_end,
+                **self.arguments,
+            ).images
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the device's memory is too small for {len(batch)} images at a time: give a smaller batch_size"
+            ) from error
+        # an image is there when it has its file, so its way from noise is written before
+        for number, index in enumerate(animated):
+            with atomic_file(self.frames_files[index]) as writing:
+                np.save(writing, np.stack([step[number] for step in frames]))
+        for index, image in zip(batch, images, strict=True):
+            if not self.image_files[index].exists():
+                with atomic_file(self.image_files[index]) as writing:
+                    image.save(writing)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def _read_manifest(file: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier run; None where there is none, or a file of another program."""
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest["options"] = dict(manifest.get("options", {}))
+        names = [*manifest["files"], *(image["file"] for image in manifest["images"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if all(isinstance(name, str) for name in names) else None
+
+
+def _difference(earlier: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+    """The first setting in which two runs differ, as "name value"; None where they make the same images."""
+    manifest = json.loads(json.dumps(manifest))
+    # options first: the rest follows from them
+    for one, other in ((earlier["options"], manifest["options"]), (earlier, manifest)):
+        for name in sorted((one | other).keys() - _MAY_DIFFER - {"options"}):
+            if one.get(name) != other.get(name):
+                return f"{name} {str(one.get(name))[:200]} instead of {str(other.get(name))[:200]}"
+    return None
+
+
+def weights_digest(unet: torch.nn.Module) -> str:
+    """SHA-256 of a network's weights, which tells models apart whose folders have the same name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def to_pixels(pipeline: ClassConditionalPipeline, latents: torch.Tensor) -> np.ndarray:
-    """What images look like in the middle of drawing: uint8 (images, height, width, channels)."""
+    """What images look like between two denoising steps: uint8 (images, height, width, channels)."""
     pixels = pipeline.image_processor.postprocess(latents, output_type="np")
     return (pixels * 255).round().astype(np.uint8)
 
@@ -189,27 +344,10 @@ def class_caption(pipeline: ClassConditionalPipeline, label: int | None) -> str:
     return (pipeline.config.id2label or {}).get(label, str(label))
 
 
-def _make_room(output_dir: Path) -> None:
-    """Removes what an earlier call wrote; refuses a folder with other things in it."""
-    if not output_dir.exists():
-        return
-    if not output_dir.is_dir():
-        raise ValueError(f"output_dir is {output_dir}, which is a file: name a folder")
-    manifest_file = output_dir / MANIFEST_NAME
-    if manifest_file.is_file():
-        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-        earlier = [*manifest["files"], *(image["file"] for image in manifest["images"])]
-        for name in earlier:
-            (output_dir / Path(name).name).unlink(missing_ok=True)
-        manifest_file.unlink()
-    elif any(output_dir.iterdir()):
-        raise ValueError(f"output_dir is {output_dir}, which holds other files: name a new or an empty folder")
-
-
 def make_manifest(
     pipeline: ClassConditionalPipeline, options: GenerateOptions, timesteps: list[float], device: torch.device
 ) -> dict[str, Any]:
-    """How the images were drawn, as JSON values; the images themselves are not in it yet."""
+    """How the images are generated, as JSON values; the images themselves are not in it yet."""
     return {
         "versions": {
             "imagenet64_diffusion": __version__,
@@ -218,11 +356,12 @@ def make_manifest(
             "python": platform.python_version(),
         },
         "model": options.model,
-        "device": str(device),
+        "weights_sha256": weights_digest(pipeline.unet),
+        "device": device.type,
         "options": asdict(options),
         "scheduler": {"class": type(pipeline.scheduler).__name__, "config": plain_config(pipeline.scheduler.config)},
         "timesteps": timesteps,
-        "note": "each image is drawn from noise of torch.Generator().manual_seed(seed) on the CPU",
+        "note": "each image begins with noise of torch.Generator().manual_seed(seed) on the CPU",
     }
 
 

@@ -1,4 +1,4 @@
-"""Pictures made of images: labelled grids and animations."""
+"""Labelled grids and animations."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,9 +1,7 @@
 """Loading a pipeline folder or Hub repository with the installed classes, so that no code of the repository runs."""
 
-import hashlib
 import inspect
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import sha_fileobj
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
@@ -49,12 +48,11 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
             libraries = " ".join(library for library in found._backends if library != "torch")
             raise ValueError(f"{candidate} needs a library that is not installed: pip install {libraries}")
     # without their common ending, which would make any two of them look alike
-    names = [entry for entry in (*OUR_SCHEDULERS, *dir(diffusers)) if entry.endswith("Scheduler")]
-    known = [entry.removesuffix("Scheduler") for entry in names]
+    names = (*OUR_SCHEDULERS, *dir(diffusers))
+    known = [entry.removesuffix("Scheduler") for entry in names if entry.endswith("Scheduler")]
     raise ValueError(
         f"there is no scheduler named {name!r}: take {', '.join(OUR_SCHEDULERS)}, or one of diffusers such as"
-        " DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler"
-        f"{perhaps(name.removesuffix('Scheduler'), known)}"
+        f" DDIMScheduler or UniPCMultistepScheduler{perhaps(name.removesuffix('Scheduler'), known)}"
     )
 
 
@@ -103,7 +101,7 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
         name: As for `scheduler_class`.
 
     Raises:
-        ValueError: If there is none of that name, or it cannot draw with such a network.
+        ValueError: If there is none of that name, or it cannot generate with such a network.
     """
     new_class = scheduler_class(name)
     check_scheduler(new_class)
@@ -112,7 +110,6 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
     # would change by being saved and loaded.
     options = {key: value for key, value in old.config.items() if key != "_use_default_values"}
     options, alphas_cumprod = getattr(old, "_before_swap", (options, old.alphas_cumprod))
-
     overrides: dict[str, Any] = {}
     accepted = inspect.signature(new_class.__init__).parameters
     if new_class.__name__ not in _TAKE_EVERY_SCHEDULE:
@@ -129,11 +126,15 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
         # the grid of a distilled network's training, which here is the whole
         overrides["original_inference_steps"] = options["num_train_timesteps"]
     # what it has no use for it keeps all the same, for a swap back; from_config would warn of it each time
-    foreign = {name: value for name, value in options.items() if name not in accepted and not name.startswith("_")}
+    foreign = options.keys() - accepted.keys() - {name for name in options if name.startswith("_")}
     own = {name: value for name, value in options.items() if name not in foreign}
     pipeline.scheduler = new_class.from_config(own, **overrides)
-    pipeline.scheduler.register_to_config(**foreign)
+    pipeline.scheduler.register_to_config(**{name: options[name] for name in foreign})
     pipeline.scheduler._before_swap = (options, alphas_cumprod)
+
+
+_STORED_OPTIONS: dict[str, Any] = {"id2label": None, "guide_variance": False}
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def load_pipeline(
@@ -145,13 +146,8 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None,
     variant: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
     trust_remote_code: bool = False,
-    **overrides: Any,
+    **options: Any,
 ) -> ClassConditionalPipeline:
     """Loads a pipeline with the installed classes: safetensors and JSON are read, code is not.
 
@@ -162,51 +158,46 @@ def load_pipeline(
         scheduler: A scheduler to use instead of the stored one.
         dtype: The dtype of the network; by default that of its file. ``torch_dtype`` is its former name.
         variant: Which of several files of weights, such as ``"fp16"``.
-        revision: Branch, tag or commit of a Hub repository; likewise ``token``, ``cache_dir``, ``local_files_only``
-            and ``force_download``.
         trust_remote_code: Accepted and not needed.
-        overrides: ``id2label`` or ``guide_variance`` instead of the stored ones.
+        options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` for a Hub
+            repository; ``id2label`` or ``guide_variance`` instead of the stored ones.
 
     Raises:
         ValueError: If the folder holds no pipeline of this kind, or an override is unknown.
         OSError: If there is neither such a folder nor such a repository, the repository cannot be reached or is not
             open to the caller, or its files are not whole.
     """
-    unknown = set(overrides) - {"id2label", "guide_variance"}
+    unknown = sorted(set(options) - {*_STORED_OPTIONS, *_HUB_OPTIONS})
     if unknown:
-        known = {"id2label", "guide_variance", *inspect.signature(load_pipeline).parameters} - {"overrides"}
-        near = perhaps(min(unknown), sorted(known))
-        raise ValueError(f"unknown arguments of from_pretrained: {', '.join(sorted(unknown))}{near}")
+        known = [*_STORED_OPTIONS, *_HUB_OPTIONS, *inspect.signature(load_pipeline).parameters]
+        raise ValueError(f"unknown arguments of from_pretrained: {', '.join(unknown)}{perhaps(unknown[0], known)}")
     folder = Path(pretrained_model_name_or_path)
     if not folder.is_dir():
         patterns = [pipeline_class.config_name]
         if unet is None:
-            patterns += _weight_patterns(variant)
+            # of several variants, the weights of this one alone
+            weights = "unet/diffusion_pytorch_model" + (f".{variant}" if variant else "")
+            patterns += ["unet/*.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors"]
         if scheduler is None:
             patterns.append("scheduler/*.json")
-        folder = download_snapshot(
-            str(pretrained_model_name_or_path),
-            patterns,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
+        hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+        folder = download_snapshot(str(pretrained_model_name_or_path), patterns, **hub_options)
 
     index = _read_index(folder, pipeline_class)
     if unet is None:
-        _check_component(folder, index, "unet", ClassConditionalUNet2DModel.__name__)
+        stored = _component_class(folder, index, "unet")
+        if stored != ClassConditionalUNet2DModel.__name__:
+            raise ValueError(f"{folder} has a {stored} as its unet, but must have a ClassConditionalUNet2DModel")
         unet = ClassConditionalUNet2DModel.from_pretrained(
             folder, subfolder="unet", torch_dtype=dtype or torch_dtype, variant=variant
         )
         # not the place in this machine's cache, which saving and pushing would write down
         unet.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
     if scheduler is None:
-        _check_component(folder, index, "scheduler")
-        scheduler = scheduler_class(index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")
-    options = {"id2label": index.get("id2label"), "guide_variance": index.get("guide_variance", False), **overrides}
-    pipeline = pipeline_class(unet=unet, scheduler=scheduler, **options)
+        stored = _component_class(folder, index, "scheduler")
+        scheduler = scheduler_class(stored).from_pretrained(folder, subfolder="scheduler")
+    own = {name: options.get(name, index.get(name, default)) for name, default in _STORED_OPTIONS.items()}
+    pipeline = pipeline_class(unet=unet, scheduler=scheduler, **own)
     pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
     return pipeline
 
@@ -218,7 +209,7 @@ def _read_index(folder: Path, pipeline_class: type[ClassConditionalPipeline]) ->
         raise ValueError(f"{folder} holds no pipeline: there is no {file.name}")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     stored = index.get("_class_name")
     stored = stored[1] if isinstance(stored, list) else stored
@@ -227,18 +218,11 @@ def _read_index(folder: Path, pipeline_class: type[ClassConditionalPipeline]) ->
     return index
 
 
-def _check_component(folder: Path, index: dict[str, Any], name: str, class_name: str | None = None) -> None:
-    stored = index.get(name)
-    if not isinstance(stored, list) or len(stored) != 2 or not stored[1]:
-        raise ValueError(f"{folder} has no {name}: its model_index.json says {stored}")
-    if class_name is not None and stored[1] != class_name:
-        raise ValueError(f"{folder} has a {stored[1]} as its {name}, but must have a {class_name}")
-
-
-def _weight_patterns(variant: str | None) -> list[str]:
-    """The files of the network: its config and, of several variants, the weights of this one alone."""
-    name = "unet/diffusion_pytorch_model" + (f".{variant}" if variant else "")
-    return ["unet/*.json", f"{name}.safetensors", f"{name}-*-of-*.safetensors"]
+def _component_class(folder: Path, index: dict[str, Any], name: str) -> str:
+    match index.get(name):
+        case [_, str(stored)]:
+            return stored
+    raise ValueError(f"{folder} has no {name}: its model_index.json says {index.get(name)}")
 
 
 def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path:
@@ -258,7 +242,20 @@ def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path
         raise OSError(f"{repo_id} is not a folder, and cannot be the id of a Hub repository either") from error
     except _HUB_ERRORS as error:
         raise OSError(f"{repo_id} is not a folder, and cannot be loaded from the Hub: {_reason(error)}") from error
-    _check_digests(folder)
+    # The Hub's client compares sizes alone. The cache calls large files by the SHA-256 that the Hub announced; without
+    # links in it (Windows without developer mode) there is nothing to compare with.
+    for file in sorted(folder.rglob("*.safetensors")):
+        # .../blobs/<digest>; one step only, because a blob may be a link itself
+        announced = file.readlink() if file.is_symlink() else Path()
+        if announced.parent.name != "blobs" or len(announced.name) != 64:
+            continue
+        with file.open("rb") as opened:
+            digest = sha_fileobj(opened).hex()
+        if digest != announced.name:
+            raise OSError(
+                f"{file} is damaged: its SHA-256 is {digest}, but the Hub announced {announced.name}; load it once"
+                " more with force_download=True"
+            )
     return folder
 
 
@@ -267,47 +264,20 @@ def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path
 _HUB_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Why a repository could not be downloaded, in a part of a sentence."""
-    if isinstance(error, GatedRepoError):
-        return "it is gated; accept its conditions on its page, then give your token (token=..., or hf auth login)"
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is none of that name, or it is private and needs a token (token=..., or hf auth login)"
-    if isinstance(error, RevisionNotFoundError):
-        return "it has no such revision"
-    if isinstance(error, LocalEntryNotFoundError):
-        cause = error.__cause__
-        if isinstance(cause, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set, and the cache has no whole copy"
-        if cause is None:
-            return "local_files_only is set, and the cache has no whole copy"
-        return f"the Hub does not answer as it should ({_first_line(cause)}), and the cache has no whole copy"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _check_digests(folder: Path) -> None:
-    """Compares large files with the SHA-256 that the Hub announced and that the cache calls them by.
-
-    The Hub's client compares sizes alone. Where a cache has no links (Windows without developer mode) there is nothing
-    to compare with.
-    """
-    for file in sorted(folder.rglob("*.safetensors")):
-        if not file.is_symlink():
-            continue
-        announced = file.readlink()  # .../blobs/<digest>; one step only, because a blob may be a link itself
-        if announced.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", announced.name):
-            continue
-        digest = hashlib.sha256()
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != announced.name:
-            raise OSError(
-                f"{file} is damaged: its SHA-256 is {digest.hexdigest()}, but the Hub announced {announced.name};"
-                " load it once more with force_download=True"
-            )
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    first_line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    match error:
+        case GatedRepoError():
+            return "it is gated; accept its conditions on its page, then give your token (token=..., or hf auth login)"
+        case RepositoryNotFoundError():
+            return "there is none of that name, or it is private and needs a token (token=..., or hf auth login)"
+        case RevisionNotFoundError():
+            return "it has no such revision"
+        case LocalEntryNotFoundError():
+            why = "HF_HUB_OFFLINE is set" if isinstance(cause, OfflineModeIsEnabled) else "local_files_only is set"
+            if cause is not None and not isinstance(cause, OfflineModeIsEnabled):
+                why = f"the Hub does not answer as it should ({first_line})"
+            return f"{why}, and the cache has no whole copy"
+    return first_line

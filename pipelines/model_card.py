@@ -3,11 +3,11 @@
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
@@ -22,6 +22,8 @@ SAMPLES_NAME = "samples.png"
 # Stands in the card's code where the id is not known yet; pushing the folder puts the id in its place.
 UNKNOWN_REPO_ID = "your-name/your-model"
 
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
 _MARK = "\n<!-- made by imagenet64_diffusion, digest "
 
 # Given by the data and the run, not by the recipe.
@@ -29,15 +31,7 @@ _NOT_OF_THE_RECIPE = ("sample_size", "in_channels", "num_class_embeds", "num_tra
 
 
 def write_model_card(
-    pipeline: ClassConditionalPipeline,
-    folder: str | Path,
-    *,
-    repo_id: str | None = None,
-    samples: Image.Image | None = None,
-    training_facts: Mapping[str, Any] | None = None,
-    eval_results: Sequence[EvalResult] = (),
-    datasets: Sequence[str] = (),
-    license: str = "apache-2.0",
+    pipeline: ClassConditionalPipeline, folder: str | Path, *, samples: Image.Image | None = None, **facts: Any
 ) -> Path:
     """Writes ``README.md``, and ``samples.png`` where samples are given, to a pipeline's folder.
 
@@ -46,31 +40,17 @@ def write_model_card(
     Args:
         pipeline: What the card is about; its facts are read from its configs.
         folder: Where to; what is there of these names is replaced.
-        repo_id: ``"user/name"`` on the Hub, for the card's code. Pushing the folder fills it in where it is not known
-            yet.
-        samples: A picture of drawn images, such as `pictures.image_grid` makes.
-        training_facts: What to say of the training: name -> value.
-        eval_results: Measured numbers. ``metric_args`` should hold all that is needed to compare them: number of
-            images, steps, guidance, reference, seed.
-        datasets: Ids on the Hub of what it was trained on.
-        license: Of the whole repository, as the Hub calls it. The source files in it are Apache-2.0.
+        samples: A grid of generated images, such as `image_grid` makes.
+        facts: The further arguments of `create_model_card`.
 
     Returns:
         The card's file.
     """
     folder = Path(folder)
+    card = create_model_card(pipeline, has_samples=samples is not None, **facts)
     if samples is not None:
         with atomic_file(folder / SAMPLES_NAME) as writing:
             samples.save(writing)
-    card = create_model_card(
-        pipeline,
-        repo_id=repo_id,
-        has_samples=samples is not None,
-        training_facts=training_facts,
-        eval_results=eval_results,
-        datasets=datasets,
-        license=license,
-    )
     with atomic_file(folder / CARD_NAME) as writing:
         card.save(writing)
     return folder / CARD_NAME
@@ -86,38 +66,74 @@ def create_model_card(
     datasets: Sequence[str] = (),
     license: str = "apache-2.0",
 ) -> ModelCard:
-    """The card of a pipeline; arguments as for `write_model_card`.
+    """The card of a pipeline.
 
     Args:
+        pipeline: What the card is about.
+        repo_id: ``"user/name"`` on the Hub, for the card's code. Pushing a folder fills it in where it is not known.
         has_samples: Whether ``samples.png`` lies beside the card.
+        training_facts: What to say of the training: name -> value.
+        eval_results: Scores. ``metric_args`` should hold all that is needed to compare them: number of images, steps,
+            guidance, reference, seed.
+        datasets: Ids on the Hub of what it was trained on.
+        license: Of the whole repository, as the Hub calls it. The source files in it are Apache-2.0.
     """
-    conditional = pipeline.unet.config.num_class_embeds is not None
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    classes = unet.config.num_class_embeds
+    conditional = classes is not None
     name = "Pixel-space diffusion" if repo_id is None else repo_id.rpartition("/")[2]
-    tags = ["diffusion", "pixel-space", "ddpm", "ddim"]
-    if conditional:
-        tags = ["class-conditional", "classifier-free-guidance", *tags]
     data = ModelCardData(
         license=license,
         library_name="diffusers",
         # the Hub has no task of its own for images of classes; it counts them here, because no text is read
         pipeline_tag="unconditional-image-generation",
-        tags=tags,
+        tags=["class-conditional", "classifier-free-guidance"] * conditional
+        + ["diffusion", "pixel-space", "ddpm", "ddim"],
         datasets=list(datasets) or None,
         metrics=sorted({result.metric_type for result in eval_results}) or None,
         model_name=name if eval_results else None,
         eval_results=list(eval_results) or None,
     )
-    sections = [
-        _introduction(pipeline, name, has_samples),
-        _use(pipeline, repo_id or UNKNOWN_REPO_ID),
-        "## The model\n\n" + _table(("", ""), _facts(pipeline).items()),
+    arguments, again = "num_inference_steps=50, generator=torch.Generator().manual_seed(0)", "num_inference_steps=15"
+    if conditional:
+        labels = [*_example_labels(pipeline), None]
+        shown = "[" + ", ".join("None" if x is None else json.dumps(x, ensure_ascii=False) for x in labels) + "]"
+        scale = f"guidance_scale={inspect.signature(type(pipeline).__call__).parameters['guidance_scale'].default}"
+        arguments = f"""
+    {shown},  # class ids or names; None is an image without class
+    {scale},
+    num_inference_steps=50,
+    generator=[torch.Generator().manual_seed(seed) for seed in range({len(labels)})],
+"""
+        again = f"{shown}, {scale}, num_inference_steps=15"
+    scores = [
+        (
+            result.metric_name or result.metric_type,
+            result.metric_value,
+            result.dataset_name,
+            ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items()),
+        )
+        for result in eval_results
     ]
-    if training_facts:
-        sections.append("## Training\n\n" + _table(("", ""), training_facts.items()))
-    if eval_results:
-        sections.append("## Evaluation\n\n" + _evaluation(eval_results))
-    sections += [_limits(pipeline), _PAPERS]
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    # at the noisiest timesteps an error of a noise prediction is multiplied beyond repair; leading steps begin below
+    predicts_noise = scheduler.config.get("prediction_type", "epsilon") == "epsilon"
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        name=name,
+        repo_id=repo_id or UNKNOWN_REPO_ID,
+        conditional=conditional,
+        what=f"{_image_size(pipeline)} images" + (f" of {classes:,} classes" if conditional else ""),
+        has_samples=has_samples,
+        samples_name=SAMPLES_NAME,
+        arguments=arguments,
+        again=again,
+        spacing=', timestep_spacing="leading"' if predicts_noise else "",
+        facts=_table(("", ""), _facts(pipeline).items()),
+        training=_table(("", ""), training_facts.items()) if training_facts else "",
+        evaluation=_table(("metric", "value", "data", "how it was evaluated"), scores) if eval_results else "",
+    )
+    card.text = card.text.rstrip() + "\n"
     card.text += _mark(str(card))
     return card
 
@@ -145,8 +161,7 @@ def recipe_name(unet_config: Mapping[str, Any]) -> str | None:
 
     Image size, channels, classes, timesteps and drop-out do not matter; of the original's time encodings all are one.
     """
-    files = sorted(CONFIG_DIR.glob("*.json")) + sorted(CONFIG_DIR.glob("original/*.json"))
-    for file in files:
+    for file in [*sorted(CONFIG_DIR.glob("*.json")), *sorted(CONFIG_DIR.glob("original/*.json"))]:
         recipe = json.loads(file.read_text(encoding="utf-8"))
         names = [name for name in recipe if not name.startswith("_") and name not in _NOT_OF_THE_RECIPE]
         if all(_comparable(recipe[name]) == _comparable(unet_config.get(name)) for name in names):
@@ -160,94 +175,11 @@ def _comparable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _introduction(pipeline: ClassConditionalPipeline, name: str, has_samples: bool) -> str:
-    classes = pipeline.unet.config.num_class_embeds
-    what = f"{_image_size(pipeline)} images" + (f" of {classes:,} classes" if classes is not None else "")
-    how = "in pixel space" + (", with classifier-free guidance" if classes is not None else "")
-    text = f"# {name}\n\nDraws {what} by denoising {how}. A 🧨 diffusers pipeline."
-    if has_samples:
-        text += f"\n\n![Images drawn by this model]({SAMPLES_NAME})"
-    return text
-
-
-def _use(pipeline: ClassConditionalPipeline, repo_id: str) -> str:
-    """Code that runs as it stands."""
-    conditional = pipeline.unet.config.num_class_embeds is not None
-    defaults = inspect.signature(type(pipeline).__call__).parameters
-    if conditional:
-        labels = [*_example_labels(pipeline), None]
-        arguments = f"""
-    {_python_list(labels)},  # class ids or names; None is an image without class
-    guidance_scale={defaults["guidance_scale"].default},
-    num_inference_steps=50,
-    generator=[torch.Generator().manual_seed(seed) for seed in range({len(labels)})],
-"""
-        again = f"{_python_list(labels)}, guidance_scale={defaults['guidance_scale'].default}, num_inference_steps=15"
-    else:
-        arguments = "num_inference_steps=50, generator=torch.Generator().manual_seed(0)"
-        again = "num_inference_steps=15"
-    # at the noisiest timesteps an error of a noise prediction is multiplied beyond repair; leading steps begin below
-    predicts_noise = pipeline.scheduler.config.get("prediction_type", "epsilon") == "epsilon"
-    spacing = ', timestep_spacing="leading"' if predicts_noise else ""
-    return f'''## Use
-
-With diffusers alone:
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-images = pipeline({arguments}).images
-images[0].save("image.png")
-```
-
-`trust_remote_code=True` lets diffusers run the Python files of this repository. They import torch and diffusers only;
-read them, and give the commit that you have read as `revision`.
-
-Any diffusers scheduler takes the place of the stored one, on the same noise schedule:
-
-```python
-from diffusers import UniPCMultistepScheduler
-
-pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config{spacing})
-images = pipeline({again}).images
-```
-
-With the package `imagenet64_diffusion` installed, its own classes are used and no code is downloaded:
-
-```python
-from imagenet64_diffusion import ClassConditionalPipeline
-
-pipeline = ClassConditionalPipeline.from_pretrained("{repo_id}")
-```
-
-Offline, diffusers loads code from a folder only. Run this once online; with `HF_HUB_OFFLINE=1` it finds the copy then:
-
-```python
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
-
-pipeline = DiffusionPipeline.from_pretrained(snapshot_download("{repo_id}"), trust_remote_code=True)
-```'''
-
-
-def _python_list(labels: list[Any]) -> str:
-    """A list as a person writes it, with double quotes."""
-    return (
-        "[" + ", ".join("None" if label is None else json.dumps(label, ensure_ascii=False) for label in labels) + "]"
-    )
-
-
 def _example_labels(pipeline: ClassConditionalPipeline, count: int = 2) -> list[int | str]:
     """Classes for the examples: by name where the first name of a class stands for it alone, else by id."""
-    id2label = pipeline.config.id2label or {}
-    labels: list[int | str] = []
-    for index in range(min(count, pipeline.unet.config.num_class_embeds)):
-        name = id2label.get(index, "").split(",")[0].strip()
-        labels.append(name if pipeline.labels.get(name) == index else index)
-    return labels
+    id2label, ids = pipeline.config.id2label or {}, range(min(count, pipeline.unet.config.num_class_embeds))
+    names = [id2label.get(index, "").split(",")[0].strip() for index in ids]
+    return [name if pipeline.labels.get(name) == index else index for index, name in enumerate(names)]
 
 
 def _image_size(pipeline: ClassConditionalPipeline) -> str:
@@ -258,100 +190,45 @@ def _image_size(pipeline: ClassConditionalPipeline) -> str:
 
 
 def _facts(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    config = unet.config
-    recipe = recipe_name(config)
-    layers = ", ".join(layer.replace("_", " ") for layer in config.layer_types)
-    widths = ", ".join(str(width) for width in config.block_out_channels)
+    config, scheduler = pipeline.unet.config, pipeline.scheduler
+    recipe, count = recipe_name(config), pipeline.unet.num_parameters()
+    call = inspect.signature(type(pipeline).__call__).parameters
+    told = ["num_inference_steps", "eta"]
     facts = {
         "recipe": f"`{recipe}`" if recipe else "its own",
-        "layers at every resolution": layers,
-        "widths": f"{config.stem_channels} at the stem, then {widths}",
-        "parameters": _millions(unet.num_parameters()),
+        "layers at every resolution": ", ".join(config.layer_types).replace("_", " "),
+        "widths": f"{config.stem_channels} at the stem, then {', '.join(map(str, config.block_out_channels))}",
+        "parameters": f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}",
         "images": _image_size(pipeline),
     }
     if config.num_class_embeds is not None:
-        facts["classes"] = f"{config.num_class_embeds:,}{_class_names(pipeline)}, and the null class"
+        names = list((pipeline.config.id2label or {}).values())
+        shown = f" ({'; '.join(names[:3])}{'; …' * (len(names) > 3)})" if names else " without names"
+        facts["classes"] = f"{config.num_class_embeds:,}{shown}, and the null class"
         facts["class attention"] = config.class_attention_type
-    facts |= {
+        told += ["guidance_scale", "guidance_interval"]
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    predicts = {"epsilon": "the noise", "sample": "the image"}.get(prediction, "the velocity")
+    return facts | {
         "time embedding": config.time_embedding_type,
         "timesteps": f"{scheduler.config.num_train_timesteps:,}",
-        "the network predicts": f"{_prediction(scheduler)}, and the variance between its bounds (`learned_range`)",
-        "noise schedule": _noise_schedule(scheduler),
+        "the network predicts": f"{predicts} (`{prediction}`), and the variance between its bounds (`learned_range`)",
+        "noise schedule": _noise_schedule(scheduler.config),
         "stored scheduler": f"`{type(scheduler).__name__}`",
         "guidance of the variance": "yes, as the original program" if pipeline.config.guide_variance else "no",
-        "defaults of a call": _call_defaults(pipeline),
+        "defaults of a call": ", ".join(f"`{name}={call[name].default}`" for name in told),
     }
-    return facts
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
-
-
-def _class_names(pipeline: ClassConditionalPipeline) -> str:
-    names = list((pipeline.config.id2label or {}).values())
-    if not names:
-        return " without names"
-    shown = "; ".join(names[:3])
-    return f" ({shown}{'; …' if len(names) > 3 else ''})"
-
-
-def _prediction(scheduler: Any) -> str:
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    return {"epsilon": "the noise (`epsilon`)", "sample": "the image (`sample`)"}.get(
-        prediction, f"the velocity (`{prediction}`)"
-    )
-
-
-def _noise_schedule(scheduler: Any) -> str:
-    config = scheduler.config
-    if config.get("trained_betas") is not None:
-        betas = [float(beta) for beta in config.trained_betas]
-        original = [float(beta) for beta in original_cosine_betas(len(betas))]
-        same = all(math.isclose(one, other, rel_tol=1e-5) for one, other in zip(betas, original, strict=True))
-        return "the original program's cosine, stored as `trained_betas`" if same else "stored as `trained_betas`"
+def _noise_schedule(config: Mapping[str, Any]) -> str:
+    betas = config.get("trained_betas")
+    if betas is not None:
+        same = np.allclose(betas, original_cosine_betas(len(betas)), rtol=1e-5, atol=0)
+        return ("the original program's cosine, " if same else "") + "stored as `trained_betas`"
     schedule = config.get("beta_schedule", "linear")
     if schedule == "squaredcos_cap_v2":
-        return "cosine (`squaredcos_cap_v2`)"
-    return f"`{schedule}`, beta from {config.beta_start:g} to {config.beta_end:g}"
-
-
-def _call_defaults(pipeline: ClassConditionalPipeline) -> str:
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    names = ["num_inference_steps", "eta"]
-    if pipeline.unet.config.num_class_embeds is not None:
-        names += ["guidance_scale", "guidance_interval"]
-    return ", ".join(f"`{name}={parameters[name].default}`" for name in names)
-
-
-def _evaluation(eval_results: Sequence[EvalResult]) -> str:
-    rows = [
-        (
-            result.metric_name or result.metric_type,
-            result.metric_value,
-            result.dataset_name,
-            ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items()),
-        )
-        for result in eval_results
-    ]
-    return _table(("metric", "value", "data", "how it was measured"), rows)
-
-
-def _limits(pipeline: ClassConditionalPipeline) -> str:
-    knows = " and knows the classes above alone" if pipeline.unet.config.num_class_embeds is not None else ""
-    return (
-        f"## Limits\n\nIt reads no text{knows}. It shows what its training data shows, with their gaps and prejudices."
-    )
-
-
-_PAPERS = """## Papers
-
-[2006.11239](https://arxiv.org/abs/2006.11239) DDPM ·
-[2102.09672](https://arxiv.org/abs/2102.09672) learned variance ·
-[2010.02502](https://arxiv.org/abs/2010.02502) DDIM ·
-[2207.12598](https://arxiv.org/abs/2207.12598) classifier-free guidance ·
-[2202.00512](https://arxiv.org/abs/2202.00512) velocity prediction"""
+        return f"cosine (`{schedule}`)"
+    return f"`{schedule}`, beta from {config['beta_start']:g} to {config['beta_end']:g}"
 
 
 def _table(header: Sequence[str], rows: Any) -> str:

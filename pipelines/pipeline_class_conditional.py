@@ -9,6 +9,7 @@ import importlib
 import importlib.machinery
 import inspect
 import json
+import math
 import shutil
 import sys
 import types
@@ -32,50 +33,40 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-_DISCRETE = "it draws tokens of a vocabulary, and this network draws pixels"
-_FLOW = "it runs along straight lines between noise and image, as only networks trained by flow matching do"
-_EDM = "it scales images and timesteps as EDM and score networks are trained with, and this network was not"
-_DISTILLED = "it takes every prediction for a finished image, which only a network distilled for that gives"
-_INVERSE = "it runs from an image to its noise"
-_CONTINUOUS = "it asks for times between 0 and 1, and this network knows timesteps of num_train_timesteps"
-_RESCALED = "it shifts the noise levels of the training, which this network does not know"
-
-# The schedulers of diffusers that would draw wrong images or none, with the reason and what is right instead. By name,
-# because diffusers imports a scheduler when it is first used, and some need libraries of their own.
+# The schedulers of diffusers that would generate wrong images or none: reason -> schedulers, each with what is right
+# instead. By name, because diffusers imports a scheduler when it is first used, and some need libraries of their own.
+_UNSUITABLE = {
+    "it samples tokens of a vocabulary, and this network predicts pixels": """
+        Amused:DDPM BlockRefinement:DDPM DiscreteDDIM:DDIM EntropyBound:DDPM VQDiffusion:DDPM
+    """,
+    "it takes every prediction for a finished image, which only a network distilled for that gives": """
+        CMStochasticIterative:EulerAncestralDiscrete ConsistencyDecoder:EulerAncestralDiscrete
+        LCM:EulerAncestralDiscrete SCM:EulerAncestralDiscrete
+    """,
+    "it shifts the noise levels of the training, which this network does not know": """
+        CogVideoXDDIM:DDIM CogVideoXDPM:DPMSolverMultistep
+    """,
+    "it scales images and timesteps as EDM and score networks are trained with, and this network was not": """
+        CosineDPMSolverMultistep:DPMSolverMultistep EDMDPMSolverMultistep:DPMSolverMultistep EDMEuler:EulerDiscrete
+        KarrasVe:HeunDiscrete ScoreSdeVe:DDPM
+    """,
+    "it runs from an image to its noise": "DDIMInverse:DDIM DPMSolverMultistepInverse:DPMSolverMultistep",
+    "it asks for times between 0 and 1, and this network knows timesteps of num_train_timesteps": """
+        DDPMWuerstchen:DDPM IPNDM:PNDM ScoreSdeVp:DDPM
+    """,
+    "it runs along straight lines between noise and image, as only flow matching networks do": """
+        FlowMapEulerDiscrete:EulerDiscrete FlowMatchEulerDiscrete:EulerDiscrete FlowMatchHeunDiscrete:HeunDiscrete
+        FlowMatchLCM:EulerAncestralDiscrete HeliosDMD:UniPCMultistep Helios:UniPCMultistep
+        LTXEulerAncestralRF:EulerAncestralDiscrete MiniMaxH3:EulerDiscrete Piflow:EulerDiscrete
+        RFD4Proteina:EulerDiscrete
+    """,
+    "it fills a hole in a given image": "RePaint:DDPM",
+    "it must be told the previous timestep at every step": "UnCLIP:DDPM",
+}
 UNSUITABLE_SCHEDULERS: dict[str, tuple[str, str]] = {
-    "AmusedScheduler": (_DISCRETE, "DDPMScheduler"),
-    "BlockRefinementScheduler": (_DISCRETE, "DDPMScheduler"),
-    "CMStochasticIterativeScheduler": (_DISTILLED, "EulerAncestralDiscreteScheduler"),
-    "CogVideoXDDIMScheduler": (_RESCALED, "DDIMScheduler"),
-    "CogVideoXDPMScheduler": (_RESCALED, "DPMSolverMultistepScheduler"),
-    "ConsistencyDecoderScheduler": (_DISTILLED, "EulerAncestralDiscreteScheduler"),
-    "CosineDPMSolverMultistepScheduler": (_EDM, "DPMSolverMultistepScheduler"),
-    "DDIMInverseScheduler": (_INVERSE, "DDIMScheduler"),
-    "DDPMWuerstchenScheduler": (_CONTINUOUS, "DDPMScheduler"),
-    "DPMSolverMultistepInverseScheduler": (_INVERSE, "DPMSolverMultistepScheduler"),
-    "DiscreteDDIMScheduler": (_DISCRETE, "DDIMScheduler"),
-    "EDMDPMSolverMultistepScheduler": (_EDM, "DPMSolverMultistepScheduler"),
-    "EDMEulerScheduler": (_EDM, "EulerDiscreteScheduler"),
-    "EntropyBoundScheduler": (_DISCRETE, "DDPMScheduler"),
-    "FlowMapEulerDiscreteScheduler": (_FLOW, "EulerDiscreteScheduler"),
-    "FlowMatchEulerDiscreteScheduler": (_FLOW, "EulerDiscreteScheduler"),
-    "FlowMatchHeunDiscreteScheduler": (_FLOW, "HeunDiscreteScheduler"),
-    "FlowMatchLCMScheduler": (_FLOW, "EulerAncestralDiscreteScheduler"),
-    "HeliosDMDScheduler": (_FLOW, "UniPCMultistepScheduler"),
-    "HeliosScheduler": (_FLOW, "UniPCMultistepScheduler"),
-    "IPNDMScheduler": (_CONTINUOUS, "PNDMScheduler"),
-    "KarrasVeScheduler": (_EDM, "HeunDiscreteScheduler"),
-    "LCMScheduler": (_DISTILLED, "EulerAncestralDiscreteScheduler"),
-    "LTXEulerAncestralRFScheduler": (_FLOW, "EulerAncestralDiscreteScheduler"),
-    "MiniMaxH3Scheduler": (_FLOW, "EulerDiscreteScheduler"),
-    "PiflowScheduler": (_FLOW, "EulerDiscreteScheduler"),
-    "RFD4ProteinaScheduler": (_FLOW, "EulerDiscreteScheduler"),
-    "RePaintScheduler": ("it fills a hole in a given image", "DDPMScheduler"),
-    "SCMScheduler": (_DISTILLED, "EulerAncestralDiscreteScheduler"),
-    "ScoreSdeVeScheduler": (_EDM, "DDPMScheduler"),
-    "ScoreSdeVpScheduler": (_CONTINUOUS, "DDPMScheduler"),
-    "UnCLIPScheduler": ("it must be told the previous timestep at every step", "DDPMScheduler"),
-    "VQDiffusionScheduler": (_DISCRETE, "DDPMScheduler"),
+    f"{name}Scheduler": (reason, f"{instead}Scheduler")
+    for reason, pairs in _UNSUITABLE.items()
+    for name, instead in (pair.split(":") for pair in pairs.split())
 }
 
 # Those that divide by the difference of two noise levels or take its logarithm. Two steps at one level, which the
@@ -89,13 +80,13 @@ _NEED_DIFFERENT_NOISE_LEVELS = (
     "UniPCMultistepScheduler",
 )
 
-# A first step that multiplies errors of the noise prediction by more than this draws nothing recognisable. The steps
+# A first step that multiplies errors of the noise prediction by more than this generates nothing recognisable. Those
 # of the original program stay below 160.
 _MAX_FIRST_STEP_GAIN = 1000.0
 
 
 def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
-    """Refuses schedulers, or classes of schedulers, that cannot draw with a network of this kind.
+    """Refuses schedulers, or classes of schedulers, that cannot generate with a network of this kind.
 
     Raises:
         ValueError: With the reason and what would be right.
@@ -104,12 +95,12 @@ def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
     for name in (base.__name__ for base in scheduler_class.__mro__):
         if name in UNSUITABLE_SCHEDULERS:
             reason, instead = UNSUITABLE_SCHEDULERS[name]
-            raise ValueError(f"{name} cannot draw with this network: {reason}; take {instead}")
+            raise ValueError(f"{name} cannot generate with this network: {reason}; take {instead}")
     # what is not of diffusers, or newer than this file
     if not isinstance(scheduler, type) and not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"{scheduler_class.__name__} cannot draw with this network: it has no alphas_cumprod, the noise levels of"
-            " the training; take EulerDiscreteScheduler or UniPCMultistepScheduler"
+            f"{scheduler_class.__name__} cannot generate with this network: it has no alphas_cumprod, the noise"
+            " levels of the training; take EulerDiscreteScheduler or UniPCMultistepScheduler"
         )
 
 
@@ -153,23 +144,22 @@ def _needs_different_noise_levels(scheduler: SchedulerMixin) -> bool:
 def _register_component_names() -> None:
     """Makes ``from_pretrained(repository, unet=my_unet)`` work for a repository that carries this file.
 
-    diffusers checks a component that is passed in against the class that the repository names, which it imports by the
-    name of its file. There is no such top-level module, so stand-ins with the right base classes are put in its place;
-    what is loaded from the repository itself comes from its own files, never from these.
+    diffusers checks such a component against the class that the repository names, imported by the name of its file.
+    Stand-ins with the right base classes are put there; the repository's own components come from its own files.
     """
     for module_name, class_name, bases in (
         ("unet_class_conditional", "ClassConditionalUNet2DModel", (ModelMixin, ConfigMixin)),
-        ("scheduling_ddpm_learned", "LearnedVarianceDDPMScheduler", (SchedulerMixin, ConfigMixin)),
         ("scheduling_ddim_eta", "EtaDDIMScheduler", (SchedulerMixin, ConfigMixin)),
+        ("scheduling_ddim_eta", "LearnedVarianceDDPMScheduler", (SchedulerMixin, ConfigMixin)),
+        ("scheduling_ddpm_learned", "LearnedVarianceDDPMScheduler", (SchedulerMixin, ConfigMixin)),
     ):
-        if module_name not in sys.modules:
-            module = types.ModuleType(module_name)
+        module = sys.modules.setdefault(module_name, types.ModuleType(module_name))
+        if not hasattr(module, class_name):
             module.__spec__ = importlib.machinery.ModuleSpec(module_name, loader=None)
             # diffusers looks in the module for the base classes that it knows, too
             for base in bases:
                 setattr(module, base.__name__, base)
             setattr(module, class_name, type(class_name, bases, {}))
-            sys.modules[module_name] = module
 
 
 _register_component_names()
@@ -197,32 +187,27 @@ def _cached_weights(unet: Any) -> contextlib.AbstractContextManager[None]:
     return unet.cached_weights() if hasattr(unet, "cached_weights") else contextlib.nullcontext()
 
 
-def _seeds_from(generator: torch.Generator | Sequence[torch.Generator] | None) -> int | list[int] | None:
-    """Seeds drawn from generators, which stay as they are, so that the starting noise is that of every scheduler."""
+def _seeds_from(generator: torch.Generator | Sequence[torch.Generator] | None) -> Any:
+    """A seed for each generator, which stay as they are, so that the starting noise is that of every scheduler."""
     if generator is None:
         return None
-    if isinstance(generator, torch.Generator):
-        return _seed_from(generator)
-    return [_seed_from(single) for single in generator]
-
-
-def _seed_from(generator: torch.Generator) -> int:
+    if not isinstance(generator, torch.Generator):
+        return [_seeds_from(single) for single in generator]
     copy = generator.clone_state()
     return int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device))
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    r"""Draws images of given classes with a `ClassConditionalUNet2DModel` and any scheduler.
+    """Generates images of given classes with a `ClassConditionalUNet2DModel` and any scheduler.
 
     Args:
         unet: The denoising network, (batch, channels, height, width) -> (batch, 2 * channels, height, width): the
             prediction, then the interpolation of the variance.
-        scheduler: One of this project's schedulers or a stock one. Those that use the learned variance are given both
-            halves of the network's output, the others the prediction alone.
-        id2label: The name of each class id, several names of one class separated by commas; None for a network without
-            named classes.
-        guide_variance: Whether guidance extrapolates the variance too, as the original program does. By default the
-            variance is that of the conditional branch.
+        scheduler: Ours or a stock one. Those that use the learned variance are given both halves of the network's
+            output, the others the prediction alone.
+        id2label: The name of each class id, several names of one class separated by commas; None without names.
+        guide_variance: Whether guidance extrapolates the variance too, as the original program does; else the variance
+            is that of the conditional branch.
     """
 
     model_cpu_offload_seq = "unet"
@@ -260,20 +245,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a name is unknown (the message suggests close ones) or stands for more than one class.
         """
-        return [self._label_id(name) for name in ([label] if isinstance(label, str) else label)]
-
-    def _label_id(self, name: str) -> int:
+        if not isinstance(label, str):
+            return [index for name in label for index in self.get_label_ids(name)]
         if not self._ids_by_name:
-            raise ValueError(f"class label {name!r} is a name, but this pipeline has no class names: give an id")
-        ids = self._ids_by_name.get(name)
-        if ids is None:
-            close = difflib.get_close_matches(name, self._ids_by_name, n=3)
+            raise ValueError(f"class label {label!r} is a name, but this pipeline has no class names: give an id")
+        ids = self._ids_by_name.get(label, [])
+        if not ids:
+            close = difflib.get_close_matches(label, self._ids_by_name, n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "pipeline.labels lists all names"
-            raise ValueError(f"there is no class named {name!r}; {hint}")
+            raise ValueError(f"there is no class named {label!r}; {hint}")
         if len(ids) > 1:
             whole = " or ".join(f"{index} ({self.config.id2label[index]})" for index in ids)
-            raise ValueError(f"the name {name!r} stands for several classes: give the id, {whole}")
-        return ids[0]
+            raise ValueError(f"the name {label!r} stands for several classes: give the id, {whole}")
+        return ids
 
     def _class_ids(self, class_labels: int | str | Sequence[int | str | None] | torch.Tensor | None) -> list[int]:
         """One class id for each label, the null class for None. For a network without classes they only count."""
@@ -289,13 +273,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return [0] * len(labels)  # counted, never used
         ids = []
         for label in labels:
-            index = num_classes if label is None else self._label_id(label) if isinstance(label, str) else int(label)
+            index = self.get_label_ids(label)[0] if isinstance(label, str) else num_classes if label is None else label
             if not 0 <= index <= num_classes:
                 raise ValueError(
                     f"class label {label} is out of range: ids go from 0 to {num_classes - 1}, and {num_classes} or"
                     " None is the null class"
                 )
-            ids.append(index)
+            ids.append(int(index))
         return ids
 
     # ------------------------------------------------------------------ sampling
@@ -306,9 +290,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self._interrupt
 
     @property
+    def timesteps(self) -> torch.Tensor:
+        """The timesteps of the last or current call."""
+        return self._timesteps
+
+    @property
     def num_timesteps(self) -> int:
-        """How many steps the last or current call takes."""
-        return self._num_timesteps
+        """How many denoising steps the last or current call takes."""
+        return len(self._timesteps)
 
     @property
     def guidance_scale(self) -> float:
@@ -333,7 +322,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | Any:
-        """Draws images.
+        """Generates images.
 
         Args:
             class_labels: Class ids or names, one or several. None, as a whole or for single images, is the null
@@ -351,8 +340,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             clip_sample: Whether the predicted image is clipped at every step; None leaves it to the scheduler's
                 config.
             generator: One for all images, or a list of one per image. With a list each image depends on its own
-                generator alone, not on the batch it is drawn in.
-            latents: The starting noise, (images, channels, height, width), instead of noise drawn from ``generator``.
+                generator alone, not on its batch.
+            latents: The starting noise, (images, channels, height, width), instead of noise from ``generator``.
             output_type: ``"pil"``, ``"np"`` (images, height, width, channels) in [0, 1], ``"pt"`` (images, channels,
                 height, width) in [0, 1], or ``"latent"``, the last sample as it is, about [-1, 1].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -364,34 +353,25 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: If an argument does not fit; the message says which value was found and what would be right.
         """
-        # 1. check and lay out the arguments
+        # 1. one class id for each image
         class_ids = self._class_ids(class_labels)
         if num_images_per_label < 1:
             raise ValueError(f"num_images_per_label is {num_images_per_label}, but must be at least 1")
         class_ids = [index for index in class_ids for _ in range(num_images_per_label)]
-        self._check_arguments(len(class_ids), guidance_interval, output_type, generator)
-        for name in callback_on_step_end_tensor_inputs:
-            if name not in self._callback_tensor_inputs:
-                raise ValueError(
-                    f"callback_on_step_end_tensor_inputs names {name!r}, but must be made of"
-                    f" {', '.join(self._callback_tensor_inputs)}"
-                )
+        self._check_arguments(
+            len(class_ids), guidance_interval, output_type, generator, callback_on_step_end_tensor_inputs
+        )
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device
 
-        # 2. timesteps
-        scheduler = self.scheduler if clip_sample is None else self._scheduler_with_clipping(clip_sample)
-        self._set_timesteps(scheduler, num_inference_steps, timesteps, device)
+        # 2. timesteps, and which of them are guided
+        scheduler = self.prepare_scheduler(num_inference_steps, timesteps, clip_sample)
         step_arguments = self._step_arguments(scheduler, eta, generator)
-        self._num_timesteps = len(scheduler.timesteps)
-        guided_steps = range(
-            int(guidance_interval[0] * self._num_timesteps), int(guidance_interval[1] * self._num_timesteps)
-        )
+        guided_steps = self._guided_steps(guidance_interval, self.num_timesteps)
 
         # 3. starting noise, kept in at least float32 whatever the network computes in
-        latents = self._prepare_latents(len(class_ids), generator, latents, device)
-        latents = latents * scheduler.init_noise_sigma
+        latents = self._prepare_latents(len(class_ids), generator, latents, device) * scheduler.init_noise_sigma
 
         # 4. labels of both branches; an image of the null class has no other branch to be guided away from
         num_classes = self.unet.config.num_class_embeds
@@ -402,7 +382,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             labels_of_both = torch.cat([torch.full_like(labels, num_classes), labels])
 
         # 5. denoise
-        with _cached_weights(self.unet), self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with _cached_weights(self.unet), self.progress_bar(total=self.num_timesteps) as progress_bar:
             for step, timestep in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
@@ -436,7 +416,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_arguments(
-        self, num_images: int, guidance_interval: tuple[float, float], output_type: str, generator: Any
+        self,
+        num_images: int,
+        guidance_interval: tuple[float, float],
+        output_type: str,
+        generator: Any,
+        tensor_inputs: Sequence[str],
     ) -> None:
         if len(guidance_interval) != 2 or not 0.0 <= guidance_interval[0] <= guidance_interval[1] <= 1.0:
             raise ValueError(
@@ -453,6 +438,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"generator is a list of {len(generator)}, but must be one generator, or one for each of {num_images}"
                 " images"
             )
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names {unknown[0]!r}, but must be made of"
+                f" {', '.join(self._callback_tensor_inputs)}"
+            )
+
+    @staticmethod
+    def _guided_steps(guidance_interval: tuple[float, float], num_timesteps: int) -> range:
+        # 0.29 * 100 is a little less than 29
+        return range(*(math.floor(end * num_timesteps + 1e-6) for end in guidance_interval))
 
     def _guide(self, output: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         """(2 * images, 2 * channels, ...), the null branch first -> (images, 2 * channels, ...)."""
@@ -496,30 +492,34 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
         return scheduler.config.variance_type == "learned_range"
 
-    def _scheduler_with_clipping(self, clip_sample: bool) -> SchedulerMixin:
-        # not by the config, into which from_config carries the options of other schedulers
-        if "clip_sample" not in inspect.signature(type(self.scheduler).__init__).parameters:
-            raise ValueError(
-                f"clip_sample is {clip_sample}, but {type(self.scheduler).__name__} has no such option: leave it None"
-            )
-        return type(self.scheduler).from_config(self.scheduler.config, clip_sample=clip_sample)
+    def prepare_scheduler(
+        self,
+        num_inference_steps: int = 100,
+        timesteps: Sequence[int] | None = None,
+        clip_sample: bool | None = None,
+    ) -> SchedulerMixin:
+        """The scheduler that a call with these arguments steps with, its timesteps set; they are `timesteps` then.
 
-    @staticmethod
-    def _set_timesteps(
-        scheduler: SchedulerMixin, num_inference_steps: int, timesteps: Sequence[int] | None, device: torch.device
-    ) -> None:
+        Raises:
+            ValueError: If the scheduler is not one for this network, or cannot take these arguments.
+        """
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
         check_scheduler(scheduler)
+        if clip_sample is not None:
+            # not by the config, into which from_config carries the options of other schedulers
+            if "clip_sample" not in inspect.signature(type(scheduler).__init__).parameters:
+                raise ValueError(f"clip_sample is {clip_sample}, but {name} has no such option: leave it None")
+            scheduler = type(scheduler).from_config(scheduler.config, clip_sample=clip_sample)
         if timesteps is None:
-            scheduler.set_timesteps(num_inference_steps, device=device)
+            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+            scheduler.set_timesteps(timesteps=list(timesteps), device=self._execution_device)
         else:
-            raise ValueError(
-                f"timesteps were given, but {type(scheduler).__name__} chooses its own: give num_inference_steps"
-                " instead"
-            )
+            raise ValueError(f"timesteps were given, but {name} chooses its own: give num_inference_steps instead")
         if not getattr(scheduler, "accepts_learned_variance", False):
             _check_noise_levels(scheduler)
+        self._timesteps = scheduler.timesteps
+        return scheduler
 
     @staticmethod
     def _step_arguments(scheduler: SchedulerMixin, eta: float, generator: Any) -> dict[str, Any]:
@@ -529,7 +529,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if "generator" in accepted:
             arguments["generator"] = generator
         elif hasattr(scheduler, "noise_sampler_seed") and scheduler.config.noise_sampler_seed is None:
-            # it draws from seeds, one or one for each image, and without them from torch's global generator
+            # it takes seeds, one or one for each image, and without them torch's global generator
             scheduler.noise_sampler_seed = _seeds_from(generator)
         if "eta" in accepted:
             arguments["eta"] = eta
@@ -544,10 +544,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> None:
         """Writes a folder that `DiffusionPipeline.from_pretrained` loads where this package is not installed.
 
-        Beside what every pipeline writes it holds the source files of the pipeline and of the components that are not
-        diffusers' own, and a ``model_index.json`` that names them. Arguments are those of
-        `DiffusionPipeline.save_pretrained`. With ``push_to_hub=True`` the folder is uploaded as it then is, with a
-        ``README.md`` and pictures that lie in it.
+        The source files of the pipeline and of components that are not diffusers' own lie in it, and
+        ``model_index.json`` names them. Arguments are those of `DiffusionPipeline.save_pretrained`. With
+        ``push_to_hub=True`` the folder is uploaded, with the ``README.md`` and the images in it.
 
         Raises:
             ValueError: If a component's class is defined in no file.
@@ -576,13 +575,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 publishing.push_folder(self, folder, repo_id, **hub_arguments)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
-        """Uploads what `save_pretrained` writes, and a model card where the repository has none.
+        """Uploads what `save_pretrained` writes, and a model card where the repository has none, in one commit.
 
-        With the package installed the card tells what the model is and how to use it, and everything comes in one
-        commit. A pipeline whose class was loaded from a repository's own files uploads as every diffusers pipeline
-        does, with diffusers' card.
-
-        Arguments and result are those of `DiffusionPipeline.push_to_hub`.
+        A pipeline whose class was loaded from a repository's own files uploads as every diffusers pipeline does, with
+        diffusers' card. Arguments and result are those of `DiffusionPipeline.push_to_hub`.
         """
         publishing = _package_module("publishing")
         if publishing is None:
@@ -607,9 +603,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ClassConditionalPipeline":
         """Loads a pipeline from a folder or from the Hub.
 
-        With the package installed its own classes are used, whatever source files the repository carries, so that no
-        code is loaded and ``trust_remote_code`` is not needed. Arguments are those of `load_pipeline` then, and those
-        of `DiffusionPipeline.from_pretrained` otherwise.
+        With the package installed its own classes are used, and no code of the repository runs. Arguments are those of
+        `load_pipeline` then, and those of `DiffusionPipeline.from_pretrained` otherwise.
         """
         loading = _package_module("loading")
         if loading is None:

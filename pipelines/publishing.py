@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import cast
 
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -55,8 +54,8 @@ def push_folder(
 ) -> CommitInfo:
     """Uploads a folder that holds a saved pipeline. Hidden files stay where they are.
 
-    A ``README.md`` that somebody has written, or changed, in the repository stays as it is. One that was made here and
-    is untouched gives way to the folder's. Where there is none, that of the folder is uploaded, else one is made.
+    A ``README.md`` that somebody has written, or changed, in the repository stays. One that was made here and is
+    untouched gives way to the folder's. Where there is none, the folder's is uploaded, else one is made.
 
     Args:
         pipeline: What was saved to the folder; the card is made from it.
@@ -73,29 +72,28 @@ def push_folder(
         huggingface_hub.errors.HfHubHTTPError: An OSError. The repository is as it was then, because all files come in
             one commit, the last thing that is sent.
     """
-    api = HfApi(token=token)
-    folder = Path(folder)
+    api, folder = HfApi(token=token), Path(folder)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-
-    additions: dict[str, str | bytes] = {}
-    for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if file.is_file() and not hidden and inside.parts[0] not in leave_out:
-            additions[inside.as_posix()] = str(file)
-    # everything but the card may be bytes
-    card = cast(str | None, additions.pop(CARD_NAME, None))
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    additions: dict[str, str | bytes] = {  # name in the repository -> path or content
+        name.as_posix(): str(path)
+        for name, path in files.items()
+        if name.parts[0] not in leave_out and not any(part.startswith(".") for part in name.parts)
+    }
+    additions.pop(CARD_NAME, None)
     if subfolder is None:
-        text = None if card is None else with_repo_id(Path(card).read_text(encoding="utf-8"), repo_id)
+        file = files.get(Path(CARD_NAME))
+        card = None if file is None else with_repo_id(file.read_text(encoding="utf-8"), repo_id)
         if not api.file_exists(repo_id, CARD_NAME):
-            text = text or str(create_model_card(pipeline, repo_id=repo_id))
-        elif text is not None and not is_untouched(_present_card(api, repo_id)):
-            logger.warning(
-                f"{repo_id} keeps its {CARD_NAME}, which somebody has written or changed; {card} is not uploaded"
-            )
-            text = None
-        if text is not None:
-            additions[CARD_NAME] = text.encode()
+            card = card or str(create_model_card(pipeline, repo_id=repo_id))
+        elif card is not None:
+            with tempfile.TemporaryDirectory() as place:
+                present = Path(api.hf_hub_download(repo_id, CARD_NAME, local_dir=place)).read_bytes()
+            if not is_untouched(present.decode("utf-8", "replace")):
+                logger.warning(f"{repo_id} keeps its {CARD_NAME}, which somebody has written or changed; not {file}")
+                card = None
+        if card is not None:
+            additions[CARD_NAME] = card.encode()
 
     prefix = "" if subfolder is None else f"{subfolder.strip('/')}/"
     # not upload_folder, which may spread what takes long over several commits
@@ -105,9 +103,3 @@ def push_folder(
         commit_message=commit_message or f"Upload {type(pipeline).__name__}",
         create_pr=create_pr,
     )
-
-
-def _present_card(api: HfApi, repo_id: str) -> str:
-    """The card that a repository has."""
-    with tempfile.TemporaryDirectory() as folder:
-        return Path(api.hf_hub_download(repo_id, CARD_NAME, local_dir=folder)).read_bytes().decode("utf-8", "replace")

@@ -57,6 +57,7 @@ def outside_python(tmp_path_factory) -> Path:
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     libraries = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
     (Path(libraries) / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    refused = subprocess.run([python, "-c", "import imagenet64_diffusion"], capture_output=True, text=True, cwd=folder)
+    ask = "import imagenet64_diffusion"
+    refused = subprocess.run([python, "-E", "-c", ask], capture_output=True, text=True, cwd=folder)
     assert "No module named 'imagenet64_diffusion'" in refused.stderr
     return python

@@ -1,6 +1,8 @@
 """imagenet64-generate, as its users run it."""
 
 import json
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -9,8 +11,13 @@ from PIL import Image
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.generate_images import main
+from imagenet64_diffusion.tests.commands.processes import CommandProcess, distributed, free_port, snapshot, wait_until
 from imagenet64_diffusion.tests.commands.runs import run_script
 from imagenet64_diffusion.tests.components import make_pipeline
+
+
+def run(*arguments, code=0):
+    assert main([str(argument) for argument in arguments]) == code
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +36,15 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
 def test_everything_it_writes(model, tmp_path):
     arguments = ["--model", model, "--class_labels", "all", "--num_images_per_label", 2, "--num_inference_steps", 5]
     finished = run_script("generate_images.py", *arguments, "--fps", 20, "--output_dir", "new/samples", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert "6 images, the grid and the animation and manifest.json are in new/samples" in finished.stdout
+    assert "6 images, grid.png, denoising.gif and manifest.json are in new/samples" in finished.stdout
     assert "5/5" in finished.stderr
 
     folder = tmp_path / "new" / "samples"
@@ -49,105 +60,82 @@ def test_everything_it_writes(model, tmp_path):
         # a GIF has 256 colours, which are enough for greys
         assert np.abs(np.asarray(grid.convert("L")).astype(int) - last).max() <= 2
 
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = manifest_of(folder)
     assert [image["class_label"] for image in manifest["images"]] == [0, 0, 1, 1, 2, 2]
     assert manifest["images"][2] == {"file": "00002.png", "class_label": 1, "class_name": "goldfish", "seed": 2}
 
 
 def test_each_image_again_from_the_manifest(model, tmp_path):
     """By hand, with diffusers alone, one at a time."""
-    arguments = [
-        "--model",
-        str(model),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--class_labels",
-        "goldfish",
-        "2",
-        "null",
-    ]
-    arguments += ["--eta", "0.5", "--guidance_scale", "2.5", "--guidance_interval", "0.2", "0.9", "--seed", "40"]
-    assert main([*arguments, "--step_size", "200", "--num_images_per_label", "2", "--batch_size", "4"]) == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    folder = tmp_path / "out"
+    arguments = ["--model", model, "--class_labels", "goldfish", 2, "null", "--num_images_per_label", 2, "--seed", 40]
+    arguments += ["--eta", 0.5, "--guidance_scale", 2.5, "--guidance_interval", 0.2, 0.9, "--step_size", 200]
+    run(*arguments, "--batch_size", 4, "--output_dir", folder)
+    manifest = manifest_of(folder)
     assert manifest["timesteps"] == [800, 600, 400, 200, 0]
-    options = manifest["options"]
+    assert [image["class_label"] for image in manifest["images"]] == [1, 1, 2, 2, None, None]
     pipeline = ClassConditionalPipeline.from_pretrained(manifest["model"])
     pipeline.set_progress_bar_config(disable=True)
+    options = {name: manifest["options"][name] for name in ("eta", "guidance_scale", "guidance_interval")}
     for image in manifest["images"]:
         again = pipeline(
             image["class_label"],
             timesteps=[int(timestep) for timestep in manifest["timesteps"]],
-            eta=options["eta"],
-            guidance_scale=options["guidance_scale"],
-            guidance_interval=options["guidance_interval"],
             generator=torch.Generator().manual_seed(image["seed"]),
+            **options,
         ).images[0]
-        assert np.abs(np.asarray(again).astype(int) - pixels(tmp_path / "out", image["file"])).max() <= 1
-    assert [image["class_label"] for image in manifest["images"]] == [1, 1, 2, 2, None, None]
+        assert np.abs(np.asarray(again).astype(int) - pixels(folder, image["file"])).max() <= 1
 
 
 def test_batch_size_and_place_do_not_matter(model, tmp_path):
-    common = ["--model", str(model), "--class_labels", "0", "1", "2", "0", "1", "2", "0", "1", "--eta", "1"]
-    common += ["--num_inference_steps", "4"]
-    for batch_size in ("1", "3", "8"):
-        assert main([*common, "--batch_size", batch_size, "--output_dir", str(tmp_path / batch_size)]) == 0
-    for number in range(8):
-        name = f"{number:05d}.png"
-        for other in ("1", "3"):
-            assert np.abs(pixels(tmp_path / other, name) - pixels(tmp_path / "8", name)).max() <= 1
+    common = ["--model", model, "--eta", 1, "--num_inference_steps", 4]
+    for size in (3, 8):
+        labels = ["--class_labels", 0, 1, 2, 0, 1, 2, 0, 1]
+        run(*common, *labels, "--batch_size", size, "--output_dir", tmp_path / str(size))
+    for name in (f"{number:05d}.png" for number in range(8)):
+        assert np.abs(pixels(tmp_path / "3", name) - pixels(tmp_path / "8", name)).max() <= 1
     # seed 5 is class 2, the sixth of those above
-    assert (
-        main([*common[:2], "--class_labels", "2", *common[-4:], "--seed", "5", "--output_dir", str(tmp_path / "a")])
-        == 0
-    )
-    assert np.abs(pixels(tmp_path / "a", "00000.png") - pixels(tmp_path / "8", "00005.png")).max() <= 1
+    run(*common, "--class_labels", 2, "--seed", 5, "--output_dir", tmp_path / "alone")
+    assert np.abs(pixels(tmp_path / "alone", "00000.png") - pixels(tmp_path / "8", "00005.png")).max() <= 1
 
 
 def test_random_classes_come_from_the_seed(model, tmp_path):
     chosen = []
     for seed in (1, 1, 2):
-        arguments = ["--model", str(model), "--num_images", "20", "--seed", str(seed), "--num_inference_steps", "1"]
-        assert main([*arguments, "--animation", "false", "--output_dir", str(tmp_path / "out")]) == 0
-        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-        chosen.append([image["class_label"] for image in manifest["images"]])
+        arguments = ["--num_images", 20, "--seed", seed, "--num_inference_steps", 1, "--animation", "false"]
+        run("--model", model, *arguments, "--output_dir", tmp_path / "out")
+        chosen.append([image["class_label"] for image in manifest_of(tmp_path / "out")["images"]])
     assert chosen[0] == chosen[1] != chosen[2]
     assert set(chosen[0]) == {0, 1, 2}
     assert "denoising.gif" not in names(tmp_path / "out")
 
 
-@pytest.mark.parametrize("scheduler", ["DDIM", "DPMSolverMultistep", "LearnedVarianceDDPM", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistep", "LearnedVarianceDDPM", "HeunDiscreteScheduler"])
 def test_schedulers(model, tmp_path, scheduler):
-    arguments = ["--model", str(model), "--scheduler", scheduler, "--num_inference_steps", "3", "--num_images", "2"]
-    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["scheduler"]["class"].startswith(scheduler)
+    arguments = ["--scheduler", scheduler, "--num_inference_steps", 3, "--num_images", 2]
+    run("--model", model, *arguments, "--output_dir", tmp_path / "out")
+    assert manifest_of(tmp_path / "out")["scheduler"]["class"].startswith(scheduler)
     assert pixels(tmp_path / "out", "00000.png").std() > 1
 
 
 def test_other_dtypes(model, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        arguments = ["--model", str(model), "--dtype", dtype, "--num_inference_steps", "3", "--num_images", "3"]
-        assert main([*arguments, "--output_dir", str(tmp_path / dtype)]) == 0
+        arguments = ["--dtype", dtype, "--num_inference_steps", 3, "--num_images", 3]
+        run("--model", model, *arguments, "--output_dir", tmp_path / dtype)
     difference = pixels(tmp_path / "float32", "00000.png") - pixels(tmp_path / "bfloat16", "00000.png")
     assert 0 < np.abs(difference).mean() < 12
 
 
 def test_writes_over_its_own_and_nothing_else(model, tmp_path):
-    arguments = ["--model", str(model), "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")]
-    assert main([*arguments, "--num_images", "5"]) == 0
+    arguments = ["--model", model, "--num_inference_steps", 1]
+    run(*arguments, "--num_images", 5, "--output_dir", tmp_path / "out")
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    assert main([*arguments, "--num_images", "2"]) == 0
-    assert names(tmp_path / "out") == [
-        "00000.png",
-        "00001.png",
-        "denoising.gif",
-        "grid.png",
-        "manifest.json",
-        "mine.txt",
-    ]
+    run(*arguments, "--num_images", 2, "--output_dir", tmp_path / "out")
+    written = ["00000.png", "00001.png", "denoising.gif", "grid.png", "manifest.json"]
+    assert names(tmp_path / "out") == [*written, "mine.txt"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("keep")
-    assert main([*arguments[:-1], str(tmp_path / "other")]) == 2
+    run(*arguments, "--output_dir", tmp_path / "other", code=2)
     assert names(tmp_path / "other") == ["thesis.tex"]
 
 
@@ -162,7 +150,7 @@ def test_writes_over_its_own_and_nothing_else(model, tmp_path):
         (["--num_inference_steps", "0"], "error: num_inference_steps is 0, but must be at least 1"),
         (["--num_inference_steps", "5", "--step_size", "5"], "error: num_inference_steps and step_size both say"),
         (["--guidance_interval", "0.9", "0.1"], "error: guidance_interval is"),
-        (["--fps", "0"], "error: fps is 0.0, but must be above 0"),
+        (["--fps", "0"], "error: fps is 0.0, but must be in (0, 100]"),
         (["--eta", "2"], "error: eta is 2.0"),
         (["--model", "nowhere/at/all"], "error: "),
     ],
@@ -170,14 +158,145 @@ def test_writes_over_its_own_and_nothing_else(model, tmp_path):
 def test_wrong_options(model, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["--model", str(model), "--output_dir", "out", *arguments]) == 2
+    run("--model", model, "--output_dir", "out", *arguments, code=2)
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-def test_a_wrong_option_as_a_process(model, tmp_path):
-    finished = run_script("generate_images.py", "--model", model, "--class_labels", "dog", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert finished.stderr.strip().splitlines()[-1].startswith("error: there is no class named 'dog'")
-    assert "Traceback" not in finished.stderr
+    # a run that fails before its first image leaves nothing
     assert names(tmp_path) == []
+
+
+class GenerateProcess(CommandProcess):
+    program = "generate_images"
+
+
+# 9 images in batches of 2
+MANY = ["--class_labels", "all", "--num_images_per_label", "3", "--batch_size", "2", "--num_inference_steps", "6"]
+MANY += ["--clip_sample", "true", "--eta", "1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    """The files of a run that nothing happens to; the folder has the same relative name everywhere."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        run("--model", model, *MANY, "--output_dir", "out")
+    # the timesteps are those of the scheduler that clips, not of the model's own
+    assert len(manifest_of(folder)["timesteps"]) == 6
+    return folder
+
+
+def resume_and_compare(model, folder, undisturbed, monkeypatch):
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+    monkeypatch.chdir(folder.parent)
+    run("--model", model, *MANY, "--output_dir", "out")
+    assert snapshot(folder) == snapshot(undisturbed)
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+    assert [name for name in names(folder.parent) if name != "log"] == ["out"]
+
+
+def start(model, folder, *arguments):
+    process_arguments = ["--model", model, *MANY, *arguments, "--output_dir", "out"]
+    return GenerateProcess(process_arguments, folder / "log", directory=folder)
+
+
+def test_killed_again_and_again(model, undisturbed, tmp_path, monkeypatch):
+    """The same command resumes: files that are there stay, and in the end all are those of an undisturbed run."""
+    for last in ("00000.png", "00003.png", "00008.png", "grid.png"):
+        process = start(model, tmp_path)
+        wait_until((tmp_path / "out" / last).exists, process)
+        process.send(signal.SIGKILL)
+        process.end()
+    resume_and_compare(model, tmp_path / "out", undisturbed, monkeypatch)
+
+
+@pytest.mark.parametrize("leftover", ["frames", ".writing.00002.png", "manifest.json"])
+def test_what_a_kill_may_leave(model, undisturbed, tmp_path, monkeypatch, leftover):
+    """Moments that are too short to be met."""
+    folder = tmp_path / "out"
+    if leftover == "manifest.json":  # killed while this was written
+        folder.mkdir()
+        (folder / ".writing.manifest.json").write_text("{")
+    else:
+        shutil.copytree(undisturbed, folder)
+        unfinished = json.loads((folder / "manifest.json").read_text()) | {"unfinished": True}
+        (folder / "manifest.json").write_text(json.dumps(unfinished))
+        for number in range(2, 9):
+            (folder / f"{number:05d}.png").unlink()
+        (folder / "grid.png").unlink()
+        (folder / "denoising.gif").unlink()
+        if leftover == "frames":  # an image whose way from noise is lost
+            (folder / ".frames").mkdir()
+        else:
+            (folder / leftover).write_bytes(b"half")
+    resume_and_compare(model, folder, undisturbed, monkeypatch)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal(model, undisturbed, tmp_path, monkeypatch, capsys, number, code):
+    process = start(model, tmp_path)
+    wait_until((tmp_path / "out" / "00001.png").exists, process)
+    process.send(number)
+    assert process.end() == code
+    assert f"stopped by {number.name}; the images in out stay: the same command resumes" in process.output()
+    assert "Traceback" not in process.output()
+    # another run does not take the place of one that has begun, and says what differs
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path / "out")
+    run("--model", model, *MANY, "--guidance_scale", 2, "--output_dir", "out", code=2)
+    said = capsys.readouterr().err
+    assert "error: output_dir is out, which holds an unfinished run with guidance_scale 5.0 instead of 2" in said
+    assert snapshot(tmp_path / "out") == before
+    resume_and_compare(model, tmp_path / "out", undisturbed, monkeypatch)
+
+
+def test_a_finished_run_is_not_generated_again_unless_the_model_has_changed(model, undisturbed, tmp_path, monkeypatch):
+    copy = shutil.copytree(model, tmp_path / "model")
+    arguments = ["--model", copy, "--num_images", 2, "--num_inference_steps", 2, "--output_dir", tmp_path / "out"]
+    run(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassConditionalPipeline, "__call__", None)
+        run(*arguments)
+    before = pixels(tmp_path / "out", "00000.png")
+    pipeline = make_pipeline()
+    torch.nn.init.normal_(pipeline.unet.head.conv.weight, std=0.2)
+    pipeline.save_pretrained(copy)
+    run(*arguments)
+    assert (pixels(tmp_path / "out", "00000.png") != before).any()
+
+
+def test_two_ranks_do_what_one_does(model, undisturbed, tmp_path):
+    finished = run_script(
+        "generate_images.py", "--model", model, *MANY, "--output_dir", "out", processes=2, cwd=tmp_path
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("9 images") == 1
+    assert snapshot(tmp_path / "out") == snapshot(undisturbed)
+
+
+def test_a_rank_that_fails_does_not_leave_the_other_waiting(model, tmp_path):
+    """The second of two cannot write its images."""
+    (tmp_path / "out" / ".writing.00002.png").mkdir(parents=True)
+    port = free_port()
+    ranks = []
+    for rank in range(2):
+        process = GenerateProcess(
+            ["--model", model, *MANY, "--output_dir", "out"],
+            tmp_path / f"log{rank}",
+            environment=distributed(rank, 2, port),
+            directory=tmp_path,
+        )
+        ranks.append(process)
+    assert all(process.end() != 0 for process in ranks)
+    said = "".join(process.output() for process in ranks)
+    assert said.count("error: ") == 1
+    assert "process 1 of 2" in said
+
+
+def test_one_writer_at_a_time(model, tmp_path, monkeypatch, capsys):
+    process = start(model, tmp_path, "--num_inference_steps", 900)
+    wait_until((tmp_path / "out" / "manifest.json").exists, process)
+    monkeypatch.chdir(tmp_path)
+    run("--model", model, *MANY, "--num_inference_steps", 900, "--output_dir", "out", code=2)
+    assert "another process is writing to it now" in capsys.readouterr().err
+    process.send(signal.SIGKILL)
+    process.end()

@@ -42,7 +42,7 @@ def test_recipes_are_recognised(recipe):
 def test_facts_come_from_the_pipeline():
     pipeline = make_pipeline()
     card = create_model_card(pipeline, repo_id="me/tiny")
-    assert card.text.strip().startswith("# tiny\n\nDraws 16x16 grey images of 3 classes")
+    assert card.text.strip().startswith("# tiny\n\nGenerates 16x16 grey images of 3 classes")
     told = facts(card)
     assert told["recipe"] == "its own"
     assert told["layers at every resolution"] == "resnet, class attention, channel attention"
@@ -121,7 +121,7 @@ def test_names_that_do_not_stand_for_one_class():
     assert r'[0, "the \"big\" one", None],  # class ids' in card.text
 
 
-def test_what_was_trained_and_measured(tmp_path):
+def test_what_was_trained_and_evaluated(tmp_path):
     result = EvalResult(
         task_type="unconditional-image-generation",
         dataset_type="imagenet-1k",

@@ -1,4 +1,4 @@
-"""A network that needs no training, because its data are Gaussian, and what drawing with it must give.
+"""A network that needs no training, because its data are Gaussian, and what sampling with it must give.
 
 The images of class c have independent pixels x_0 ~ N(mean_c, s^2). Then x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise is
 Gaussian too, E[noise | x_t] is linear in x_t, and the probability-flow ODE (Song et al. 2021,
@@ -112,7 +112,7 @@ def make_gaussian_pipeline(schedule: str, **options) -> ClassConditionalPipeline
 
 
 @dataclass
-class GaussianDraw:
+class GaussianSamples:
     """Images and what they ought to be, all (images, channels, height, width) in float64.
 
     ``ends`` are the solutions of the ODE at the three places where schedulers may end: ``"clean"`` is its very end,
@@ -139,10 +139,10 @@ class GaussianDraw:
         return (self.images - self.means).std().item() / self.standard_deviation
 
 
-def draw_gaussian(
+def sample_gaussian(
     pipeline: ClassConditionalPipeline, num_inference_steps: int, guidance_scale: float = 2.0, **options
-) -> GaussianDraw:
-    """Draws an image of every class, each from its own generator, and the solution for the same starting noise.
+) -> GaussianSamples:
+    """Generates an image of every class, each from its own generator, and the solution for the same starting noise.
 
     The solution starts where the scheduler does: at what it first gives to the network, and at that timestep.
     """
@@ -178,4 +178,4 @@ def draw_gaussian(
         "last_level": signal_rate * means + spread * quantiles,
         "denoised": means + signal_rate * deviation**2 / spread * quantiles,
     }
-    return GaussianDraw(images.double(), means, ends, deviation)
+    return GaussianSamples(images.double(), means, ends, deviation)

@@ -1,5 +1,7 @@
 """The pipeline's call: classes, guidance, seeds, schedulers, callbacks, output."""
 
+import itertools
+
 import diffusers
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from imagenet64_diffusion.models.unet_class_conditional import StandardizedConv2
 from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seeded
 
 
-def draw(pipeline, labels=(0, 1, 2), seeds=None, steps=4, output_type="pt", **options):
+def generate(pipeline, labels=(0, 1, 2), seeds=None, steps=4, output_type="pt", **options):
     generators = seeded(*(range(len(labels)) if seeds is None else seeds))
     images = pipeline(
         list(labels), generator=generators, num_inference_steps=steps, output_type=output_type, **options
@@ -22,8 +24,8 @@ def draw(pipeline, labels=(0, 1, 2), seeds=None, steps=4, output_type="pt", **op
 class TestClasses:
     def test_ids_names_and_null(self):
         pipeline = make_pipeline()
-        by_id = draw(pipeline, [0, 0, 1, 3])
-        by_name = draw(pipeline, ["tabby", "tabby, tabby cat", "goldfish", None])
+        by_id = generate(pipeline, [0, 0, 1, 3])
+        by_name = generate(pipeline, ["tabby", "tabby, tabby cat", "goldfish", None])
         assert torch.equal(by_id, by_name)
 
     def test_one_label_makes_one_image(self):
@@ -34,7 +36,7 @@ class TestClasses:
     def test_several_images_of_each(self):
         pipeline = make_pipeline()
         images = pipeline([0, 1], 2, generator=seeded(0, 1, 2, 3), num_inference_steps=3, output_type="pt").images
-        assert torch.equal(images, draw(pipeline, [0, 0, 1, 1], steps=3))
+        assert torch.equal(images, generate(pipeline, [0, 0, 1, 1], steps=3))
 
     def test_label_ids(self):
         pipeline = make_pipeline()
@@ -91,33 +93,42 @@ class TestGuidance:
     def test_up_to_one_is_the_conditional_branch_alone(self, guidance_scale):
         pipeline = make_pipeline()
         batches = count_images(pipeline)
-        images = draw(pipeline, guidance_scale=guidance_scale)
+        images = generate(pipeline, guidance_scale=guidance_scale)
         assert set(batches) == {3}
-        assert torch.equal(images, draw(pipeline, guidance_scale=1.0))
+        assert torch.equal(images, generate(pipeline, guidance_scale=1.0))
 
     def test_both_branches_are_one_forward(self):
         pipeline = make_pipeline()
         batches = count_images(pipeline)
-        draw(pipeline, guidance_scale=2.0)
+        generate(pipeline, guidance_scale=2.0)
         assert batches == [6] * 4
 
     def test_the_null_class_needs_one_branch(self):
         pipeline = make_pipeline()
         batches = count_images(pipeline)
-        null = draw(pipeline, [None, None], guidance_scale=4.0)
+        null = generate(pipeline, [None, None], guidance_scale=4.0)
         assert batches == [2] * 4
         # and in the company of classes it comes out the same
-        mixed = draw(pipeline, [None, 1], guidance_scale=4.0)
+        mixed = generate(pipeline, [None, 1], guidance_scale=4.0)
         torch.testing.assert_close(mixed[:1], null[:1], atol=1e-4, rtol=1e-4)
 
     def test_interval(self):
         pipeline = make_pipeline()
         batches = count_images(pipeline)
-        inside = draw(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.2, 0.7))
+        inside = generate(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.2, 0.7))
         assert batches == [3] * 2 + [6] * 5 + [3] * 3
-        assert (inside != draw(pipeline, steps=10, guidance_scale=2.0)).any()
-        nowhere = draw(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.5, 0.5))
-        assert torch.equal(nowhere, draw(pipeline, steps=10, guidance_scale=1.0))
+        assert (inside != generate(pipeline, steps=10, guidance_scale=2.0)).any()
+        nowhere = generate(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.5, 0.5))
+        assert torch.equal(nowhere, generate(pipeline, steps=10, guidance_scale=1.0))
+
+    def test_interval_in_hundredths(self):
+        """0.29 * 100 is less than 29 in floating point."""
+        pipeline = make_pipeline()
+        batches = count_images(pipeline)
+        generate(pipeline, [0], steps=100, guidance_scale=2.0, guidance_interval=(0.29, 0.57))
+        assert batches == [1] * 29 + [2] * 28 + [1] * 43
+        for k, steps in itertools.product(range(101), (10, 100, 250, 1000)):
+            assert pipeline._guided_steps((0.0, k / 100), steps).stop == k * steps // 100
 
     def test_a_callback_changes_it(self):
         """Guidance that a callback ends after half of the steps is that of the interval's first half."""
@@ -128,16 +139,16 @@ class TestGuidance:
                 pipeline._guidance_scale = 1.0
 
         batches = count_images(pipeline)
-        ended = draw(pipeline, steps=10, guidance_scale=2.0, callback_on_step_end=end_guidance)
+        ended = generate(pipeline, steps=10, guidance_scale=2.0, callback_on_step_end=end_guidance)
         assert batches == [6] * 5 + [3] * 5
-        assert torch.equal(ended, draw(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.0, 0.5)))
+        assert torch.equal(ended, generate(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.0, 0.5)))
 
         def begin_guidance(pipeline, step, timestep, tensors):
             if step == 4:
                 pipeline._guidance_scale = 2.0
 
-        begun = draw(pipeline, steps=10, guidance_scale=1.0, callback_on_step_end=begin_guidance)
-        assert torch.equal(begun, draw(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.5, 1.0)))
+        begun = generate(pipeline, steps=10, guidance_scale=1.0, callback_on_step_end=begin_guidance)
+        assert torch.equal(begun, generate(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.5, 1.0)))
 
 
 def count_images(pipeline) -> list[int]:
@@ -155,18 +166,18 @@ class TestSeeds:
         pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
         options = {"eta": 0.7} if scheduler_class is EtaDDIMScheduler else {}
         labels, seeds = [0, 1, 2, 0, 1, 2, None, 1], [10, 11, 12, 13, 14, 15, 16, 17]
-        together = levels(draw(pipeline, labels, seeds, **options))
+        together = levels(generate(pipeline, labels, seeds, **options))
         threes = np.concatenate(
-            [levels(draw(pipeline, labels[i : i + 3], seeds[i : i + 3], **options)) for i in (0, 3, 6)]
+            [levels(generate(pipeline, labels[i : i + 3], seeds[i : i + 3], **options)) for i in (0, 3, 6)]
         )
         alone = np.concatenate(
-            [levels(draw(pipeline, [label], [seed], **options)) for label, seed in zip(labels, seeds, strict=True)]
+            [levels(generate(pipeline, [label], [seed], **options)) for label, seed in zip(labels, seeds, strict=True)]
         )
-        backwards = levels(draw(pipeline, labels[::-1], seeds[::-1], **options))[::-1]
+        backwards = levels(generate(pipeline, labels[::-1], seeds[::-1], **options))[::-1]
         assert together.std() > 10  # not blank
         for other in (threes, alone, backwards):
             assert np.abs(together - other).max() <= 1
-        assert (levels(draw(pipeline, labels, [seed + 1 for seed in seeds], **options)) != together).any()
+        assert (levels(generate(pipeline, labels, [seed + 1 for seed in seeds], **options)) != together).any()
 
     def test_one_generator_for_all(self):
         pipeline = make_pipeline()
@@ -179,7 +190,7 @@ class TestSeeds:
         pipeline = make_pipeline()
         latents = torch.cat([torch.randn(1, 1, 16, 16, generator=generator) for generator in seeded(0, 1, 2)])
         images = pipeline([0, 1, 2], latents=latents, num_inference_steps=4, output_type="pt").images
-        assert torch.equal(images, draw(pipeline))
+        assert torch.equal(images, generate(pipeline))
 
 
 def levels(images: torch.Tensor) -> np.ndarray:
@@ -187,45 +198,45 @@ def levels(images: torch.Tensor) -> np.ndarray:
 
 
 class TestSchedulers:
-    def test_stock_ddim_draws_what_ours_draws(self):
+    def test_stock_ddim_generates_what_ours_does(self):
         pipeline = make_pipeline()
-        ours = draw(pipeline, steps=10, output_type="latent")
+        ours = generate(pipeline, steps=10, output_type="latent")
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
-        torch.testing.assert_close(draw(pipeline, steps=10, output_type="latent"), ours, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(generate(pipeline, steps=10, output_type="latent"), ours, atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small", "fixed_large"])
-    def test_stock_ddpm_draws_what_ours_draws(self, variance_type):
+    def test_stock_ddpm_generates_what_ours_does(self, variance_type):
         pipeline = make_pipeline()
         # a trained network keeps its variance in the range, where the two clamp alike
         torch.nn.init.normal_(pipeline.unet.head.conv.weight, std=0.03, generator=seeded(0)[0])
         pipeline.scheduler = LearnedVarianceDDPMScheduler.from_config(
             pipeline.scheduler.config, variance_type=variance_type
         )
-        ours = draw(pipeline, steps=10, output_type="latent")
+        ours = generate(pipeline, steps=10, output_type="latent")
         pipeline.scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
-        torch.testing.assert_close(draw(pipeline, steps=10, output_type="latent"), ours, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(generate(pipeline, steps=10, output_type="latent"), ours, atol=1e-4, rtol=1e-4)
 
     def test_a_stock_scheduler_with_another_learned_variance(self):
         pipeline = make_pipeline()
         pipeline.scheduler = diffusers.DDPMScheduler(variance_type="learned")
         with pytest.raises(ValueError, match="variance_type is 'learned', but the network predicts 'learned_range'"):
-            draw(pipeline)
+            generate(pipeline)
 
     def test_own_timesteps(self):
         pipeline = make_pipeline()
         batches = count_images(pipeline)
-        draw(pipeline, timesteps=[900, 400, 50])
+        generate(pipeline, timesteps=[900, 400, 50])
         assert len(batches) == 3
         assert pipeline.num_timesteps == 3
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
         with pytest.raises(ValueError, match="timesteps were given, but DDIMScheduler chooses its own"):
-            draw(pipeline, timesteps=[900, 400, 50])
+            generate(pipeline, timesteps=[900, 400, 50])
 
     def test_clipping(self):
         pipeline = make_pipeline()
-        as_configured = draw(pipeline, output_type="latent")
-        assert torch.equal(draw(pipeline, clip_sample=False, output_type="latent"), as_configured)
-        clipped = draw(pipeline, clip_sample=True, output_type="latent")
+        as_configured = generate(pipeline, output_type="latent")
+        assert torch.equal(generate(pipeline, clip_sample=False, output_type="latent"), as_configured)
+        clipped = generate(pipeline, clip_sample=True, output_type="latent")
         assert clipped.abs().max() <= 1 + 1e-5
         assert as_configured.abs().max() > 1
         assert pipeline.scheduler.config.clip_sample is False
@@ -233,14 +244,14 @@ class TestSchedulers:
         with pytest.raises(
             ValueError, match="clip_sample is True, but DPMSolverMultistepScheduler has no such option"
         ):
-            draw(pipeline, clip_sample=True)
+            generate(pipeline, clip_sample=True)
 
     def test_eta(self, caplog):
         pipeline = make_pipeline()
-        assert (draw(pipeline, eta=1.0) != draw(pipeline)).any()
+        assert (generate(pipeline, eta=1.0) != generate(pipeline)).any()
         pipeline.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
         diffusers.utils.logging.enable_propagation()
-        draw(pipeline, eta=0.5)
+        generate(pipeline, eta=0.5)
         diffusers.utils.logging.disable_propagation()
         assert "eta is 0.5, but UniPCMultistepScheduler takes no eta" in caplog.text
 
@@ -248,35 +259,35 @@ class TestSchedulers:
 class TestOutput:
     def test_kinds(self):
         pipeline = make_pipeline()
-        tensors = draw(pipeline)
+        tensors = generate(pipeline)
         assert tensors.shape == (3, 1, 16, 16)
         assert tensors.min() >= 0
         assert tensors.max() <= 1
-        arrays = draw(pipeline, output_type="np")
+        arrays = generate(pipeline, output_type="np")
         assert arrays.shape == (3, 16, 16, 1)
         np.testing.assert_array_equal(arrays[..., 0], tensors[:, 0].numpy())
-        pictures = draw(pipeline, output_type="pil")
-        assert all(isinstance(picture, Image.Image) and picture.size == (16, 16) for picture in pictures)
-        np.testing.assert_array_equal(np.stack(pictures), levels(tensors)[:, 0])
-        latents = draw(pipeline, output_type="latent")
+        pil_images = generate(pipeline, output_type="pil")
+        assert all(isinstance(image, Image.Image) and image.size == (16, 16) for image in pil_images)
+        np.testing.assert_array_equal(np.stack(pil_images), levels(tensors)[:, 0])
+        latents = generate(pipeline, output_type="latent")
         torch.testing.assert_close((latents / 2 + 0.5).clamp(0, 1), tensors)
         assert isinstance(pipeline(0, num_inference_steps=1, return_dict=False), tuple)
 
     def test_colour(self):
-        pictures = draw(make_pipeline(in_channels=3), output_type="pil")
-        assert {picture.mode for picture in pictures} == {"RGB"}
+        pil_images = generate(make_pipeline(in_channels=3), output_type="pil")
+        assert {image.mode for image in pil_images} == {"RGB"}
 
-    def test_more_channels_than_a_picture_has(self):
+    def test_more_channels_than_a_image_has(self):
         pipeline = make_pipeline(in_channels=6)
-        assert draw(pipeline).shape == (3, 6, 16, 16)
+        assert generate(pipeline).shape == (3, 6, 16, 16)
         with pytest.raises(ValueError, match="'pil' cannot hold images of 6 channels: take 'np' or 'pt'"):
-            draw(pipeline, output_type="pil")
+            generate(pipeline, output_type="pil")
 
     def test_half_precision_keeps_the_sample_in_float32(self):
         pipeline = make_pipeline()
-        expected = draw(pipeline, output_type="latent")
+        expected = generate(pipeline, output_type="latent")
         pipeline.to(torch.bfloat16)
-        latents = draw(pipeline, output_type="latent")
+        latents = generate(pipeline, output_type="latent")
         assert latents.dtype == torch.float32
         assert (latents - expected).norm() < 0.1 * expected.norm()
 
@@ -292,7 +303,7 @@ class TestCallback:
             seen.append((step, int(timestep), tensors["pred_original_sample"].shape))
             return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else None
 
-        latents = draw(
+        latents = generate(
             pipeline,
             output_type="latent",
             callback_on_step_end=callback,
@@ -310,13 +321,13 @@ class TestCallback:
             steps.append(step)
             pipe._interrupt = step == 1
 
-        draw(pipeline, callback_on_step_end=callback)
+        generate(pipeline, callback_on_step_end=callback)
         assert steps == [0, 1]
 
     def test_progress_bar(self, capsys):
         pipeline = make_pipeline()
         pipeline.set_progress_bar_config(disable=False)
-        draw(pipeline, steps=7)
+        generate(pipeline, steps=7)
         assert "7/7" in capsys.readouterr().err
 
 
@@ -353,7 +364,7 @@ def test_labels_for_a_network_without_classes():
         pipeline(1)
 
 
-class TestWeightsKeptWhileDrawing:
+class TestCachedWeights:
     """Standardised weights are made once in a call, and again in the next."""
 
     def test_once_in_a_call(self, monkeypatch):
@@ -361,20 +372,20 @@ class TestWeightsKeptWhileDrawing:
         made = []
         used_weight = StandardizedConv2d.used_weight
         monkeypatch.setattr(StandardizedConv2d, "used_weight", lambda conv: made.append(conv) or used_weight(conv))
-        draw(pipeline)
+        generate(pipeline)
         standardised = [module for module in pipeline.unet.modules() if isinstance(module, StandardizedConv2d)]
         assert len(made) == len(set(made)) == len(standardised)
 
     def test_weights_written_to_between_calls(self):
-        """As a moving average is swapped in: through .data, which leaves no trace."""
+        """As an EMA is swapped in: through .data, which leaves no trace."""
         pipeline, changed = make_pipeline(), make_pipeline()
-        before = draw(pipeline)
+        before = generate(pipeline)
         for network in (pipeline.unet, changed.unet):
             for parameter in network.parameters():
                 parameter.data.mul_(1.2)
-        after = draw(pipeline)
+        after = generate(pipeline)
         assert (after - before).abs().max() > 1e-3
-        torch.testing.assert_close(after, draw(changed), rtol=0, atol=0)
+        torch.testing.assert_close(after, generate(changed), rtol=0, atol=0)
 
     def test_nothing_is_kept_after_a_call_that_failed(self):
         pipeline = make_pipeline()
@@ -383,12 +394,12 @@ class TestWeightsKeptWhileDrawing:
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            draw(pipeline, callback_on_step_end=fail)
+            generate(pipeline, callback_on_step_end=fail)
         assert all(getattr(module, "cached", None) is None for module in pipeline.unet.modules())
 
     def test_of_a_compiled_network(self):
         pipeline = make_pipeline()
-        expected = draw(pipeline)
+        expected = generate(pipeline)
         torch._dynamo.reset()
         pipeline.unet = torch.compile(pipeline.unet, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(draw(pipeline), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(generate(pipeline), expected, rtol=0, atol=1e-4)
