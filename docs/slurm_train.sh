@@ -38,7 +38,7 @@ while true; do
 done
 
 if [ "$stopped" = 1 ]; then
-    echo "stopped before the end: the job queues again and goes on from its checkpoint"
+    echo "stopped before the end: the job queues again and resumes from its checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

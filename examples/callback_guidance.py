@@ -1,4 +1,4 @@
-"""Changes the guidance while images are drawn, in a callback: python examples/callback_guidance.py"""
+"""Changes the guidance during sampling, in a callback: python examples/callback_guidance.py"""
 
 import argparse
 from pathlib import Path
@@ -34,14 +34,14 @@ def main() -> None:
         pipeline._guidance_scale = highest + (1 - highest) * min(done, 1)
         return {}  # {"latents": ...} would replace the images
 
-    def draw(guidance_scale: float, **callback: Any) -> list:
+    def generate(guidance_scale: float, **callback: Any) -> list:
         generator = [torch.Generator().manual_seed(seed) for seed in class_labels]
         arguments = {"guidance_scale": guidance_scale, "num_inference_steps": options.num_inference_steps}
         return pipeline(class_labels, generator=generator, **arguments, **callback).images
 
     wanted = ("latents", "pred_original_sample")
-    constant = draw(options.guidance_scale)
-    falling = draw(highest, callback_on_step_end=lower_guidance, callback_on_step_end_tensor_inputs=wanted)
+    constant = generate(options.guidance_scale)
+    falling = generate(highest, callback_on_step_end=lower_guidance, callback_on_step_end_tensor_inputs=wanted)
     print(f"noise in the images, after the first and the last step: {changes[0]:.2f} and {changes[-1]:.2f}")
     print(f"guidance scale, after the first and the last step: {highest:g} and {pipeline.guidance_scale:g}")
 

@@ -1,4 +1,4 @@
-"""A training loop of one's own with accelerate and this package's network and loss.
+"""Your own training loop with accelerate and this package's network and loss.
 
 python prepare_imagenet64.py --source mnist --output_dir outputs/demo/data
 accelerate launch examples/custom_training_loop.py --train_data_dir outputs/demo/data
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, EtaDDIMScheduler
 from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
-from imagenet64_diffusion.training.loss import HybridLoss
+from imagenet64_diffusion.training.objectives import HybridLoss
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Draws the same images, from the same noise, with several schedulers: python examples/swap_scheduler.py"""
+"""Generates the same images from the same noise with several schedulers: python examples/swap_scheduler.py"""
 
 import argparse
 from pathlib import Path
@@ -27,7 +27,7 @@ def main() -> None:
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     class_labels = list(range(options.num_classes))
 
-    def draw(num_inference_steps: int) -> list:
+    def generate(num_inference_steps: int) -> list:
         # a new generator with the same seed for each image, so that every row starts from the same noise
         generator = [torch.Generator().manual_seed(seed) for seed in class_labels]
         return pipeline(
@@ -39,11 +39,11 @@ def main() -> None:
 
     # what all of them are after: the pipeline's own scheduler with many steps
     own = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
-    rows = {f"{own}, {options.num_reference_steps} steps": draw(options.num_reference_steps)}
+    rows = {f"{own}, {options.num_reference_steps} steps": generate(options.num_reference_steps)}
     for name in options.schedulers:
         # with plain diffusers: pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
         swap_scheduler(pipeline, name)
-        rows[f"{name}, {options.num_inference_steps} steps"] = draw(options.num_inference_steps)
+        rows[f"{name}, {options.num_inference_steps} steps"] = generate(options.num_inference_steps)
 
     images = [image for row in rows.values() for image in row]
     captions = [caption for caption, row in rows.items() for _ in row]

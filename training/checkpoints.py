@@ -2,16 +2,16 @@
 
 Data order, noise, timesteps, drop-out and flips are functions of the seed, the step and the image's place in its
 batch, so there are no states of random generators to keep. A checkpoint is a folder ``checkpoint-{step}`` with the
-network, the averaged weights, the optimizer's moments, the history of the importance sampler, and
-``training_state.json``, which says where the run stood and with what options, and how the other files must read to be
-whole. Weights and optimizer have the names that accelerate gives them.
+network, the EMA of its weights, the optimizer's moments, the history of importance sampling, and
+``training_state.json``: where the run stood, its options, and the digests of the other files.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -44,13 +44,13 @@ class Progress:
         step: Optimizer steps taken.
         epoch: Epochs gone through.
         images_seen: Place in the endless order of images.
-        num_processes: Processes that shared a batch.
-        images_per_step: Images of an optimizer step over all processes and accumulated pieces.
+        num_processes: Ranks that shared a batch.
+        images_per_step: Images of an optimizer step over all ranks and accumulated passes.
         dataset: Fingerprint of the images.
         began_from: What the run began from: a checkpoint, a pretrained model, or nothing.
-        lr_scheduler_step: Steps of the learning rate's course; fewer than ``step`` where fp16 skipped some.
-        gradient_scaler: State of the fp16 loss scale.
-        metrics: Sums since the last entry of the log, one row for each process.
+        lr_scheduler_step: Steps of the learning-rate schedule; fewer than ``step`` where fp16 skipped some.
+        gradient_scaler: State of the fp16 gradient scaler.
+        metrics: Sums since the last entry of the log, one row for each rank.
     """
 
     step: int
@@ -76,9 +76,9 @@ class Checkpoint:
         unet_config: Options of the network.
         scheduler_config: Options of the scheduler that holds the noise schedule.
         weights: The network's state dict.
-        averaged_weights: The moving average of the parameters in their order, with the number of its updates, or None.
+        averaged_weights: EMA of the parameters in their order, with the number of its updates, or None.
         optimizer: The state dict of the optimizer.
-        timestep_sampler: The state of the timestep sampler.
+        timestep_sampler: State of importance sampling.
     """
 
     folder: Path
@@ -112,36 +112,41 @@ def save_checkpoint(
         optimizer: Its optimizer, over ``unet.parameters()``.
         progress: Where the run stands.
         options: Options of the run by name, as JSON values.
-        averaged_weights: The moving average of ``unet.parameters()`` and the number of its updates.
-        timestep_sampler: State of the timestep sampler.
+        averaged_weights: EMA of ``unet.parameters()`` and the number of its updates.
+        timestep_sampler: State of importance sampling.
 
     Raises:
         OSError: If it cannot be written, as on a full disk. What was there is as it was.
     """
+    reason = "; the checkpoints before it are as they were"
+    with names_what_failed(folder, reason), atomic_folder(folder) as writing:
+        save_file({name: tensor.contiguous() for name, tensor in unet.state_dict().items()}, writing / _WEIGHTS)
+        torch.save(optimizer.state_dict(), writing / _OPTIMIZER)
+        if averaged_weights is not None:
+            parameters, updates = averaged_weights
+            tensors = {f"{index:05d}": tensor.contiguous() for index, tensor in enumerate(parameters)}
+            save_file(tensors, writing / _AVERAGED_WEIGHTS, metadata={"updates": str(updates)})
+        if timestep_sampler:
+            np.savez(writing / _TIMESTEP_SAMPLER, **cast(dict[str, Any], timestep_sampler))
+        for name, configured in ((_CONFIG, unet), (_SCHEDULER_CONFIG, scheduler)):
+            config = {key: value for key, value in configured.config.items() if not key.startswith("_")}
+            _write_json(writing / name, config)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(writing.iterdir())
+        }
+        state = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(progress)}
+        state |= {"options": dict(options), "files": files}
+        _write_json(writing / STATE_NAME, {**state, "sha256": _sha256_of_state(state)})
+
+
+@contextlib.contextmanager
+def names_what_failed(path: str | Path, remark: str = "") -> Iterator[None]:
+    """Inside, what cannot be written raises an OSError that names the path; torch and safetensors have others."""
     try:
-        with atomic_folder(folder) as writing:
-            save_file({name: tensor.contiguous() for name, tensor in unet.state_dict().items()}, writing / _WEIGHTS)
-            torch.save(optimizer.state_dict(), writing / _OPTIMIZER)
-            if averaged_weights is not None:
-                parameters, updates = averaged_weights
-                tensors = {f"{index:05d}": tensor.contiguous() for index, tensor in enumerate(parameters)}
-                save_file(tensors, writing / _AVERAGED_WEIGHTS, metadata={"updates": str(updates)})
-            if timestep_sampler:
-                np.savez(writing / _TIMESTEP_SAMPLER, **cast(dict[str, Any], timestep_sampler))
-            for name, configured in ((_CONFIG, unet), (_SCHEDULER_CONFIG, scheduler)):
-                config = {key: value for key, value in configured.config.items() if not key.startswith("_")}
-                _write_json(writing / name, config)
-            files = {
-                file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-                for file in sorted(writing.iterdir())
-            }
-            state = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(progress)}
-            state |= {"options": dict(options), "files": files}
-            _write_json(writing / STATE_NAME, {**state, "sha256": _sha256_of_state(state)})
-    # safetensors and torch have errors of their own for what the system refuses
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"could not write {folder} ({reason}); the checkpoints before it are as they were") from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"could not write {path} ({reason}){remark}") from error
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
@@ -225,13 +230,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
         if not (folder / name).is_file():
             raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: there is no {name}")
-        stored, size = files.get(name, {"bytes": 0}), (folder / name).stat().st_size
-        if size != stored["bytes"]:
-            raise DamagedCheckpointError(
-                f"{folder} is not a whole checkpoint: {name} has {size:,} bytes, but was written with"
-                f" {stored['bytes']:,}"
-            )
-        if _sha256(folder / name) != stored["sha256"]:
+        if name not in files or _sha256(folder / name) != files[name]["sha256"]:
             raise DamagedCheckpointError(
                 f"{folder} is not a whole checkpoint: {name} has changed since it was written"
             )

@@ -4,24 +4,32 @@ import importlib.util
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
 
 from ..configs import CONFIG_DIR
 from ..data.dataset import PreparedImages
+from ..data.sampling import GlobalBatchSampler
 from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES, ClassConditionalUNet2DModel
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..utils.nearest_names import perhaps
-from .options import TrainOptions
-from .resuming import requested_network
-from .starting_point import StartingPoint
+from .interruption import leave_stopping_to_parent
+from .objectives import HybridLoss, ImportanceSampledLoss
+from .options import NETWORK_OPTIONS, TrainOptions
 
+
+if TYPE_CHECKING:
+    from .plan import Start
 
 DEFAULT_RECIPE = "res"
 # Where torch has an AdamW in one kernel.
@@ -52,7 +60,33 @@ def load_model_config(name_or_path: str) -> dict[str, Any]:
     return config
 
 
-def build_unet(config: Mapping[str, Any], start: StartingPoint) -> ClassConditionalUNet2DModel:
+def image_batches(
+    options: TrainOptions, dataset: PreparedImages, accelerator: Accelerator, first_image: int
+) -> Generator[dict[str, torch.Tensor], None, None]:
+    """This rank's pieces of batches, from a place in the endless order of images on, without end.
+
+    A generator, whose ``close`` ends the processes that read images: they must not outlive a run that stops.
+    """
+    # not prepared by accelerate: the sampler gives each rank its share
+    sampler = GlobalBatchSampler(
+        len(dataset),
+        options.train_batch_size * accelerator.num_processes,
+        options.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        first_image=first_image,
+    )
+    yield from DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=options.dataloader_num_workers,
+        worker_init_fn=leave_stopping_to_parent,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def build_unet(config: Mapping[str, Any], start: "Start") -> ClassConditionalUNet2DModel:
     """The network of a config; with the weights of the pretrained one, if the run begins with that.
 
     A pretrained network of another number of classes gets a new table of classes.
@@ -66,7 +100,7 @@ def build_unet(config: Mapping[str, Any], start: StartingPoint) -> ClassConditio
     return unet
 
 
-def unet_config(options: TrainOptions, dataset: PreparedImages, start: StartingPoint | None = None) -> dict[str, Any]:
+def unet_config(options: TrainOptions, dataset: PreparedImages, start: "Start | None" = None) -> dict[str, Any]:
     """All options of the network that the options ask for, or of what the run begins with where they are silent.
 
     Raises:
@@ -87,13 +121,10 @@ def unet_config(options: TrainOptions, dataset: PreparedImages, start: StartingP
     else:
         name = name or DEFAULT_RECIPE
         config = load_model_config(name) | {"num_train_timesteps": options.num_train_timesteps}
-    config |= requested_network(options) | fitting
+    config |= {key: getattr(options, key) for key in NETWORK_OPTIONS if getattr(options, key) is not None} | fitting
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    defaults = {
-        key: parameter.default
-        for key, parameter in inspect.signature(ClassConditionalUNet2DModel.__init__).parameters.items()
-        if key != "self"
-    }
+    parameters = inspect.signature(ClassConditionalUNet2DModel.__init__).parameters.items()
+    defaults = {key: parameter.default for key, parameter in parameters if key != "self"}
     unknown = sorted(set(config) - set(defaults))
     if unknown:
         raise ValueError(f"{name}: the U-Net has no option {', '.join(unknown)}{perhaps(unknown[0], defaults)}")
@@ -101,10 +132,9 @@ def unet_config(options: TrainOptions, dataset: PreparedImages, start: StartingP
     config["layer_types"] = [LAYER_TYPE_ALIASES.get(layer, layer) for layer in config["layer_types"]]
     for layer in config["layer_types"]:
         if layer not in LAYER_TYPES:
-            known = (*LAYER_TYPES, *LAYER_TYPE_ALIASES)
             raise ValueError(
                 f"layer_types names {layer!r}, but must be made of {', '.join(LAYER_TYPES)} (the original's names"
-                f" {', '.join(LAYER_TYPE_ALIASES)} are taken too){perhaps(layer, known)}"
+                f" {', '.join(LAYER_TYPE_ALIASES)} are taken too){perhaps(layer, (*LAYER_TYPES, *LAYER_TYPE_ALIASES))}"
             )
     return config
 
@@ -130,7 +160,7 @@ def training_size(options: TrainOptions, dataset: PreparedImages) -> tuple[int, 
     return height, width
 
 
-def build_scheduler(options: TrainOptions, start: StartingPoint | None = None) -> EtaDDIMScheduler:
+def build_scheduler(options: TrainOptions, start: "Start | None" = None) -> EtaDDIMScheduler:
     """The scheduler that holds the noise schedule of the training and that the pipeline samples with.
 
     Raises:
@@ -173,6 +203,12 @@ def _check_schedule(options: TrainOptions, scheduler: EtaDDIMScheduler) -> None:
             )
 
 
+def build_objective(options: TrainOptions, scheduler: SchedulerMixin, device: torch.device) -> HybridLoss:
+    """What the network is trained on."""
+    kind = ImportanceSampledLoss if options.timestep_sampling == "importance" else HybridLoss
+    return kind(scheduler, options.vlb_weight, device, options.snr_gamma)
+
+
 def build_optimizer(
     options: TrainOptions, parameters: Iterable[torch.nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
@@ -207,4 +243,37 @@ def build_pipeline(
         unet=unet,
         scheduler=type(scheduler).from_config(scheduler.config),
         id2label=dataset.id2label if conditional else None,
+    )
+
+
+def build_ema(options: TrainOptions, unet: ClassConditionalUNet2DModel) -> EMAModel | None:
+    """The EMA of the network's weights, if it is asked for."""
+    if not options.use_ema:
+        return None
+    return EMAModel(
+        unet.parameters(),
+        decay=options.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=options.ema_inv_gamma,
+        power=options.ema_power,
+        foreach=True,
+    )
+
+
+def build_lr_scheduler(
+    options: TrainOptions, optimizer: torch.optim.Optimizer, step: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule of a run that has taken so many steps, not to be prepared by accelerate.
+
+    Prepared, it would step once for every rank.
+    """
+    max_train_steps = cast(int, options.max_train_steps)  # make_plan has filled it in
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"] = options.learning_rate
+    return get_scheduler(
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=min(options.lr_warmup_steps, max_train_steps),
+        num_training_steps=max_train_steps,
+        last_epoch=step - 1,
     )

@@ -1,15 +1,14 @@
-"""What training a network costs, in operations and in memory, found without running it.
+"""What training a network costs, in operations and in memory, and what ``--dry_run`` says.
 
-The network is built and run on fake tensors, which have shapes, types and devices but no contents. So the
-answer takes seconds whatever the size of the network, needs next to no memory, and can be had for a GPU on a
-machine without one.
+The network is built and run on fake tensors, which have shapes, types and devices but no contents: the answer takes
+seconds whatever the size of the network, and next to no memory.
 """
 
-import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..utils.nearest_names import perhaps
 
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .plan import Plan
 
 _AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,201 +37,151 @@ class TrainingCost:
         forward_flops: FLOPs of one forward pass of one image, of convolutions and matrix products alone.
         training_flops: FLOPs of one forward and backward pass of one image, with what gradient checkpointing
             computes a second time.
-        weight_bytes: Bytes of the parameters.
-        gradient_bytes: Bytes of their gradients.
+        weight_bytes: Bytes of the parameters; their gradients take as much.
         optimizer_bytes: Bytes of the two moments of AdamW.
-        ema_bytes: Bytes of the moving average of the parameters, 0 if there is none.
-        activation_bytes_per_image: Bytes that the forward pass keeps for the backward pass, for each image.
-        activation_bytes_per_pass: Bytes that it keeps whatever the number of images: standardised filters,
-            and copies of the weights in half precision.
-        recomputed_bytes_per_image: Bytes for each image that gradient checkpointing makes again in the
-            backward pass, in the one layer that needs most for an image; 0 without gradient checkpointing.
-        recomputed_bytes_per_pass: Bytes that this layer needs whatever the number of images.
+        ema_bytes: Bytes of the EMA of the parameters, 0 if there is none.
+        activation_bytes: Bytes that the forward pass keeps for the backward pass, and with gradient checkpointing
+            those that the largest layer computes again.
+        images: Images that pass at once.
     """
 
     parameters: int
     forward_flops: int
     training_flops: int
     weight_bytes: int
-    gradient_bytes: int
     optimizer_bytes: int
     ema_bytes: int
-    activation_bytes_per_image: int
-    activation_bytes_per_pass: int
-    recomputed_bytes_per_image: int
-    recomputed_bytes_per_pass: int
+    activation_bytes: int
+    images: int
 
-    def activation_bytes(self, images: int) -> int:
-        """Bytes of the activations while so many images pass at once."""
-        per_image = self.activation_bytes_per_image + self.recomputed_bytes_per_image
-        return images * per_image + self.activation_bytes_per_pass + self.recomputed_bytes_per_pass
-
-    def memory_bytes(self, images: int) -> int:
-        """Bytes that one process needs to train with so many images at once.
-
-        It is what tensors take at most, as if all gradients were there while the most activations are. What a
-        library takes besides is not in it: buffers of the convolutions and of the communication between
-        processes, and memory that an allocator holds back.
-        """
-        constant = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.ema_bytes
-        return constant + self.activation_bytes(images)
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all tensors at most, without what libraries and allocators hold back."""
+        return 2 * self.weight_bytes + self.optimizer_bytes + self.ema_bytes + self.activation_bytes
 
 
 def estimate_cost(
     unet_config: Mapping[str, Any],
     *,
-    image_size: int | tuple[int, int] | None = None,
+    images: int = 1,
     precision: str = "no",
     gradient_checkpointing: bool = False,
     use_ema: bool = True,
     device_type: str = "cpu",
 ) -> TrainingCost:
-    """Counts what a network costs from its options alone; random number generators stay as they are.
-
-    The loss is taken for a mean square: the few maps of the image's size that the true one keeps are not
-    counted.
+    """Counts what a network costs from its options alone. The loss is taken for a mean square.
 
     Args:
-        unet_config: Options of `ClassConditionalUNet2DModel`, for example ``unet.config``; names that begin
-            with an underscore are passed over.
-        image_size: Height and width of the images in pixels, one int or (height, width); by default the
-            network's ``sample_size``.
+        unet_config: Options of `ClassConditionalUNet2DModel`; names that begin with an underscore are passed over.
+        images: Images that pass at once.
         precision: ``"no"`` for float32, ``"fp16"`` or ``"bf16"`` for autocast with float32 weights.
-        gradient_checkpointing: Whether the activations inside the layers are computed again in the backward
-            pass.
-        use_ema: Whether a moving average of the weights is kept.
-        device_type: ``"cpu"`` or ``"cuda"``, which need not be there: autocast leaves other operations in
-            float32 on the one than on the other.
+        gradient_checkpointing: Whether activations inside the layers are computed again in the backward pass.
+        use_ema: Whether an EMA of the weights is kept.
+        device_type: ``"cpu"`` or ``"cuda"``; autocast leaves other operations in float32 on the one than on the other.
 
     Raises:
-        ValueError: If precision or device_type is not one of these, or the options of the network do not fit
-            together.
+        ValueError: If precision is not one of these, or the options of the network do not fit together.
     """
     if precision not in _AUTOCAST_DTYPES:
         near = perhaps(precision, _AUTOCAST_DTYPES)
         raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(_AUTOCAST_DTYPES)}{near}")
-    if device_type not in ("cpu", "cuda"):
-        raise ValueError(f"device_type is {device_type!r}, but must be cpu or cuda")
     options = {name: value for name, value in unet_config.items() if not name.startswith("_")}
     dtype = _AUTOCAST_DTYPES[precision]
-
     with FakeTensorMode():
         # on the CPU, because a backward pass even of fake tensors wants the GPU that they are on
-        with torch.device("cpu"):
-            unet = ClassConditionalUNet2DModel(**options).train()
-            if gradient_checkpointing:
-                unet.enable_gradient_checkpointing()
-            forward_flops, training_flops = _count_flops(lambda: _forward(unet, 1, image_size))
-        parameters = unet.num_parameters()
+        unet = ClassConditionalUNet2DModel(**options).train()
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        forward_flops, training_flops = _count_flops(lambda: _forward(unet, 1))
         weight_bytes = sum(parameter.nbytes for parameter in unet.parameters())
 
-        with torch.device(device_type), _autocast(device_type, dtype):
+        with torch.device(device_type), torch.autocast(device_type, dtype, enabled=dtype is not None):
             unet = ClassConditionalUNet2DModel(**options).train()
-            recomputed_bytes_per_image = recomputed_bytes_per_pass = 0
+            recomputed = 0
             if gradient_checkpointing:
-                lines = _lines(lambda images: _saved_bytes_by_layer(unet, lambda: _forward(unet, images, image_size)))
-                recomputed_bytes_per_image, recomputed_bytes_per_pass = max(lines)
+                recomputed = max(_saved_bytes_by_layer(unet, images))
                 unet.enable_gradient_checkpointing()
-            [(activation_bytes_per_image, activation_bytes_per_pass)] = _lines(
-                lambda images: [_saved_bytes(unet, lambda: _forward(unet, images, image_size))]
-            )
-
+            activation_bytes = recomputed + _saved_bytes(unet, lambda: _forward(unet, images))
     return TrainingCost(
-        parameters=parameters,
+        parameters=unet.num_parameters(),
         forward_flops=forward_flops,
         training_flops=training_flops,
         weight_bytes=weight_bytes,
-        gradient_bytes=weight_bytes,
         optimizer_bytes=2 * weight_bytes,
         ema_bytes=weight_bytes if use_ema else 0,
-        activation_bytes_per_image=activation_bytes_per_image,
-        activation_bytes_per_pass=activation_bytes_per_pass,
-        recomputed_bytes_per_image=recomputed_bytes_per_image,
-        recomputed_bytes_per_pass=recomputed_bytes_per_pass,
+        activation_bytes=activation_bytes,
+        images=images,
     )
 
 
-def cost_report(cost: TrainingCost, images_per_process: int, images_per_step: int | None = None) -> str:
-    """The cost in a few aligned lines for people.
-
-    Args:
-        cost: What `estimate_cost` found.
-        images_per_process: Images that one process passes through the network at once.
-        images_per_step: Images of one optimizer step, over all processes and accumulated passes; by default
-            those of one process and pass.
-    """
-    images_per_step = images_per_step or images_per_process
-    total = cost.memory_bytes(images_per_process)
+def cost_report(cost: TrainingCost, images_per_step: int) -> str:
+    """The cost in a few aligned lines for people; images_per_step are those of all ranks and accumulated passes."""
     memory = {
         "weights": cost.weight_bytes,
-        "moving average": cost.ema_bytes,
-        "gradients": cost.gradient_bytes,
+        "EMA": cost.ema_bytes,
+        "gradients": cost.weight_bytes,
         "optimizer": cost.optimizer_bytes,
-        "activations": cost.activation_bytes(images_per_process),
-        "total": total,
+        "activations": cost.activation_bytes,
+        "total": cost.memory_bytes,
     }
-    unit, bytes_per_unit = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+    unit, bytes_per_unit = ("GiB", 2**30) if cost.memory_bytes >= 2**30 else ("MiB", 2**20)
+    step_flops = cost.training_flops * images_per_step
     lines = [
         f"parameters        {_with_prefix(cost.parameters)}",
         f"forward pass      {_with_prefix(cost.forward_flops)}FLOP for 1 image",
-        f"training step     {_with_prefix(cost.training_flops * images_per_step)}FLOP for"
-        f" {_count_images(images_per_step)}",
-        f"memory of one process, {_count_images(images_per_process)} at once",
+        f"training step     {_with_prefix(step_flops)}FLOP for {images_per_step:,} image(s)",
+        f"memory of one rank, {cost.images:,} image(s) at once",
         *(f"  {name:<16}{size / bytes_per_unit:8.2f} {unit}" for name, size in memory.items()),
     ]
     return "\n".join(lines)
 
 
+def describe_run(plan: "Plan", accelerator: "Accelerator") -> str:
+    """What ``--dry_run`` prints; nothing is built in memory and nothing is written."""
+    options = plan.options
+    cost = estimate_cost(
+        plan.unet_config,
+        images=options.train_batch_size,
+        precision=accelerator.mixed_precision,
+        gradient_checkpointing=options.gradient_checkpointing,
+        use_ema=options.use_ema,
+        device_type="cuda" if accelerator.device.type == "cuda" else "cpu",
+    )
+    if options.optimizer == "adamw_8bit":
+        cost = dataclasses.replace(cost, optimizer_bytes=cost.optimizer_bytes // 4)
+    steps = plan.max_train_steps - plan.first_step
+    lines = [
+        *plan.summary(accelerator.device.type, accelerator.mixed_precision, cost.parameters),
+        f"to come: {steps:,} steps, {steps * plan.images_per_step / len(plan.dataset):.1f} epochs",
+        "",
+        "cost",
+        *(f"  {line}" for line in cost_report(cost, plan.images_per_step).splitlines()),
+    ]
+    for title, values in (("network", plan.unet_config), ("options", vars(options))):
+        width = max(map(len, values))
+        lines += ["", title, *(f"  {name:<{width}}  {_shown(value)}" for name, value in values.items())]
+    return "\n".join([*lines, "", "dry run: nothing has been written"])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
 def _with_prefix(value: int) -> str:
     """Two decimals and the prefix of a power of 1000, as in ``  105.76 G``."""
-    power = min(max((len(str(value)) - 1) // 3, 0), 5)
+    power = min((len(str(value)) - 1) // 3, 5)
     return f"{value / 1000**power:8.2f} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
 
 
-def _count_images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
-
-
-def _forward(unet: ClassConditionalUNet2DModel, images: int, image_size: int | Iterable[int] | None) -> torch.Tensor:
-    """The network's answer to so many images, on the current device."""
-    size = unet.config.sample_size if image_size is None else image_size
+def _forward(unet: ClassConditionalUNet2DModel, images: int) -> torch.Tensor:
+    size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     samples = torch.empty(images, unet.config.in_channels, height, width)
     timesteps = torch.zeros(images, dtype=torch.long)
     labels = None if unet.config.num_class_embeds is None else torch.zeros(images, dtype=torch.long)
     return unet(samples, timesteps, labels).sample
-
-
-def _lines(bytes_for: Callable[[int], list[int]]) -> list[tuple[int, int]]:
-    """Slope and intercept of each number of bytes over the number of images.
-
-    Not from one image, whose tensors are contiguous in more than one way and may share memory where others do
-    not.
-    """
-    lines = []
-    for two, four in zip(bytes_for(2), bytes_for(4), strict=True):
-        per_image = (four - two) // 2
-        lines.append((per_image, two - 2 * per_image))
-    return lines
-
-
-@contextlib.contextmanager
-def _autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """What ``torch.autocast`` does, which turns itself off where the device is missing."""
-    if dtype is None:
-        yield
-        return
-    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    torch.set_autocast_enabled(device_type, True)
-    torch.set_autocast_dtype(device_type, dtype)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device_type, before[0])
-        torch.set_autocast_dtype(device_type, before[1])
 
 
 def _saved_bytes(network: nn.Module, forward: Callable[[], object]) -> int:
@@ -247,8 +201,8 @@ def _saved_bytes(network: nn.Module, forward: Callable[[], object]) -> int:
     return sum(storage.nbytes() for storage in saved.values())
 
 
-def _saved_bytes_by_layer(unet: ClassConditionalUNet2DModel, forward: Callable[[], torch.Tensor]) -> list[int]:
-    """Bytes that each layer saves, of those that gradient checkpointing runs again, in the order of the pass."""
+def _saved_bytes_by_layer(unet: ClassConditionalUNet2DModel, images: int) -> list[int]:
+    """Bytes that each layer saves, of those that gradient checkpointing runs again."""
     by_layer = []
 
     def measure(layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -257,7 +211,7 @@ def _saved_bytes_by_layer(unet: ClassConditionalUNet2DModel, forward: Callable[[
         return outputs[0]
 
     unet.enable_gradient_checkpointing(measure)
-    forward()
+    _forward(unet, images)
     return by_layer
 
 
@@ -275,24 +229,14 @@ def _count_flops(forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
 
 
 def _convolution_backward_flops(
-    grad_out_shape: torch.Size,
-    x_shape: torch.Size,
-    weight_shape: torch.Size,
-    bias_sizes: list[int] | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-    output_mask: list[bool],
-    out_shape: Any = None,
+    grad_out_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *arguments: Any, out_shape: Any = None
 ) -> int:
     """The gradients of input and of filters cost as much as the convolution itself, each.
 
-    torch's own count takes the filters of a convolution with groups for those of one without, which for a
-    depthwise one is too much by the number of channels.
+    torch's own count takes the filters of a convolution with groups for those of one without, which for a depthwise
+    one is too much by the number of channels.
     """
+    *_, transposed, _, _, output_mask = arguments
     positions = x_shape[2:] if transposed else grad_out_shape[2:]
     # the second size of the filters is that of one group already
     multiplications = x_shape[0] * math.prod(positions) * math.prod(weight_shape)

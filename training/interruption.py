@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and how its processes agree on the step after which they do."""
+"""Signals that ask a run to stop, and how the ranks agree on the step after which they stop."""
 
 import signal
 import threading
@@ -27,14 +27,14 @@ def leave_stopping_to_parent(worker: int) -> None:
 class StopRequest:
     """Inside, SIGTERM and SIGINT are noted instead of ending the process.
 
-    Job schedulers and launchers may send a signal to one process or to all, and at different steps. So the processes
+    Job schedulers and launchers may send a signal to one rank or to all, and at different steps. So the ranks
     tell one another at each step what they have noted, and look at the answer at the next one, when it has long
     arrived: none waits for the others, and all stop after the same step. A second SIGINT, which is a person who does
     not want to wait, interrupts at once; one within a second of the first is the same Ctrl-C, which a terminal sends
     to all processes and a launcher of several sends on to them.
 
     Args:
-        accelerator: Whose processes agree.
+        accelerator: Whose ranks agree.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -63,7 +63,7 @@ class StopRequest:
             self._on_its_way[1].wait()
 
     def agreed(self) -> int:
-        """The number of the signal after which all processes stop now, or 0. Every process asks at every step."""
+        """The number of the signal after which all ranks stop now, or 0. Every rank asks at every step."""
         if self._group is None:
             return self._noted
         answer = 0

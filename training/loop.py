@@ -1,23 +1,22 @@
-"""A training run: accelerate runs it on one process or many, in one precision or another."""
+"""A training run: accelerate runs it on one rank or many, in one precision or another."""
 
 import contextlib
+import math
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration, TorchDynamoPlugin, set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from ..data.dataset import to_model_range
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.model_card import write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -27,31 +26,53 @@ from ..utils.command_line import OtherRankError, StoppedBySignalError
 from ..utils.distributed import on_main_process
 from ..utils.memory import keep_freed_memory
 from ..utils.nearest_names import perhaps
-from .charts import draw_loss_chart
 from .checkpoints import (
     Checkpoint,
     Progress,
     find_checkpoints,
+    names_what_failed,
     remove_old_checkpoints,
     save_checkpoint,
     set_aside,
 )
-from .components import build_optimizer, build_pipeline, build_scheduler, build_unet
-from .dry_run import describe_run
+from .components import (
+    build_ema,
+    build_lr_scheduler,
+    build_objective,
+    build_optimizer,
+    build_pipeline,
+    build_scheduler,
+    build_unet,
+    image_batches,
+    training_size,
+)
+from .cost import describe_run
 from .interruption import StopRequest
-from .loss import HybridLoss
-from .metrics import MetricsFile, MetricsWindow, peak_memory_gib
+from .metrics import CHART_NAME, MetricsFile, MetricsWindow, draw_loss_chart, peak_memory_gib
 from .options import TrainOptions
-from .plan import Plan, make_plan
-from .samples import draw_sample_grid
-from .starting_point import CHECKPOINTS_NAME
-from .step import OptimizerStep
-from .timestep_sampling import TIMESTEP_SAMPLERS
+from .plan import CHECKPOINTS_NAME, Plan, make_plan
+from .randomness import StepRandomness, seed_network, to_device
+from .samples import ema_weights, sample_grid
 
 
-CHART_NAME = "loss_chart.png"
-# A run that was killed may take so long to go, and its place is wanted by the one that goes on.
+# A run that was killed may take so long to go, and its place is wanted by the one that resumes.
 _SECONDS_FOR_ANOTHER_RUN_TO_END = 20
+
+
+class StepOutcome(NamedTuple):
+    """What a step was like, for this rank's images; on the device.
+
+    Attributes:
+        loss: What was minimised, ().
+        gradient_norm: Before clipping, over all ranks, (); None where fp16 skipped the update.
+        losses: Unweighted loss of each image, (images,).
+        timesteps: Timestep of each image, int64 (images,).
+    """
+
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor | None
+    losses: torch.Tensor
+    timesteps: torch.Tensor
 
 
 class Trainer:
@@ -72,54 +93,34 @@ class Trainer:
 
         if self.device.type == "cpu":
             keep_freed_memory()
-        # the same weights in every process
+        # the same weights on every rank
         set_seed(options.seed)
         unet = build_unet(plan.unet_config, self.start)
         if options.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.scheduler = build_scheduler(options, self.start)
+        self.objective = build_objective(options, self.scheduler, self.device)
         # before the optimizer, whose state lies where its parameters lie
         unet.to(self.device)
         optimizer = build_optimizer(options, unet.parameters(), self.device)
-        self.ema = None
-        if options.use_ema:
-            self.ema = EMAModel(
-                unet.parameters(),
-                decay=options.ema_max_decay,
-                use_ema_warmup=True,
-                inv_gamma=options.ema_inv_gamma,
-                power=options.ema_power,
-                foreach=True,
-            )
-        num_train_timesteps = cast(int, options.num_train_timesteps)  # resolve_options has filled it in
-        self.timestep_sampler = TIMESTEP_SAMPLERS[options.timestep_sampling](num_train_timesteps)
-        self.metrics = MetricsWindow(accelerator, num_train_timesteps)
+        self.ema = build_ema(options, unet)
+        self.metrics = MetricsWindow(accelerator, self.objective.num_train_timesteps)
+        schedule_step = self.global_step
         if checkpoint is not None:
-            self._take_up(checkpoint, unet, optimizer)
-        self.lr_scheduler = self._make_lr_scheduler(optimizer)
+            self._resume(checkpoint, unet, optimizer)
+            if checkpoint.progress.lr_scheduler_step is not None:
+                schedule_step = checkpoint.progress.lr_scheduler_step
+        self.lr_scheduler = build_lr_scheduler(options, optimizer, schedule_step)
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
+        self._parameters = list(self.unet.parameters())
         if accelerator.scaler is not None and checkpoint is not None and checkpoint.progress.gradient_scaler:
             accelerator.scaler.load_state_dict(checkpoint.progress.gradient_scaler)
-        self.take_step = OptimizerStep(
-            options=options,
-            accelerator=accelerator,
-            dataset=self.dataset,
-            unet=self.unet,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
-            ema=self.ema,
-            timestep_sampler=self.timestep_sampler,
-            loss=HybridLoss(self.scheduler, options.vlb_weight, self.device, options.snr_gamma),
-        )
-        self._last_grid: Image.Image | None = None
         # what has been copied would stay in memory for the whole run
         self.start.pretrained = None
         if checkpoint is not None:
             checkpoint.weights, checkpoint.averaged_weights, checkpoint.optimizer = {}, None, {}
 
-    # ------------------------------------------------------------------ beginning and going on
-
-    def _take_up(
+    def _resume(
         self, checkpoint: Checkpoint, unet: ClassConditionalUNet2DModel, optimizer: torch.optim.Optimizer
     ) -> None:
         """Puts the run where the checkpoint left it; learning rate and so on are those of the options."""
@@ -130,28 +131,9 @@ class Trainer:
             parameters, updates = checkpoint.averaged_weights or (list(unet.parameters()), 0)
             self.ema.shadow_params = [parameter.detach().clone().to(self.device) for parameter in parameters]
             self.ema.optimization_step = updates
-        if checkpoint.timestep_sampler and self.options.timestep_sampling != "uniform":
-            self.timestep_sampler.load_state_dict(checkpoint.timestep_sampler)
+        self.objective.load_state_dict(checkpoint.timestep_sampler)
         if checkpoint.progress.metrics is not None:
             self.metrics.load_state(checkpoint.progress.metrics)
-
-    def _make_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """The course of the learning rate, at the step where the run is.
-
-        It is not prepared by accelerate: prepared, it would step once for every process.
-        """
-        taken = self.global_step
-        if self.start.checkpoint is not None and self.start.checkpoint.progress.lr_scheduler_step is not None:
-            taken = self.start.checkpoint.progress.lr_scheduler_step
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"] = self.options.learning_rate
-        return get_scheduler(
-            self.options.lr_scheduler,
-            optimizer,
-            num_warmup_steps=min(self.options.lr_warmup_steps, self.max_train_steps),
-            num_training_steps=self.max_train_steps,
-            last_epoch=taken - 1,
-        )
 
     def run(self) -> Path:
         """Trains to the last step and saves the pipeline.
@@ -167,11 +149,11 @@ class Trainer:
         options, accelerator = self.options, self.accelerator
         unet = accelerator.unwrap_model(self.unet, keep_torch_compile=False)
         self._print(*self.plan.summary(self.device.type, accelerator.mixed_precision, unet.num_parameters()))
-        on_main_process(accelerator, self._make_room)
+        on_main_process(accelerator, self._prepare_folder)
         self._start_trackers()
         with StopRequest(accelerator) as stop_request:
             self._take_steps(stop_request)
-        self._draw_samples()
+        self._save_samples()
         model_dir = self.output_dir / "model"
         self._save_pipeline(model_dir)
         if accelerator.is_main_process:
@@ -182,14 +164,13 @@ class Trainer:
             accelerator.end_training()
         return model_dir
 
-    def _make_room(self) -> None:
+    def _prepare_folder(self) -> None:
         """Readies the folder, and finds out now what would fail at the end."""
         if self.options.push_to_hub:
             create_repo(self._repo_id(), private=self.options.hub_private_repo or None, exist_ok=True)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for folder, _ in self.start.damaged:
-            aside = set_aside(folder)
-            self._print(f"{folder} is now {aside.name}")
+            self._print(f"{folder} is now {set_aside(folder).name}")
         MetricsFile(self.output_dir).forget_after(self.global_step)
 
     # ------------------------------------------------------------------ the loop
@@ -205,64 +186,122 @@ class Trainer:
             mininterval=0.1 if sys.stderr.isatty() else 10,
             disable=not self.accelerator.is_local_main_process,
         )
-        saved_step = -1
         self.unet.train()
         if self.global_step == self.max_train_steps:
-            self._print(f"all {self.max_train_steps:,} steps have been taken already; drawing and saving the pipeline")
-        with progress_bar, contextlib.closing(self.take_step.batches(self.images_seen)) as batches:
+            self._print(
+                f"all {self.max_train_steps:,} steps have been taken already; generating samples and saving the"
+                " pipeline"
+            )
+        images = image_batches(options, self.dataset, self.accelerator, self.images_seen)
+        with progress_bar, contextlib.closing(images) as batches:
             if self.global_step:
-                self._make_up_for()
+                # what the run did not come to, if it was stopped after its checkpoint and before these
+                self._save_due_outputs(only_missing=True)
             while self.global_step < self.max_train_steps:
-                outcome = self.take_step(self.global_step, batches)
-                self.global_step += 1
-                self.images_seen += self.images_per_step
-                self.metrics.add(self.global_step, **vars(outcome))
+                outcome = self.take_step(batches)
+                self.metrics.add(self.global_step, **outcome._asdict())
                 progress_bar.update()
                 is_last = self.global_step == self.max_train_steps
                 if is_last or self.global_step % options.logging_steps == 0:
                     self._log(progress_bar)
                 with self.metrics.paused():
                     # before the samples, which take longer than a job that is stopped is given
-                    if options.checkpointing_steps and (
-                        is_last or self.global_step % options.checkpointing_steps == 0
-                    ):
+                    saves = options.checkpointing_steps and (is_last or self._is_due(options.checkpointing_steps))
+                    if saves:
                         self._save_checkpoint()
-                        saved_step = self.global_step
                     signal_number = stop_request.agreed()
                     if signal_number:
-                        self._stop(signal_number, saved_step)
-                    if self._is_due(options.sample_steps) and not is_last:
-                        self._draw_samples()
-                    if self._is_due(options.pipeline_steps):
-                        self._save_pipeline(self._pipeline_folder())
+                        if not saves:
+                            self._save_checkpoint()
+                        self._stop(signal_number)
+                    self._save_due_outputs()
 
-    def _make_up_for(self) -> None:
-        """Draws and saves what the run did not come to, if it was stopped after its checkpoint and before these."""
-        options = self.options
-        if options.sample_steps and self.accelerator.is_main_process:
-            file = self._grid_file(self.global_step // options.sample_steps * options.sample_steps)
-            if file.is_file():
-                with Image.open(file) as grid:
-                    self._last_grid = grid.copy()
-        has_grid, has_pipeline = on_main_process(
-            self.accelerator, lambda: (self._grid_file(self.global_step).exists(), self._pipeline_folder().exists())
+    def take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> StepOutcome:
+        """Takes one optimizer step: from the images of a batch to changed weights."""
+        options, accelerator = self.options, self.accelerator
+        passes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        gradient_norm = None
+        for piece in range(options.gradient_accumulation_steps):
+            with accelerator.accumulate(self.unet):
+                first = (piece * accelerator.num_processes + accelerator.process_index) * options.train_batch_size
+                images = slice(first, first + options.train_batch_size)
+                randomness = StepRandomness.of_step(
+                    options.seed, self.global_step, images, self.images_per_step, options.class_dropout_prob
+                )
+                levels, weights = self.objective.sample_noise_levels(randomness.uniforms)
+                timesteps = to_device(levels, self.device)
+                # before the seeding: a loader that begins takes a random number itself
+                batch = next(batches)
+                seed_network(options.seed, self.global_step, piece, accelerator.process_index)
+                losses = self._losses(batch, randomness, timesteps)
+                loss = (losses * to_device(weights.astype(np.float32), self.device)).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    gradient_norm = accelerator.clip_grad_norm_(self._parameters, options.max_grad_norm or math.inf)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            passes.append((loss.detach(), losses.detach(), timesteps))
+        # fp16 skips a step whose gradients overflow
+        if accelerator.optimizer_step_was_skipped:
+            gradient_norm = None
+        else:
+            self.lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self._parameters)
+        if options.timestep_sampling != "uniform":
+            # every rank learns the losses of all, in the order of the global batch, so that all sample alike
+            for _, losses, timesteps in passes:
+                everyone = accelerator.gather(timesteps), accelerator.gather(losses).double()
+                self.objective.update(*(values.cpu().numpy() for values in everyone))
+        self.global_step += 1
+        self.images_seen += self.images_per_step
+        all_losses, all_timesteps = (torch.cat([values[index] for values in passes]) for index in (1, 2))
+        return StepOutcome(
+            torch.stack([values[0] for values in passes]).mean(), gradient_norm, all_losses, all_timesteps
         )
-        if self._is_due(options.sample_steps) and not has_grid and self.global_step < self.max_train_steps:
-            self._draw_samples()
-        if self._is_due(options.pipeline_steps) and not has_pipeline:
-            self._save_pipeline(self._pipeline_folder())
+
+    def _losses(
+        self, batch: dict[str, torch.Tensor], randomness: StepRandomness, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of each image of one pass, (images,)."""
+        images = to_model_range(batch["pixel_values"].to(self.device, non_blocking=True))
+        size = training_size(self.options, self.dataset)
+        if size != self.dataset.image_size:
+            images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+        if self.options.random_flip:
+            images = torch.where(
+                to_device(randomness.flips, self.device)[:, None, None, None], images.flip(-1), images
+            )
+        labels = None
+        if not self.options.unconditional:
+            labels = batch["class_labels"].to(self.device, non_blocking=True)
+            labels = labels.masked_fill(to_device(randomness.drops_class, self.device), self.dataset.num_classes)
+        noise = randomness.noise(tuple(images.shape[1:]), self.device)
+        noisy_images = self.objective.add_noise(images, noise, timesteps)
+        with self.accelerator.autocast():
+            model_output = self.unet(noisy_images, timesteps, labels, return_dict=False)[0]
+        return self.objective(model_output, images, noise, noisy_images, timesteps).total
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.global_step % every == 0
 
-    def _stop(self, signal_number: int, saved_step: int) -> None:
-        if saved_step != self.global_step:
-            self._save_checkpoint()
+    def _save_due_outputs(self, only_missing: bool = False) -> None:
+        """The sample grid and the pipeline of this step."""
+        grid_file, folder = self._grid_file(), self.output_dir / "pipelines" / f"step_{self.global_step:07d}"
+        has_grid, has_pipeline = False, False
+        if only_missing:
+            has_grid, has_pipeline = on_main_process(self.accelerator, lambda: (grid_file.exists(), folder.exists()))
+        if self._is_due(self.options.sample_steps) and not has_grid and self.global_step < self.max_train_steps:
+            self._save_samples()
+        if self._is_due(self.options.pipeline_steps) and not has_pipeline:
+            self._save_pipeline(folder)
+
+    def _stop(self, signal_number: int) -> None:
         with self._reporting():
             self.accelerator.end_training()
         message = (
             f"stopped by {signal.Signals(signal_number).name} after step {self.global_step:,} of"
-            f" {self.max_train_steps:,}; {self._checkpoint_folder()} keeps it: the same command goes on from there"
+            f" {self.max_train_steps:,}; {self._checkpoint_folder()} keeps it: the same command resumes from there"
         )
         raise StoppedBySignalError(signal_number, message if self.accelerator.is_main_process else "")
 
@@ -274,13 +313,12 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         """Writes a checkpoint, and only then removes those over the limit.
 
-        The state is the same in every process, but for the sums of the log, which come together here; one writes.
+        The state is the same on every rank, but for the sums of the log, which come together here; one writes.
         """
         options, accelerator = self.options, self.accelerator
         # weights that are not finite must not take the place of good ones
-        if not self.metrics.is_empty():
-            self._finite_means()
-        if not all(torch.stack([weight.isfinite().all() for weight in self.unet.parameters()])):
+        self._finite_means()
+        if not all(torch.stack([weight.isfinite().all() for weight in self._parameters])):
             raise self._not_finite(f"the weights are not finite after step {self.global_step}")
         metrics = self.metrics.state()
 
@@ -308,7 +346,7 @@ class Trainer:
                 progress=progress,
                 options=vars(options),
                 averaged_weights=averaged,
-                timestep_sampler=self.timestep_sampler.state_dict(),
+                timestep_sampler=self.objective.state_dict(),
             )
             if options.checkpoints_total_limit:
                 remove_old_checkpoints(self._checkpoint_folder().parent, options.checkpoints_total_limit)
@@ -317,49 +355,30 @@ class Trainer:
 
         on_main_process(accelerator, write)
 
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Inside, the network has the averaged weights and is in evaluation mode."""
-        parameters = list(self.unet.parameters())
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-        self.unet.eval()
-        try:
-            yield
-        finally:
-            self.unet.train()
-            if self.ema is not None:
-                self.ema.restore(parameters)
-
-    def _pipeline_folder(self) -> Path:
-        return self.output_dir / "pipelines" / f"step_{self.global_step:07d}"
-
-    def _sampling_pipeline(self) -> ClassConditionalPipeline:
+    def _pipeline(self) -> ClassConditionalPipeline:
         unet = self.accelerator.unwrap_model(self.unet, keep_torch_compile=False)
         pipeline = build_pipeline(unet, self.scheduler, self.dataset)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def _save_pipeline(self, folder: Path) -> None:
-        """Writes the pipeline with the averaged weights; the folder appears whole or not at all."""
+        """Writes the pipeline with the EMA weights and the newest sample grid, atomically."""
 
         def write() -> None:
-            pipeline, facts = self._sampling_pipeline(), self._training_facts()
-            try:
-                with self._averaged_weights(), atomic_folder(folder) as writing:
-                    pipeline.save_pretrained(writing)
-                    write_model_card(pipeline, writing, samples=self._last_grid, training_facts=facts)
-            # safetensors has an error of its own for what the system refuses
-            except (OSError, SafetensorError) as error:
-                raise OSError(f"could not write {folder} ({error})") from error
+            grids = (self.output_dir / "sample_grids").glob("step_*.png")
+            newest = max((file for file in grids if file.name <= self._grid_file().name), default=None)
+            samples = None if newest is None else Image.open(newest)
+            facts = self.plan.facts(self.global_step, self.images_seen, self.accelerator.mixed_precision)
+            with names_what_failed(folder), ema_weights(self.unet, self.ema), atomic_folder(folder) as writing:
+                pipeline = self._pipeline()
+                pipeline.save_pretrained(writing)
+                write_model_card(pipeline, writing, samples=samples, training_facts=facts)
 
         on_main_process(self.accelerator, write)
 
     def _push(self, model_dir: Path) -> None:
-        commit = push_folder(
-            self._sampling_pipeline(), model_dir, self._repo_id(), commit_message=f"Step {self.global_step:,}"
-        )
+        message = f"Step {self.global_step:,}"
+        commit = push_folder(self._pipeline(), model_dir, self._repo_id(), commit_message=message)
         print(f"uploaded {model_dir}: {commit.commit_url}")
 
     def _repo_id(self) -> str:
@@ -384,14 +403,8 @@ class Trainer:
         purged = {"tensorboard": {"purge_step": self.global_step + 1}}
         self.accelerator.init_trackers("train", config=config, init_kwargs=purged)
 
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """A tracker that meets a full disk does not say where."""
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise OSError(f"could not report to {self.options.report_to} in {self.output_dir} ({reason})") from error
+    def _reporting(self) -> contextlib.AbstractContextManager[None]:
+        return names_what_failed(self.output_dir, f" for {self.options.report_to}")
 
     def _finite_means(self) -> dict[str, float | None]:
         try:
@@ -406,7 +419,7 @@ class Trainer:
         kept = f"{found[-1]} is from before" if found else "there is no checkpoint from before"
         return FloatingPointError(f"{what}; {kept}. A smaller learning_rate, or bf16 instead of fp16, may help")
 
-    def _log(self, progress_bar: tqdm) -> None:
+    def _log(self, progress_bar: Any) -> None:
         values = {
             **self._finite_means(),
             "lr": self.lr_scheduler.get_last_lr()[0],
@@ -427,59 +440,34 @@ class Trainer:
     def _draw_chart(self) -> None:
         draw_loss_chart(MetricsFile(self.output_dir).path, self.output_dir / CHART_NAME, title=self.output_dir.name)
 
-    def _grid_file(self, step: int) -> Path:
-        return self.output_dir / "sample_grids" / f"step_{step:07d}.png"
+    def _grid_file(self) -> Path:
+        return self.output_dir / "sample_grids" / f"step_{self.global_step:07d}.png"
 
-    def _draw_samples(self) -> None:
-        """A grid from the averaged weights, always from the same noise, shared among the processes."""
-        with self._averaged_weights():
-            grid = draw_sample_grid(self._sampling_pipeline(), self.options, self.accelerator)
-        self._last_grid = grid
-        if grid is not None:
-            with atomic_file(self._grid_file(self.global_step)) as writing:
-                grid.save(writing)
-            for tracker in self.accelerator.trackers:
-                arrangement = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                if tracker.name in ("tensorboard", "wandb"):
-                    with self._reporting():
-                        tracker.log_images({"samples": np.asarray(grid)[None]}, step=self.global_step, **arrangement)
-
-    def _training_facts(self) -> dict[str, Any]:
-        """What the model card says of the training."""
-        options = self.options
-        weighting = "" if options.snr_gamma is None else f", min-SNR weighting with gamma {options.snr_gamma:g}"
-        return {
-            "images": f"{len(self.dataset):,}, {self.dataset.fingerprint}",
-            "began from": self.start.began_from or "random weights",
-            "optimizer steps": f"{self.global_step:,}",
-            "images per step": f"{self.images_per_step:,}",
-            "epochs": f"{self.images_seen / len(self.dataset):.1f}",
-            "optimizer": f"{options.optimizer}, learning rate {options.learning_rate:g}, {options.lr_scheduler}",
-            "weights": f"moving average, decay up to {options.ema_max_decay}"
-            if options.use_ema
-            else "of the last step",
-            "class drop-out": "no classes" if options.unconditional else options.class_dropout_prob,
-            "timestep sampling": options.timestep_sampling + weighting,
-            "precision": self.accelerator.mixed_precision,
-            "seed": options.seed,
-        }
+    def _save_samples(self) -> None:
+        """A grid from the EMA weights, always from the same noise, shared among the ranks."""
+        with ema_weights(self.unet, self.ema):
+            grid = sample_grid(self._pipeline(), self.options, self.accelerator)
+        if grid is None:
+            return
+        with atomic_file(self._grid_file()) as writing:
+            grid.save(writing)
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if tracker.name in ("tensorboard", "wandb"):
+                with self._reporting():
+                    tracker.log_images({"samples": np.asarray(grid)[None]}, step=self.global_step, **layout)
 
 
 def train(options: TrainOptions) -> Path | None:
-    """Trains a network and saves it as a pipeline, or goes on with a training that was stopped.
-
-    Args:
-        options: What to do.
+    """Trains a network and saves it as a pipeline, or resumes a training that was stopped.
 
     Returns:
         The folder of the pipeline, ``output_dir/model``, which `ClassConditionalPipeline.from_pretrained` loads; None
         after a dry run.
 
     Raises:
-        ValueError: If options, dataset and what the run begins from do not fit together.
-        FloatingPointError: If the loss is no longer finite.
-        OSError: If something cannot be written, or another run writes to the same folder.
-        StoppedBySignalError: After SIGTERM or SIGINT, when a checkpoint has been written.
+        ValueError: If options, dataset and what the run starts from do not fit together.
+        FloatingPointError, OSError, StoppedBySignalError: As `Trainer.run` does.
     """
     trackers = ["none", *LoggerType.list()]
     if options.report_to not in trackers:

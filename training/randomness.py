@@ -1,7 +1,7 @@
 """All random numbers of a training step, as a function of the seed, the step and the image's place in its batch.
 
-So it does not matter how many processes share a batch, in how many pieces it is taken, or whether the run was stopped
-and taken up again in between.
+So it does not matter how many ranks share a batch, in how many passes it is taken, or whether the run was stopped and
+resumed in between.
 """
 
 from dataclasses import dataclass
@@ -10,51 +10,38 @@ import numpy as np
 import torch
 
 
-# keeps these draws apart from the order of the data, which comes from the same seed
+# keeps these numbers apart from the order of the data, which comes from the same seed
 _STREAM = 0x5EED
 
 
 @dataclass
 class StepRandomness:
-    """The draws for some of the images of one step.
+    """The random numbers for some of the images of one step.
 
     Attributes:
-        timestep_uniforms: float64 (images,) in [0, 1), from which the timesteps are made.
+        uniforms: float64 (images,) in [0, 1), from which the noise levels are made.
         drops_class: bool (images,), whether the class is replaced by the null class.
         flips: bool (images,), whether the image is mirrored.
         noise_seeds: int64 (images,), one seed for the noise of each image.
     """
 
-    timestep_uniforms: np.ndarray
+    uniforms: np.ndarray
     drops_class: np.ndarray
     flips: np.ndarray
     noise_seeds: np.ndarray
 
     @classmethod
-    def draw(
+    def of_step(
         cls, seed: int, step: int, images: slice, global_batch_size: int, class_dropout_prob: float
     ) -> "StepRandomness":
-        """The draws for the images at some places of the global batch of a step.
-
-        Args:
-            seed: Seed of the run.
-            step: Number of the optimizer step, from 0.
-            images: Places in the global batch, which all processes and all accumulated pieces share.
-            global_batch_size: Number of places.
-            class_dropout_prob: Probability that the class is dropped.
-        """
+        """The numbers for the images at some places of the global batch of a step, counted from 0."""
         rng = np.random.default_rng([_STREAM, seed, step])
-        uniforms = rng.random((3, global_batch_size))
-        seeds = rng.integers(2**62, size=global_batch_size)
-        return cls(
-            timestep_uniforms=uniforms[0, images],
-            drops_class=uniforms[1, images] < class_dropout_prob,
-            flips=uniforms[2, images] < 0.5,
-            noise_seeds=seeds[images],
-        )
+        uniforms = rng.random((3, global_batch_size))[:, images]
+        seeds = rng.integers(2**62, size=global_batch_size)[images]
+        return cls(uniforms[0], uniforms[1] < class_dropout_prob, uniforms[2] < 0.5, seeds)
 
     def noise(self, image_shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """Standard normal float32 noise, (images, *image_shape), drawn on the device."""
+        """Standard normal float32 noise, (images, *image_shape), made on the device."""
         noise = torch.empty(len(self.noise_seeds), *image_shape, device=device)
         generator = torch.Generator(device)
         for image, seed in zip(noise, self.noise_seeds.tolist(), strict=True):
@@ -62,11 +49,19 @@ class StepRandomness:
         return noise
 
 
-def seed_network(seed: int, step: int, piece: int, process: int) -> None:
-    """Seeds torch's generators for what the network draws itself, which is drop-out.
+def seed_network(seed: int, step: int, piece: int, rank: int) -> None:
+    """Seeds torch's generators for the network's drop-out.
 
-    Those draws are not told apart by image. So with drop-out alone the result depends on how a batch is shared, but
-    still not on where the run was stopped.
+    That is not told apart by image: with drop-out the result depends on how a batch is shared, but still not on where
+    the run was stopped.
     """
-    state = np.random.SeedSequence([_STREAM, seed, step, piece, process]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([_STREAM, seed, step, piece, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copies to the device without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -22,7 +22,7 @@ def train(tmp_path, prepared):
     """Trains a tiny network in a process of its own, or several; gives the finished process and the output folder."""
     (tmp_path / "unet.json").write_text(json.dumps(TINY))
 
-    def run(*arguments, name="out", processes=1, as_command=False):
+    def run(*arguments, name="out", processes=1):
         output_dir = tmp_path / name
         arguments = [
             *("--train_data_dir", prepared, "--output_dir", output_dir),
@@ -30,7 +30,7 @@ def train(tmp_path, prepared):
             *("--lr_warmup_steps", 0, "--logging_steps", 2, "--num_samples_per_class", 2),
             *arguments,
         ]
-        if as_command or processes > 1:
+        if processes > 1:
             return run_script("train_imagenet64.py", *arguments, processes=processes), output_dir
         process = CommandProcess(arguments, tmp_path / f"{name}.txt")
         code = process.end()
@@ -48,7 +48,7 @@ def losses(output_dir):
 
 
 def test_from_data_to_pipeline(train):
-    finished, output_dir = train("--max_train_steps", 6, "--train_batch_size", 8, "--sample_steps", 3, as_command=True)
+    finished, output_dir = train("--max_train_steps", 6, "--train_batch_size", 8, "--sample_steps", 3)
     assert finished.returncode == 0, finished.stderr
     assert "96 images of 1x16x16, 3 classes, predicting v_prediction" in finished.stdout
     assert "images/s" in finished.stderr

@@ -99,7 +99,7 @@ def test_two_processes_killed(shared_run):
 
     alone = shared_run("alone")
     process = alone.finish(gradient_accumulation_steps=2)
-    assert "was shared by 2 processes in pieces of 8 and is by 1 in pieces of 8" in process.output()
+    assert "was shared by 2 ranks in pieces of 8 and is by 1 in pieces of 8" in process.output()
     assert_close_runs(alone, undisturbed)
 
 
@@ -169,7 +169,7 @@ def test_what_another_machine_has(shared_run, tmp_path):
     both = TwoLives(run, second={"learning_rate": 0.5})
     assert both.end() == [2, 2]
     assert both.processes[0].errors()[-1] == (
-        "error: learning_rate is 0.001, but process 1 has 0.5: all machines must have the same"
+        "error: learning_rate is 0.001, but rank 1 has 0.5: all machines must have the same"
     )
     # and what the main process alone can know
     run.checkpoints.mkdir(parents=True)

@@ -7,7 +7,6 @@ import shutil
 import signal
 
 import pytest
-import torch
 
 from imagenet64_diffusion.tests.commands.processes import snapshot, wait_until
 from imagenet64_diffusion.tests.commands.training_runs import assert_equal_runs
@@ -68,17 +67,11 @@ def flip_a_bit(file):
     file.write_bytes(content)
 
 
-def remove(file):
-    file.unlink()
-
-
 @pytest.mark.parametrize(
     ("damage", "name", "message"),
     [
-        (cut, "model.safetensors", "model.safetensors has 165,532 bytes, but was written with 165,632"),
-        (flip_a_bit, "optimizer.bin", "optimizer.bin has changed since it was written"),
+        (cut, "model.safetensors", "model.safetensors has changed since it was written"),
         (cut, "training_state.json", "training_state.json is not readable"),
-        (remove, "averaged_weights.safetensors", "there is no averaged_weights.safetensors"),
     ],
 )
 def test_a_damaged_checkpoint(killed_run, undisturbed, damage, name, message):
@@ -156,7 +149,7 @@ def test_what_may_change(killed_run, undisturbed):
         "seed was 0 and is 1",
         "learning_rate was 0.001 and is 0.002",
         "dropout was 0.1 and is 0.2",
-        "the learning rate's course ended at step 20 and ends at 18",
+        "the learning-rate schedule ended at step 20 and ends at 18",
     ):
         assert any(line.endswith(change) for line in said), said
     assert len(said) == 4
@@ -179,28 +172,6 @@ def test_another_batch_size(killed_run):
     assert killed_run.metrics()[-1]["epoch"] == pytest.approx(152 / 96)
 
 
-def test_a_batch_shared_otherwise(new_run):
-    """One batch of 16 at once, then in two pieces: the same run to float32 rounding."""
-    same = {"dropout": 0, "adam_epsilon": 1e-4, "max_train_steps": 12, "sample_steps": 0, "pipeline_steps": 0}
-    same |= {"train_batch_size": 16, "gradient_accumulation_steps": 1}
-    whole, changed = new_run("whole", **same), new_run("changed", **same)
-    whole.finish()
-    process = changed.start()
-    wait_until((changed.checkpoints / "checkpoint-6").exists, process)
-    process.send(signal.SIGKILL)
-    process.end()
-    process = changed.finish(train_batch_size=8, gradient_accumulation_steps=2)
-    assert (
-        "a step of 16 images was shared by 1 processes in pieces of 16 and is by 1 in pieces of 8" in process.output()
-    )
-    assert losses(changed)[0] == losses(whole)[0]
-    assert losses(changed) == pytest.approx(losses(whole), rel=1e-4)
-    states = [load_checkpoint(run.checkpoints / "checkpoint-12") for run in (changed, whole)]
-    for name, weight in states[0].weights.items():
-        torch.testing.assert_close(weight, states[1].weights[name], atol=2e-5, rtol=1e-3)
-    assert states[0].progress.images_seen == states[1].progress.images_seen == 192
-
-
 def test_a_checkpoint_of_another_run(killed_run, new_run):
     """It is where a run begins; killed, the same command goes on from the run's own newest one."""
     run, start = new_run("other"), killed_run.checkpoints / "checkpoint-12"
@@ -215,15 +186,6 @@ def test_a_checkpoint_of_another_run(killed_run, new_run):
     killed_run.finish()
     for name in ("model/unet/diffusion_pytorch_model.safetensors", "checkpoints/checkpoint-20/optimizer.bin"):
         assert (run.output_dir / name).read_bytes() == (killed_run.output_dir / name).read_bytes()
-
-
-def test_a_run_that_is_complete(undisturbed, new_run):
-    run = new_run()
-    shutil.copytree(undisturbed.output_dir, run.output_dir)
-    shutil.rmtree(run.output_dir / "model")
-    process = run.finish()
-    assert "all 20 steps have been taken already; drawing and saving the pipeline" in process.output()
-    assert_equal_runs(run, undisturbed)
 
 
 def test_epochs_are_the_same_number_of_steps(new_run):

@@ -24,7 +24,7 @@ def assert_stopped(run: TrainingRun, process, number: signal.Signals) -> int:
     step = max(int(name.split("-")[1]) for name in run.checkpoint_names())
     assert process.errors()[-1] == (
         f"stopped by {number.name} after step {step} of 20; {run.checkpoints}/checkpoint-{step} keeps it: the same"
-        " command goes on from there"
+        " command resumes from there"
     )
     assert "Traceback" not in process.output()
     assert not any(name.startswith(".") for name in run.checkpoint_names())

@@ -16,17 +16,17 @@ from imagenet64_diffusion.training.components import (
     unet_config,
 )
 from imagenet64_diffusion.training.options import TrainOptions
-from imagenet64_diffusion.training.starting_point import StartingPoint, resolve_options
+from imagenet64_diffusion.training.plan import Start, resolve_options
 
 
 @pytest.fixture
 def make_options(prepared):
     """Options of a run that begins from nothing."""
-    return lambda **options: resolve_options(TrainOptions(train_data_dir=str(prepared), **options), StartingPoint())
+    return lambda **options: resolve_options(TrainOptions(train_data_dir=str(prepared), **options), Start())
 
 
 def make_unet(options, prepared):
-    return build_unet(unet_config(options, PreparedImages(prepared)), StartingPoint())
+    return build_unet(unet_config(options, PreparedImages(prepared)), Start())
 
 
 @pytest.mark.parametrize(

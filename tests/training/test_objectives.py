@@ -1,7 +1,8 @@
-"""The hybrid loss against the original's answers and against formulas in float64."""
+"""The objectives against the original's answers and against formulas in float64, and the sampling of timesteps."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -10,7 +11,8 @@ from diffusers.training_utils import compute_snr
 from imagenet64_diffusion import ClassConditionalUNet2DModel, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.conversion.original_weights import map_original_weights, original_unet_config
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
-from imagenet64_diffusion.training.loss import HybridLoss
+from imagenet64_diffusion.training.objectives import HybridLoss, ImportanceSampledLoss
+from imagenet64_diffusion.training.randomness import StepRandomness
 
 
 def original_loss() -> HybridLoss:
@@ -214,3 +216,104 @@ def test_min_snr_where_nothing_is_left_of_the_signal(prediction_type, expected):
 def test_snr_gamma_out_of_range(gamma):
     with pytest.raises(ValueError, match="but must be above 0"):
         HybridLoss(scheduler(), snr_gamma=gamma)
+
+
+def make_objective(kind, **options):
+    return kind(scheduler(num_train_timesteps=20), **options)
+
+
+def warmed_up(kind):
+    """An objective that has seen losses which rise with the timestep."""
+    objective = make_objective(kind)
+    for _ in range(10):
+        objective.update(np.arange(20), np.arange(1.0, 21.0))
+    return objective
+
+
+@pytest.mark.parametrize("kind", [HybridLoss, ImportanceSampledLoss])
+def test_sampled_timesteps(kind):
+    """Over the whole range, with weights that make the weighted mean the plain mean over all timesteps."""
+    values = np.square(np.arange(20.0))
+    for objective in (make_objective(kind), warmed_up(kind)):
+        timesteps, weights = objective.sample_noise_levels(np.array([0.0, 0.5, np.nextafter(1.0, 0.0)]))
+        assert timesteps.dtype == np.int64
+        assert (timesteps[0], timesteps[-1]) == (0, 19)
+        assert (weights > 0).all()
+        timesteps, weights = objective.sample_noise_levels((np.arange(200_000) + 0.5) / 200_000)
+        assert np.mean(weights * values[timesteps]) == pytest.approx(values.mean(), rel=1e-3)
+
+
+def test_uniform_timesteps():
+    timesteps, weights = warmed_up(HybridLoss).sample_noise_levels((np.arange(2000) + 0.5) / 2000)
+    np.testing.assert_array_equal(np.bincount(timesteps), np.full(20, 100))
+    np.testing.assert_array_equal(weights, np.ones(2000))
+
+
+def test_importance_sampling_resumes():
+    one, other = warmed_up(ImportanceSampledLoss), make_objective(ImportanceSampledLoss)
+    other.load_state_dict(one.state_dict())
+    for objective in (one, other):
+        objective.update(np.array([3, 3, 19]), np.array([50.0, 1.0, 2.0]))
+    np.testing.assert_array_equal(one.probabilities(), other.probabilities())
+    # of a run that sampled uniformly
+    other.load_state_dict({})
+    np.testing.assert_array_equal(one.probabilities(), other.probabilities())
+
+
+def test_importance_sampling_is_uniform_until_all_histories_are_full():
+    objective = make_objective(ImportanceSampledLoss, history_length=2)
+    objective.update(np.repeat(np.arange(20), 2)[:-1], np.arange(39.0))
+    np.testing.assert_array_equal(objective.probabilities(), np.full(20, 1 / 20))
+    objective.update(np.array([19]), np.array([100.0]))
+    assert objective.probabilities()[19] > objective.probabilities()[0]
+    # and where there is no loss anywhere
+    objective.update(np.tile(np.arange(20), 2), np.zeros(40))
+    np.testing.assert_array_equal(objective.probabilities(), np.full(20, 1 / 20))
+
+
+def test_importance_sampling_formula():
+    """p_t ~ sqrt(mean of the last ten squared losses), mixed with a uniform share of 0.001."""
+    losses = np.random.default_rng(0).random((14, 20))
+    objective = make_objective(ImportanceSampledLoss)
+    for row in losses:
+        objective.update(np.arange(20), row)
+    moments = np.sqrt(np.mean(losses[-10:] ** 2, axis=0))
+    expected = 0.999 * moments / moments.sum() + 0.001 / 20
+    np.testing.assert_allclose(objective.probabilities(), expected, rtol=1e-12)
+    timesteps, weights = objective.sample_noise_levels((np.arange(100_000) + 0.5) / 100_000)
+    np.testing.assert_allclose(np.bincount(timesteps) / 100_000, expected, atol=2e-5)
+    np.testing.assert_allclose(weights, 1 / (20 * expected[timesteps]))
+
+
+def test_random_numbers_belong_to_the_place_in_the_batch():
+    """Not to the rank or the pass that needs them; and each seed and step has its own."""
+
+    def numbers(images=slice(0, 64), seed=0, step=3, probability=0.25):
+        return StepRandomness.of_step(seed, step, images, 64, probability)
+
+    cpu, whole = torch.device("cpu"), numbers()
+    pieces = [numbers(slice(start, start + 16)) for start in range(0, 64, 16)]
+    for name in ("uniforms", "drops_class", "flips", "noise_seeds"):
+        together = np.concatenate([getattr(piece, name) for piece in pieces])
+        np.testing.assert_array_equal(together, getattr(whole, name))
+    noise = torch.cat([piece.noise((1, 4, 4), cpu) for piece in pieces])
+    assert torch.equal(noise, whole.noise((1, 4, 4), cpu))
+    assert len({tuple(row) for row in noise.flatten(1).tolist()}) == 64
+    for other in (numbers(seed=1), numbers(step=4)):
+        assert (other.noise((1, 4, 4), cpu) != noise).all()
+        assert (other.uniforms != whole.uniforms).all()
+    assert not numbers(probability=0.0).drops_class.any()
+    assert numbers(probability=1.0).drops_class.all()
+
+
+def test_distributions_of_the_random_numbers():
+    steps = [StepRandomness.of_step(0, step, slice(0, 1000), 1000, 0.25) for step in range(20)]
+    uniforms = np.concatenate([each.uniforms for each in steps])
+    assert uniforms.min() >= 0
+    assert uniforms.max() < 1
+    assert abs(uniforms.mean() - 0.5) < 0.01
+    assert abs(np.mean([each.drops_class.mean() for each in steps]) - 0.25) < 0.02
+    assert abs(np.mean([each.flips.mean() for each in steps]) - 0.5) < 0.02
+    noise = steps[0].noise((1, 16, 16), torch.device("cpu"))
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01

@@ -1,6 +1,7 @@
-"""What may have changed between a checkpoint and the run that goes on from it."""
+"""What may have changed between a checkpoint and the run that resumes it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from imagenet64_diffusion.training.checkpoints import Checkpoint, Progress
 from imagenet64_diffusion.training.options import TrainOptions
-from imagenet64_diffusion.training.resuming import check_changes, requested_network
+from imagenet64_diffusion.training.plan import Plan, Start, check_changes
 
 
 UNET = {"block_out_channels": [8, 16], "layer_types": ["resnet"], "dropout": 0.0, "num_class_embeds": 3}
@@ -41,15 +42,19 @@ def check(tmp_path):
             timestep_sampler=dict[str, np.ndarray](),
         )
         asked = TrainOptions(**{**options, **changes})
-        return check_changes(
-            checkpoint,
-            asked,
+        plan = Plan(
+            options=asked,
+            dataset=SimpleNamespace(fingerprint=dataset),
+            start=Start(checkpoint),
             unet_config=unet,
-            dataset=dataset,
             num_processes=num_processes,
             images_per_step=images_per_step,
+            first_step=checkpoint.progress.step,
+            images_seen=400,
             max_train_steps=asked.max_train_steps,
+            warnings=[],
         )
+        return check_changes(checkpoint, plan)
 
     return make
 
@@ -94,7 +99,7 @@ def test_what_is_refused(check, changes, message):
         ({"images_per_step": 16, "train_batch_size": 16}, "a step had 8 images and has 16"),
         (
             {"num_processes": 2, "train_batch_size": 4},
-            "a step of 8 images was shared by 1 processes in pieces of 8 and is by 2 in pieces of 4 (the same images"
+            "a step of 8 images was shared by 1 ranks in pieces of 8 and is by 2 in pieces of 4 (the same images"
             " and noise; sums are rounded otherwise)",
         ),
     ],
@@ -103,21 +108,16 @@ def test_what_is_told(check, changes, sentence):
     assert check(**changes) == [sentence]
 
 
-def test_the_course_of_the_learning_rate(check, tmp_path):
+def test_the_learning_rate_schedule(check, tmp_path):
     """A longer run is the same one where the rate stays, and another one where it falls towards the end."""
     assert check(max_train_steps=200) == []
     before = {**vars(TrainOptions(train_data_dir=str(tmp_path), **RESOLVED)), "lr_scheduler": "cosine"}
     assert check(before=before, lr_scheduler="cosine") == []
     assert check(before=before, lr_scheduler="cosine", max_train_steps=200) == [
-        "the learning rate's course ended at step 100 and ends at 200"
+        "the learning-rate schedule ended at step 100 and ends at 200"
     ]
 
 
 def test_what_a_converted_checkpoint_does_not_know(check):
     """Nothing is said of it."""
     assert check(before={"prediction_type": "v_prediction"}, progress={"step": 7, "epoch": 2}, dataset="any") == []
-
-
-def test_requested_network(tmp_path):
-    options = TrainOptions(train_data_dir=str(tmp_path), layer_types=["res,clsAtn", "convnext"], dropout=0.0)
-    assert requested_network(options) == {"layer_types": ["resnet", "class_attention", "convnext"], "dropout": 0.0}
