@@ -1,4 +1,4 @@
-"""Measures models so that the numbers can be trusted and compared."""
+"""Evaluates models so that the numbers can be trusted and compared."""
 
 import sys
 from collections.abc import Sequence
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 
 def reference(options: ReferenceOptions) -> "Path":
-    """Measures real images and returns the folder of the measurement."""
-    from imagenet64_diffusion.evaluation.measuring import measure_reference
+    """Evaluates real images and returns the folder of the evaluation."""
+    from imagenet64_diffusion.evaluation.evaluating import evaluate_reference
 
-    return measure_reference(options)
+    return evaluate_reference(options)
 
 
 def model(options: ModelOptions) -> "Path":
-    """Draws images from a model, measures them and returns the folder of the measurement."""
-    from imagenet64_diffusion.evaluation.measuring import measure_model
+    """Generates images with a model, evaluates them and returns the folder of the evaluation."""
+    from imagenet64_diffusion.evaluation.evaluating import evaluate_model
 
-    return measure_model(options)
+    return evaluate_model(options)
 
 
 def score(options: ScoreOptions) -> dict[str, Any]:
-    """Computes metrics from two measurements and returns them with their protocol."""
+    """Computes metrics from two evaluations and returns them with their protocol."""
     from imagenet64_diffusion.evaluation.scoring import score as run
 
     return run(options)
 
 
 def sweep(options: SweepOptions) -> "Path":
-    """Measures many models under many samplers and returns the table."""
+    """Evaluates many models under many samplers and returns the table."""
     from imagenet64_diffusion.evaluation.sweeping import sweep as run
 
     return run(options)
@@ -60,34 +60,34 @@ COMMANDS = {
     "reference": SubCommand(
         ReferenceOptions,
         reference,
-        "Measures real images, to compare models with.",
+        "Evaluates real images, to compare models with.",
         "--source outputs/digits\n--output_dir outputs/reference --protocol pixels",
     ),
     "model": SubCommand(
         ModelOptions,
         model,
-        "Draws images from a model and measures them. The same call goes on where one was stopped; with accelerate"
-        " launch several processes share the work.",
-        "--model outputs/train/model\n--output_dir outputs/measured --protocol pixels\n--num_images 500"
+        "Generates images with a model and evaluates them. The same call resumes one that was stopped; with accelerate"
+        " launch several ranks share the work.",
+        "--model outputs/train/model\n--output_dir outputs/evaluated --protocol pixels\n--num_images 500"
         " --num_inference_steps 20",
     ),
     "score": SubCommand(
         ScoreOptions,
         score,
-        "FID and other numbers from two measurements, with their protocol.",
-        "--reference outputs/reference\n--model outputs/measured",
+        "FID and other numbers from two evaluations, with their protocol.",
+        "--reference outputs/reference\n--model outputs/evaluated",
     ),
     "sweep": SubCommand(
         SweepOptions,
         sweep,
-        "Many models under many samplers: a table and charts. The same call goes on where one was stopped.",
+        "Many models under many samplers: a table and charts. The same call resumes one that was stopped.",
         "--reference outputs/reference\n--models outputs/train --output_dir outputs/sweep\n"
         "--protocol pixels --num_images 100\n--num_inference_steps 10 20 --eta 0 1",
     ),
     "classifier": SubCommand(
         ClassifierOptions,
         classifier,
-        "Trains a small classifier on a dataset, to measure with. Say --protocol classifier --weights its_folder.",
+        "Trains a small classifier on a dataset, to evaluate with. Say --protocol classifier --weights its_folder.",
         "--train_data_dir outputs/digits\n--output_dir outputs/classifier",
     ),
 }

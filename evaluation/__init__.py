@@ -1,4 +1,4 @@
-"""Measuring images by features: statistics of features, distances between sets of them, and other metrics.
+"""Evaluating images by features: statistics of features, distances between sets of them, and other metrics.
 
 These names are loaded on first use, so that a command line can print its help without torch.
 """
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 # public name -> module that defines it
 _EXPORTS = {
     "FeatureStatistics": "statistics",
-    "density_and_coverage": "manifolds",
+    "density_and_coverage": "feature_metrics",
     "frechet_distance": "frechet",
-    "inception_score": "classifier_score",
-    "kernel_distance": "kid",
-    "precision_and_recall": "manifolds",
+    "inception_score": "feature_metrics",
+    "kernel_distance": "feature_metrics",
+    "precision_and_recall": "feature_metrics",
 }
 
 __all__ = [
@@ -38,8 +38,6 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .classifier_score import inception_score
+    from .feature_metrics import density_and_coverage, inception_score, kernel_distance, precision_and_recall
     from .frechet import frechet_distance
-    from .kid import kernel_distance
-    from .manifolds import density_and_coverage, precision_and_recall
     from .statistics import FeatureStatistics

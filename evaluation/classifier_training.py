@@ -29,8 +29,8 @@ right. It was trained on the other images of the dataset with the fingerprint {f
     evaluate_models.py classifier --train_data_dir <prepared folder> --output_dir <this folder> \\
         {settings}
 
-Its last features and its answers are what `evaluate_models.py --protocol classifier --weights <this folder>` measures
-with. Numbers compare only between measurements with the same file: {digest}.
+`evaluate_models.py --protocol classifier --weights <this folder>` evaluates with its last features and its
+probabilities. Numbers compare only between evaluations with the same file: {digest}.
 """
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from .statistics import FeatureStatistics
+
 
 Array: TypeAlias = np.ndarray | torch.Tensor
 
@@ -57,13 +59,13 @@ def frechet_distance(mean_a: Array, covariance_a: Array, mean_b: Array, covarian
     return max(0.0, distance.item())
 
 
-class _Factor(NamedTuple):
-    """What a covariance is the square of.
+def distance_of_statistics(reference: FeatureStatistics, model: FeatureStatistics) -> float:
+    """`frechet_distance` of two sets of features."""
+    return frechet_distance(reference.mean, reference.covariance, model.mean, model.covariance)
 
-    Attributes:
-        matrix: (features, rank); matrix times its transpose is the covariance.
-        log_determinant: The logarithm of its absolute determinant, or -inf where the rank is smaller.
-    """
+
+class _Factor(NamedTuple):
+    """What a covariance is the square of (features, rank), and the logarithm of its determinant, -inf if singular."""
 
     matrix: torch.Tensor
     log_determinant: float

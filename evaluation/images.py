@@ -1,6 +1,5 @@
-"""Reference images, read by their number, so that processes share them and stopped work goes on."""
+"""Reference images, read by their number, so that ranks share them and stopped work resumes."""
 
-import abc
 import concurrent.futures
 import hashlib
 import json
@@ -17,165 +16,102 @@ import torch
 
 from ..data.dataset import PreparedImages
 from ..data.errors import DataError
-from ..data.image_source import (
-    RESIZE_FILTERS,
-    ImageDatasetSource,
-    convert_colors,
-    convert_image,
-    decode_image,
-    to_planes,
-)
+from ..data.image_source import ImageDatasetSource, convert_colors, convert_image, decode_image, to_planes
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
 from ..data.sources import ImageBlock
-from ..utils.nearest_names import perhaps
 from .weights import file_digest
 
 
-# What datasets writes into a folder of save_to_disk.
+# as imagenet64-prepare has it by default, and the published ImageNet of 64x64 pixels
+RESIZE_FILTER = "box"
+# what datasets writes into a folder of save_to_disk, and what its load_dataset reads in a local folder
 _SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
-# What datasets.load_dataset reads in a local folder.
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class ImageBatch(NamedTuple):
-    """Some images in a row.
-
-    Attributes:
-        pixels: uint8 (images, channels, height, width).
-        labels: int64 (images,), or None where the source has none.
-    """
+    """Images, uint8 (images, channels, height, width), and labels, int64 (images,), None where there are none."""
 
     pixels: torch.Tensor
     labels: torch.Tensor | None
 
 
-class ImageBatches(abc.ABC):
+class ImageBatches:
     """Images of one size that are read by their number, a stretch at a time.
 
     Attributes:
-        source: what errors call them.
+        source: What errors call them.
         image_size: (channels, height, width) of every image.
-        class_names: the name of each class, where there are labels and names.
+        fingerprint: Hexadecimal digits; sources of one kind that have the same are the same images in the same order.
     """
 
     source: str
     image_size: tuple[int, int, int]
-    class_names: list[str] | None = None
+    fingerprint: str
+    _num_images: int
 
-    @abc.abstractmethod
     def __len__(self) -> int:
-        """How many images there are."""
-
-    @property
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """Hexadecimal digits; sources of one kind that have the same are the same images in the same order."""
+        return self._num_images
 
     def read(self, start: int, stop: int) -> ImageBatch:
-        """Reads a stretch of images; no more of them are in memory at a time than it has.
-
-        Args:
-            start: the number of the first, from 0.
-            stop: one more than the number of the last, at most the number of images.
+        """Reads the images from start to stop; no more are in memory at a time.
 
         Raises:
-            IndexError: there are not so many images.
-            DataError: an image is broken, or of another size than the first.
+            IndexError: There are not so many images.
+            DataError: An image is broken, or of another size than the first.
         """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"{self.source} has {len(self)} images: there is no stretch from {start} to {stop}")
         return self._read(start, stop)
 
-    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[ImageBatch]:
-        """Reads the images from start to stop, by default all, in batches."""
-        stop = len(self) if stop is None else stop
-        for first in range(start, stop, batch_size):
-            yield self.read(first, min(first + batch_size, stop))
-
-    @abc.abstractmethod
-    def _read(self, start: int, stop: int) -> ImageBatch: ...
+    def _read(self, start: int, stop: int) -> ImageBatch:
+        raise NotImplementedError
 
 
 def open_images(
-    source: str | Path,
-    *,
-    split: str | None = None,
-    configuration: str | None = None,
-    resolution: int | None = None,
-    resize_filter: str = "box",
-    color_mode: str = "rgb",
-    image_column: str | None = None,
-    label_column: str | None = None,
+    source: str | Path, split: str | None = None, resolution: int | None = None, color_mode: str = "rgb"
 ) -> ImageBatches:
-    """Opens images for measuring.
+    """Opens images for an evaluation.
 
     Args:
-        source: what is told apart by what is there:
-
-            * a folder that imagenet64-prepare wrote;
-            * a folder that datasets.save_to_disk wrote, or one of .parquet or .arrow files;
-            * an .npz file of images in the form of `data.npz_source`, uint8 (images, height, width,
-              channels), as the evaluator of guided-diffusion takes it, or a folder with nothing but such
-              files;
-            * a folder with images in it or in folders inside it, at any depth, in the natural order of their
-              paths. Their folders are not taken for classes;
-            * where there is no such file or folder, the id of a dataset of the Hub.
-        split: for datasets, the split to read, by default "train".
-        configuration: for datasets of the Hub with several, which.
-        resolution: height and width to make of image files and of images of datasets, cut to the largest
-            square in the middle. None takes them as they are, which must be all of one size.
-        resize_filter: one of `data.image_source.RESIZE_FILTERS`, for that.
-        color_mode: "rgb" or "grayscale", what to make of image files and of images of datasets. Prepared
-            images and those of .npz files are what they are.
-        image_column: for datasets, the column of images; None to find it by its type.
-        label_column: likewise of labels; a dataset without labels is opened without.
+        source: A folder that imagenet64-prepare wrote; one that datasets.save_to_disk wrote, or one of .parquet or
+            .arrow files; an .npz file of images as `data.npz_source` has it, or a folder with nothing but such files;
+            a folder with images at any depth, in the natural order of their paths; or, where there is no such file or
+            folder, the id of a dataset of the Hub.
+        split: For datasets, the split to read, by default "train".
+        resolution: Height and width to make of image files and of images of datasets, cut to the largest square in
+            the middle. None takes them as they are, which must be all of one size.
+        color_mode: "rgb" or "grayscale", what to make of image files and of images of datasets.
 
     Raises:
-        DataError: there is nothing of that name, nothing in it that can be read as images, or an option does
-            not belong to what is there.
+        DataError: There is nothing of that name, nothing in it that can be read as images, or an option does not
+            belong to what is there.
     """
     path = Path(source).expanduser()
     kind = _find_kind(path, str(source))
-    wrong = {
-        "split": split if kind != "dataset" else None,
-        "configuration": configuration if kind != "dataset" else None,
-        "image_column": image_column if kind != "dataset" else None,
-        "label_column": label_column if kind != "dataset" else None,
-        "resolution": resolution if kind in ("prepared folder", "npz") else None,
-    }
-    for option, value in wrong.items():
-        if value is not None:
-            what = {"npz": ".npz images", "imagefolder": "a folder of images", "prepared folder": "a prepared folder"}
-            raise DataError(f"{option} is {value}, but {source} is {what[kind]}, which has no such choice")
-    if resolution is not None and resolution < 1:
-        raise DataError(f"resolution is {resolution}, but must be at least 1")
-    if color_mode not in ("rgb", "grayscale"):
-        raise DataError(f"color_mode is {color_mode}, but must be rgb or grayscale")
-    if resize_filter not in RESIZE_FILTERS:
-        near = perhaps(resize_filter, RESIZE_FILTERS)
-        raise DataError(f"resize_filter is {resize_filter}, but must be one of {', '.join(RESIZE_FILTERS)}{near}")
-    conversion = _Conversion(resolution, resize_filter, color_mode)
-    match kind:
-        case "prepared folder":
-            return _PreparedBatches(path)
-        case "npz":
-            return _NpzBatches(path)
-        case "imagefolder":
-            return _FileBatches(path, conversion)
-    inputs = [str(source)] if configuration is None else [str(source), configuration]
-    dataset = ImageDatasetSource(
-        "dataset", inputs, split or "train", image_column=image_column, label_column=label_column
-    )
-    return _DatasetBatches(dataset, conversion)
+    for option, value, takes_it in (
+        ("split", split, kind == "dataset"),
+        ("resolution", resolution, kind in ("dataset", "folder of images")),
+    ):
+        if value is not None and not takes_it:
+            raise DataError(f"{option} is {value}, but {source} is a {kind}, which has no such choice")
+    conversion = _Conversion(resolution, RESIZE_FILTER, color_mode)
+    if kind == "prepared folder":
+        return _PreparedBatches(path)
+    if kind == "set of .npz images":
+        return _NpzBatches(path)
+    if kind == "folder of images":
+        return _FileBatches(path, conversion)
+    return _DatasetBatches(ImageDatasetSource("dataset", [str(source)], split or "train"), conversion)
 
 
 def _find_kind(path: Path, source: str) -> str:
     if path.is_file():
         if path.suffix.lower() == ".npz":
-            return "npz"
+            return "set of .npz images"
         raise DataError(f"{source} is a file, but images are read from .npz files, folders and datasets of the Hub")
     if not path.exists():
         if _HUB_ID.fullmatch(source) and path.suffix != ".npz":
@@ -186,10 +122,10 @@ def _find_kind(path: Path, source: str) -> str:
     if any((path / name).is_file() for name in _SAVED_DATASET_FILES):
         return "dataset"
     if next(_image_files(path), None) is not None:
-        return "imagefolder"
+        return "folder of images"
     suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     if ".npz" in suffixes:
-        return "npz"
+        return "set of .npz images"
     if suffixes.intersection(_TABLE_SUFFIXES):
         return "dataset"
     found = ", ".join(sorted(suffix or "files without ending" for suffix in suffixes)) or "nothing"
@@ -211,13 +147,6 @@ def _digest_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of_file(file: Path) -> str:
-    try:
-        return file_digest(file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror})") from error
-
-
 class _Conversion(NamedTuple):
     """What is made of an image that may be of any kind."""
 
@@ -233,17 +162,9 @@ class _Conversion(NamedTuple):
 
 class _PreparedBatches(ImageBatches):
     def __init__(self, folder: Path) -> None:
-        self.source = str(folder)
         self._images = PreparedImages(folder)
+        self.source, self._num_images, self.fingerprint = str(folder), len(self._images), self._images.fingerprint
         self.image_size = (self._images.channels, *self._images.image_size)
-        self.class_names = self._images.class_names
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._images.fingerprint
 
     def _read(self, start: int, stop: int) -> ImageBatch:
         batch = self._images[range(start, stop)]
@@ -259,21 +180,14 @@ class _NpzBatches(ImageBatches):
         stream = self._npz.open(path)
         self.image_size = stream.image_size
         self._num_images = cast(int, stream.num_images)  # its headers say it
-        files = self._npz.description["files"]
         # the CRC-32 of every array is in its zip
-        self._has_labels = bool({"labels", "arr_1"}.intersection(files[0]["crc32"]))
-        self.class_names = stream.class_names if self._has_labels else None
-        self._checksums = [file["crc32"].get("images") or file["crc32"]["arr_0"] for file in files]
-        self._blocks: Iterator[Any] = iter(())
+        checksums = [file["crc32"] for file in self._npz.description["files"]]
+        self._has_labels = bool({"labels", "arr_1"}.intersection(checksums[0]))
+        images = [each.get("images") or each["arr_0"] for each in checksums]
+        self.fingerprint = _digest_of("npz", self.image_size, len(self), images)
+        self._blocks: Iterator[ImageBlock] = iter(())
         self._block: ImageBlock | None = None
         self._block_start = self._block_stop = 0
-
-    def __len__(self) -> int:
-        return self._num_images
-
-    @property
-    def fingerprint(self) -> str:
-        return _digest_of("npz", self.image_size, len(self), self._checksums)
 
     def _read(self, start: int, stop: int) -> ImageBatch:
         pixels, labels = [np.empty((0, *self.image_size), np.uint8)], [np.empty(0, np.int64)]
@@ -299,16 +213,17 @@ class _NpzBatches(ImageBatches):
 class _DecodedBatches(ImageBatches):
     """Images that are decoded one by one, several at a time; the first says what size all have."""
 
+    _labels: np.ndarray | None = None
+
     def __init__(self, source: str, num_images: int, conversion: _Conversion) -> None:
-        self.source = source
-        self._num_images = num_images
-        self._conversion = conversion
+        self.source, self._num_images, self._conversion = source, num_images, conversion
         # Pillow's decoders run without the interpreter's lock
         self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         self.image_size = self._decode(0).shape
 
-    def __len__(self) -> int:
-        return self._num_images
+    def _stored(self, number: int) -> tuple[dict[str, Any] | None, str]:
+        """An image that is not decoded, as `decode_image` takes it, and what errors call it."""
+        raise NotImplementedError
 
     def _decode(self, number: int) -> np.ndarray:
         stored, name = self._stored(number)
@@ -321,21 +236,17 @@ class _DecodedBatches(ImageBatches):
             )
         return pixels
 
-    @abc.abstractmethod
-    def _stored(self, number: int) -> tuple[dict[str, Any] | None, str]:
-        """An image that is not decoded, as `decode_image` takes it, and what errors call it."""
-
-    def _decode_all(self, start: int, stop: int) -> torch.Tensor:
+    def _read(self, start: int, stop: int) -> ImageBatch:
         pixels = np.empty((stop - start, *self.image_size), np.uint8)
         for row, image in enumerate(self._pool.map(self._decode, range(start, stop))):
             pixels[row] = image
-        return torch.from_numpy(pixels)
+        labels = None if self._labels is None else torch.from_numpy(self._labels[start:stop].copy())
+        return ImageBatch(torch.from_numpy(pixels), labels)
 
 
 class _FileBatches(_DecodedBatches):
     def __init__(self, folder: Path, conversion: _Conversion) -> None:
         self._files = sorted(_image_files(folder), key=lambda file: natural_order(file.relative_to(folder)))
-        self._fingerprint: str | None = None
         super().__init__(str(folder), len(self._files), conversion)
 
     def _stored(self, number: int) -> tuple[dict[str, Any], str]:
@@ -343,15 +254,16 @@ class _FileBatches(_DecodedBatches):
         return {"path": file, "bytes": None}, file
 
     @property
-    def fingerprint(self) -> str:
-        """Of what is in the files, in their order: the first time that it is asked for, all are read."""
-        if self._fingerprint is None:
-            contents = self._pool.map(_digest_of_file, self._files)
-            self._fingerprint = _digest_of("imagefolder", self._conversion, list(contents))
-        return self._fingerprint
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """Of what is in the files, in their order: all are read for it."""
 
-    def _read(self, start: int, stop: int) -> ImageBatch:
-        return ImageBatch(self._decode_all(start, stop), None)
+        def digest(file: Path) -> str:
+            try:
+                return file_digest(file)
+            except OSError as error:
+                raise DataError(f"{file} cannot be read ({error.strerror})") from error
+
+        return _digest_of("imagefolder", self._conversion, list(self._pool.map(digest, self._files)))
 
 
 class _DatasetBatches(_DecodedBatches):
@@ -359,21 +271,14 @@ class _DatasetBatches(_DecodedBatches):
         # what datasets writes for local files lies here as long as the images are used
         self._work_folder = tempfile.TemporaryDirectory(prefix="imagenet64_images_")
         loaded = source.load(Path(self._work_folder.name), needs_labels=False)
-        self._images, self._labels, self.class_names = loaded.images, loaded.labels, loaded.class_names
+        self._images, self._labels = loaded.images, loaded.labels
         if not len(self._images):
             raise DataError(f"{source.summary} has no images")
         (self._column,) = self._images.column_names
+        # of the dataset's own, which two copies of a local dataset may not share
+        self.fingerprint = _digest_of("dataset", conversion, self._images._fingerprint)
         super().__init__(source.summary, len(self._images), conversion)
 
     def _stored(self, number: int) -> tuple[dict[str, Any] | None, str]:
         stored = self._images[number][self._column]
         return stored, (stored and stored["path"]) or f"{self.source} image {number}"
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the conversion and the dataset's own, which two copies of a local dataset may not share."""
-        return _digest_of("dataset", self._conversion, self._images._fingerprint)
-
-    def _read(self, start: int, stop: int) -> ImageBatch:
-        labels = None if self._labels is None else torch.from_numpy(self._labels[start:stop].copy())
-        return ImageBatch(self._decode_all(start, stop), labels)

@@ -6,10 +6,11 @@ from dataclasses import MISSING, dataclass, fields
 from ..pipelines.generation_options import SamplerOptions, check_class_labels
 from ..utils.command_line import CheckedOptions, option, option_list
 from ..utils.nearest_names import perhaps
+from .metrics import METRICS
 
 
-# the keys of protocols.PROTOCOLS, whose module brings torch, for which --help should not wait
-PROTOCOL_NAMES = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "pixels")
+# what docs/evaluation.md says of each; here, because --help should not wait for torch
+PROTOCOLS = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "pixels")
 # what an extractor can compute in, and the protocols that are defined in float32
 EXTRACTOR_DTYPES = ("float32", "float16", "bfloat16")
 FLOAT32_PROTOCOLS = ("clean", "legacy_tensorflow", "pixels")
@@ -29,7 +30,7 @@ class ExtractionOptions(CheckedOptions):
         "How features are made: clean and legacy_tensorflow (Inception of clean-fid), original (the original program's"
         " own, which compares with nothing else), dinov2, classifier (give its folder or Hub id as weights), pixels.",
         group="features",
-        choices=list(PROTOCOL_NAMES),
+        choices=list(PROTOCOLS),
         metavar="NAME",
     )
     weights: str | None = option(
@@ -70,7 +71,7 @@ class ExtractionOptions(CheckedOptions):
 
 @dataclass(kw_only=True)
 class ReferenceOptions(ExtractionOptions):
-    """Options of `measure_reference`."""
+    """Options of `evaluate_reference`."""
 
     source: str = option(
         help="The images: a prepared folder, a folder of image files, an .npz of images, or a dataset saved or"
@@ -129,7 +130,7 @@ class SamplingOptions(CheckedOptions):
 
 @dataclass(kw_only=True)
 class ModelOptions(SamplerOptions, SamplingOptions, ExtractionOptions):
-    """Options of `measure_model`."""
+    """Options of `evaluate_model`."""
 
     model: str = option(
         help="Pipeline folder or Hub id.",
@@ -155,18 +156,6 @@ class ModelOptions(SamplerOptions, SamplingOptions, ExtractionOptions):
         from ..pipelines.sampler import Sampler
 
         Sampler.from_options(self)
-
-
-METRICS = (
-    "fid",
-    "kid",
-    "inception_score",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "class_accuracy",
-)
 
 
 @dataclass(kw_only=True)
@@ -275,15 +264,7 @@ class SweepOptions(SamplingOptions, ExtractionOptions):
 
 
 # the options of a sweep whose product is its samplers
-GRID_OPTIONS = (
-    "scheduler",
-    "num_inference_steps",
-    "step_size",
-    "guidance_scale",
-    "guidance_interval",
-    "eta",
-    "clip_sample",
-)
+GRID_OPTIONS = tuple(item.name for item in fields(SamplerOptions))
 
 
 @dataclass(kw_only=True)

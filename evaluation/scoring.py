@@ -1,70 +1,47 @@
-"""Numbers from two measurements, with everything that they depend on beside them."""
+"""Metrics of two evaluations, with everything that they depend on beside them."""
 
-import json
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 
-from ..utils.atomic_write import atomic_file
-from .classifier_score import inception_score
-from .frechet import frechet_distance
-from .kid import kernel_distance
-from .manifolds import density_and_coverage, precision_and_recall
-from .measurement import Measurement
-from .options import METRICS, ScoreOptions
+from .evaluation_folder import Evaluation, write_json
+from .metrics import METRICS, Metric
+from .options import ScoreOptions
 from .protocols import check_comparable
 
 
 # With fewer images for each feature the bias of the Frechet distance is larger than most differences between models
 # (Chong and Forsyth 2020, https://arxiv.org/abs/1911.07023): 10,000 images for Inception's features.
 _IMAGES_PER_FEATURE = 5
-_NUM_SUBSETS, _SUBSET_SIZE = 100, 1000
-_NUM_SPLITS = 10
-_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
-
-# What each metric needs of the two measurements: features or probabilities, of the model or of both.
-_NEEDS = {
-    "fid": (),
-    "kid": ("reference.features", "model.features"),
-    "precision": ("reference.features", "model.features"),
-    "recall": ("reference.features", "model.features"),
-    "density": ("reference.features", "model.features"),
-    "coverage": ("reference.features", "model.features"),
-    "inception_score": ("model.probabilities",),
-    "class_accuracy": ("model.probabilities", "model.labels"),
-}
 
 
 def score(options: ScoreOptions) -> dict[str, Any]:
     """Computes metrics, writes them to a JSON file and prints them.
-
-    Args:
-        options: What to compare.
 
     Returns:
         What the file has: ``metrics``: name -> value or values; ``protocol``, ``reference`` and ``model``: what they
         depend on; ``warnings``: what to mind.
 
     Raises:
-        ValueError: If the measurements have different protocols, or lack what an asked metric needs.
+        ValueError: If the evaluations have different protocols, or lack what an asked metric needs.
         OSError: If the file cannot be written.
     """
-    reference, model = Measurement.load(options.reference), Measurement.load(options.model)
-    names = METRICS if "all" in options.metrics else options.metrics
-    everything = "all" in options.metrics
-    found = compare(reference, model, names, everything=everything, seed=options.seed, device=options.device)
+    reference, model = Evaluation.load(options.reference), Evaluation.load(options.model)
+    names = None if "all" in options.metrics else options.metrics
+    found = compare(reference, model, names, seed=options.seed, device=options.device)
     file = Path(options.output) if options.output else model.folder / "scores.json"
-    with atomic_file(file) as writing:
-        writing.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(file, found)
     print(
         f"protocol {found['protocol']['protocol']}, {model.statistics.count:,} images of {model.folder} against"
         f" {reference.statistics.count:,} of {reference.folder}"
     )
     for name, value in found["metrics"].items():
-        print(f"  {name:<20} {_shown(value)}")
+        is_estimate = isinstance(value, dict)
+        shown = f"{value['mean']:.6g} +- {value['standard_deviation']:.2g}" if is_estimate else f"{value:.6g}"
+        print(f"  {name:<20} {shown}")
     for warning in found["warnings"]:
         print(f"  warning: {warning}")
     print(f"with its protocol in {file}")
@@ -72,152 +49,100 @@ def score(options: ScoreOptions) -> dict[str, Any]:
 
 
 def compare(
-    reference: Measurement,
-    model: Measurement,
-    names: Sequence[str] = METRICS,
+    reference: Evaluation,
+    model: Evaluation,
+    names: Sequence[str] | None = None,
     *,
-    everything: bool = True,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """The metrics of drawn images against real ones; see `score`.
+    """The metrics of generated images against real ones; see `score`.
 
     Args:
         reference: Real images.
-        model: Drawn ones.
-        names: Of `METRICS`.
-        everything: Leave out what cannot be computed, instead of raising.
-        seed: Of what is drawn at random.
+        model: Generated ones.
+        names: Of `METRICS`; None for all that can be computed.
+        seed: Of random subsets and splits.
         device: Where precision, recall, density and coverage are computed.
 
-    Returns:
-        As `score`.
-
     Raises:
-        ValueError: If the measurements have different protocols, or lack what a metric needs.
+        ValueError: If the evaluations have different protocols, or lack what a metric needs.
     """
     check_comparable(reference.header["protocol"], model.header["protocol"], str(reference.folder), str(model.folder))
+    sides = {"reference": reference, "model": model}
     metrics: dict[str, Any] = {}
-    warnings = _warnings(reference, model)
-    # None only where _why_not gives a reason
-    features = (cast(np.ndarray, reference.features), cast(np.ndarray, model.features))
-    computed: dict[Callable[..., Any], Any] = {}
-
-    def once(compute: Callable[..., Any], *arguments: Any) -> Any:
-        if compute not in computed:
-            computed[compute] = compute(*arguments)
-        return computed[compute]
-
-    for name in names:
-        reason = _why_not(name, reference, model)
+    settings: dict[str, Any] = {"seed": seed}
+    computed: dict[str, Any] = {}
+    reasons = []
+    for name in METRICS if names is None else names:
+        metric = METRICS[name]
+        reason = _why_not(metric, sides)
         if reason is not None:
-            if not everything:
-                raise ValueError(f"{name} cannot be computed: {reason}")
+            reasons.append(f"{name} cannot be computed: {reason}")
             continue
-        if name == "fid":
-            for side in (reference, model):
-                if side.statistics.count < 2:
-                    raise ValueError(f"fid cannot be computed: {side.folder} has fewer than two images")
-            a, b = reference.statistics, model.statistics
-            metrics[name] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-        elif name == "kid":
-            kid = kernel_distance(*features, _NUM_SUBSETS, _SUBSET_SIZE, seed)
-            metrics[name] = {"mean": kid.mean, "standard_deviation": kid.standard_deviation}
-        elif name in ("precision", "recall"):
-            pair = once(precision_and_recall, *features, _PRECISION_NEIGHBOURS, device)
-            metrics[name] = getattr(pair, name)
-        elif name in ("density", "coverage"):
-            pair = once(density_and_coverage, *features, _DENSITY_NEIGHBOURS, device)
-            metrics[name] = getattr(pair, name)
-        elif name == "inception_score":
-            value = inception_score(cast(np.ndarray, model.probabilities), _NUM_SPLITS, seed=seed)
-            metrics[name] = {"mean": value.mean, "standard_deviation": value.standard_deviation}
-        else:
-            asked = np.asarray(model.labels)
-            read = np.asarray(model.probabilities).argmax(axis=1)
-            metrics[name] = float((read == asked)[asked >= 0].mean())
-    rows = {
-        side: None if features is None else len(features)
-        for side, features in (("reference", reference.features), ("model", model.features))
-    }
+        # one function may give several metrics
+        if metric.function not in computed:
+            function = metric.load()
+            options = {"seed": seed, "device": device}
+            taken = {key: options[key] for key in options.keys() & inspect.signature(function).parameters}
+            needs = [_find(need, sides) for need in metric.needs]
+            computed[metric.function] = function(*needs, **metric.settings, **taken)
+        value = computed[metric.function]
+        if isinstance(value, tuple):
+            value = getattr(value, name) if hasattr(value, name) else value._asdict()  # type: ignore[attr-defined]
+        metrics[name] = value
+        settings |= {name: dict(metric.settings)} if metric.settings else {}
+    if reasons and (names is not None or not metrics):
+        raise ValueError(reasons[0])
+    rows = {side: None if found.features is None else len(found.features) for side, found in sides.items()}
     return {
         "metrics": metrics,
         "protocol": model.header["protocol"],
-        "reference": reference.header["images"] | {"count": reference.statistics.count},
-        "model": model.header["images"] | {"count": model.statistics.count},
+        **{side: found.header["images"] | {"count": found.statistics.count} for side, found in sides.items()},
         "rows_of_features": rows,
-        "settings": {
-            "kid": f"{_NUM_SUBSETS} subsets of at most {_SUBSET_SIZE}",
-            "precision and recall": f"k = {_PRECISION_NEIGHBOURS}",
-            "density and coverage": f"k = {_DENSITY_NEIGHBOURS}",
-            "inception_score": f"{_NUM_SPLITS} splits",
-            "seed": seed,
-        },
-        "versions": {"reference": reference.header.get("versions"), "model": model.header.get("versions")},
-        "warnings": warnings,
+        "settings": settings,
+        "versions": {side: found.header.get("versions") for side, found in sides.items()},
+        "warnings": _warnings(reference, model),
     }
 
 
-def _why_not(name: str, reference: Measurement, model: Measurement) -> str | None:
+def _find(need: str, sides: dict[str, Evaluation]) -> Any:
+    side, what = need.split(".")
+    return getattr(sides[side], what)
+
+
+def _why_not(metric: Metric, sides: dict[str, Evaluation]) -> str | None:
     """Why a metric cannot be computed, or None."""
-    for need in _NEEDS[name]:
-        side, what = need.split(".")
-        measurement = reference if side == "reference" else model
-        if getattr(measurement, what) is None:
-            return f"{measurement.folder} has no {what}"
-    if name == "class_accuracy":
-        labels = np.asarray(model.labels)
-        if (labels < 0).all():
-            return f"the images of {model.folder} have no classes"
-        if not _knows_the_classes(model):
-            return "the extractor does not tell the model's classes apart"
-    if name in ("kid", "precision", "recall", "density", "coverage"):
-        fewest = min(len(cast(np.ndarray, side.features)) for side in (reference, model))
-        if fewest <= _DENSITY_NEIGHBOURS:
-            return f"there are features of {fewest} images only"
-    if name == "inception_score" and len(cast(np.ndarray, model.probabilities)) < _NUM_SPLITS:
-        return f"there are fewer than {_NUM_SPLITS} images"
+    for need in metric.needs:
+        folder, found, what = sides[need.split(".")[0]].folder, _find(need, sides), need.split(".")[1]
+        if found is None:
+            missing = {"known_labels": "labels of classes that the extractor tells apart"}.get(what, what)
+            return f"{folder} has no {missing}"
+        count = found.count if what == "statistics" else len(found)
+        if count < metric.min_images:
+            return f"{folder} has {what} of {count} images, but at least {metric.min_images} are needed"
     return None
 
 
-def _knows_the_classes(model: Measurement) -> bool:
-    """Whether the classes of the extractor's network are those of the model, by their names where both have some."""
-    protocol, images = model.header["protocol"], model.header["images"]
-    ours, theirs = images.get("id2label"), protocol.get("id2label")
-    if ours is None or theirs is None:
-        return (
-            protocol.get("num_classes") == images.get("num_classes") == cast(np.ndarray, model.probabilities).shape[1]
-        )
-    return ours == theirs
-
-
-def _warnings(reference: Measurement, model: Measurement) -> list[str]:
+def _warnings(reference: Evaluation, model: Evaluation) -> list[str]:
     """What a reader of the numbers should mind, a sentence each."""
     found = []
     num_features = model.statistics.num_features
-    for measurement in (reference, model):
-        count = measurement.statistics.count
+    for evaluation in (reference, model):
+        count = evaluation.statistics.count
         if count <= num_features:
             found.append(
-                f"{measurement.folder} has {count:,} images for {num_features:,} features: its covariance is singular,"
+                f"{evaluation.folder} has {count:,} images for {num_features:,} features: its covariance is singular,"
                 " and the distance tells little"
             )
         elif count < _IMAGES_PER_FEATURE * num_features:
             found.append(
-                f"{measurement.folder} has {count:,} images: the distance is too large, by an amount that depends on"
+                f"{evaluation.folder} has {count:,} images: the distance is too large, by an amount that depends on"
                 " their number; compare only with equal numbers"
             )
-    sizes = [measurement.header["images"].get("image_size", [])[1:] for measurement in (reference, model)]
+    sizes = [evaluation.header["images"].get("image_size", [])[1:] for evaluation in (reference, model)]
     if sizes[0] != sizes[1] and all(sizes):
-        real, drawn = ("x".join(map(str, size)) for size in sizes)
-        found.append(f"the real images are {real} and the drawn ones {drawn} pixels (height x width)")
+        real, generated = ("x".join(map(str, size)) for size in sizes)
+        found.append(f"the real images are {real} and the generated ones {generated} pixels (height x width)")
     note = model.header["protocol"].get("note")
-    if note:
-        found.append(note)
-    return found
-
-
-def _shown(value: float | dict[str, float]) -> str:
-    if isinstance(value, dict):
-        return f"{value['mean']:.6g} +- {value['standard_deviation']:.2g}"
-    return f"{value:.6g}"
+    return [*found, note] if note else found

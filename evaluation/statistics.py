@@ -1,31 +1,78 @@
-"""Mean and covariance of features that stream by, and the file that keeps them."""
+"""Rows of features as the metrics take them, and their mean and covariance as they stream by."""
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
-from ..data.errors import DataError
-from ..data.npz_arrays import NpzArray, array_keys, open_array
 from ..utils.atomic_write import atomic_file
-from .feature_arrays import BLOCK_ROWS, FeatureRows, check_finite, to_float64
 
 
-_FORMAT = "imagenet64_diffusion.feature_statistics"
-_FORMAT_VERSION = 1
+FeatureRows: TypeAlias = np.ndarray | torch.Tensor
+
+# a block of 2048 features in float64 is 16 MB
+BLOCK_ROWS = 1024
+_FORMAT = {"name": "imagenet64_diffusion.feature_statistics", "version": 1}
+
+
+def to_float64(rows: FeatureRows) -> np.ndarray:
+    """Gives rows (rows, features) of any floating type and device as a numpy array of float64.
+
+    Raises:
+        ValueError: They are not two-dimensional, or not floating-point numbers.
+    """
+    if rows.ndim != 2:
+        raise ValueError(f"features must have the shape (images, features), but have {tuple(rows.shape)}")
+    is_floating = (
+        rows.is_floating_point() if isinstance(rows, torch.Tensor) else np.issubdtype(rows.dtype, np.floating)
+    )
+    if not is_floating:
+        raise ValueError(f"features must be floating-point numbers, but are {rows.dtype}")
+    if isinstance(rows, torch.Tensor):
+        # first to the CPU: half-precision features make a smaller transfer
+        return rows.detach().cpu().to(torch.float64).numpy()
+    return np.asarray(rows, dtype=np.float64)
+
+
+def check_finite(rows: np.ndarray, name: str = "features", first_index: int = 0) -> None:
+    """Raises ValueError, with the index of the first, if one of rows (rows, columns) has a NaN or an infinity."""
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{name} must be finite, but row {first_index + int(finite.argmin())} is not")
+
+
+def checked_blocks(rows: FeatureRows, name: str = "features") -> Iterator[tuple[int, np.ndarray]]:
+    """Reads rows in blocks, in order: the index of the first and the rows in float64; ValueError if not finite."""
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = to_float64(rows[start : start + BLOCK_ROWS])
+        check_finite(block, name, start)
+        yield start, block
+
+
+def check_pair(features_a: FeatureRows, features_b: FeatureRows, name_a: str, name_b: str, min_rows: int) -> None:
+    """Raises ValueError if shapes do not fit each other, or a set has fewer than ``min_rows`` rows."""
+    for name, features in ((name_a, features_a), (name_b, features_b)):
+        if features.ndim != 2 or features.shape[1] == 0:
+            raise ValueError(f"{name} must have the shape (images, features), but has {tuple(features.shape)}")
+        if len(features) < min_rows:
+            raise ValueError(f"{name} has {len(features)} images, but at least {min_rows} are needed")
+    if features_a.shape[1] != features_b.shape[1]:
+        raise ValueError(
+            f"{name_a} has {features_a.shape[1]} features an image and {name_b} has {features_b.shape[1]}: "
+            "features of one extractor are needed"
+        )
 
 
 class FeatureStatistics:
     """Mean and covariance in float64 of features that come in batches.
 
-    Rows are gathered in blocks of 1024, whatever the batches; each block's mean and centred sum of products
-    joins those before by the pairwise update of Chan, Golub and LeVeque, "Algorithms for computing the sample
-    variance: analysis and recommendations" (1983), which stays exact where the mean is far from 0. So the
-    size of the batches changes nothing at all, and the order of the rows and merging change the last digits
-    only. Memory is at most three matrices (features, features) and two blocks: 140 MB for 2048 features.
+    Rows are gathered in blocks of 1024; each block joins those before by the pairwise update of Chan, Golub and
+    LeVeque (1983), which stays exact where the mean is far from 0. The size of the batches changes nothing at all, the
+    order of rows and merging the last digits only. 2048 features take 140 MB.
 
     Args:
         num_features: Features an image, at least 1.
@@ -54,11 +101,7 @@ class FeatureStatistics:
 
     @property
     def mean(self) -> np.ndarray:
-        """The mean, float64 (features,).
-
-        Raises:
-            ValueError: There was no row.
-        """
+        """The mean, float64 (features,); ValueError without a row."""
         if self.count == 0:
             raise ValueError("a mean needs at least one image, but there was none")
         self._join_waiting()
@@ -66,11 +109,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """The unbiased covariance, divided by count - 1, float64 (features, features), exactly symmetric.
-
-        Raises:
-            ValueError: There were fewer than two rows.
-        """
+        """The unbiased covariance, float64 (features, features), exactly symmetric; ValueError below two rows."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two images, but count is {self.count}")
         self._join_waiting()
@@ -83,13 +122,11 @@ class FeatureStatistics:
             features: (images, features), of any floating type and on any device; any number of images.
 
         Raises:
-            ValueError: The shape or type is wrong, or a row has a NaN or an infinity. Nothing of the batch is
-                taken in then.
+            ValueError: The shape or type is wrong, or a row is not finite. Nothing of the batch is taken in then.
         """
         rows = to_float64(features)
         if rows.shape[1] != self.num_features:
-            found = rows.shape[1]
-            raise ValueError(f"these statistics are of {self.num_features} features, but there are {found}")
+            raise ValueError(f"these statistics are of {self.num_features} features, but there are {rows.shape[1]}")
         check_finite(rows)
         while len(rows) > 0:
             taken = rows[: BLOCK_ROWS - self._num_waiting]
@@ -100,11 +137,7 @@ class FeatureStatistics:
                 self._join_waiting()
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Takes in the rows that another one has seen; the other stays as it is.
-
-        Raises:
-            ValueError: It is of another number of features.
-        """
+        """Takes in the rows that another one has seen, which stays as it is; ValueError for other features."""
         if other.num_features != self.num_features:
             raise ValueError(
                 f"these statistics are of {self.num_features} features, but the others are of {other.num_features}"
@@ -113,23 +146,23 @@ class FeatureStatistics:
         self._join(other._count, other._mean, other._scatter)
 
     def save(self, file: str | Path, header: Mapping[str, Any] | None = None) -> None:
-        """Writes an .npz file, whole or not at all.
-
-        It holds ``mean``, ``covariance``, ``count`` and, as JSON text, ``format`` and ``header``. No pickles.
+        """Writes an .npz file atomically: ``mean``, ``covariance``, ``count``, and JSON ``format`` and ``header``.
 
         Args:
             file: The place; what is there is replaced.
-            header: What the statistics are of, as JSON values; None for that of the file they were loaded
-                from.
+            header: What the statistics are of, as JSON values; None for that of the file they were loaded from.
 
         Raises:
             ValueError: The header is not JSON.
         """
-        file = Path(file)
         self._join_waiting()
+        try:
+            text = json.dumps(dict(self.header if header is None else header), allow_nan=False, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the header of statistics must be of JSON values: {error}") from error
         arrays = {
-            "format": np.array(json.dumps({"name": _FORMAT, "version": _FORMAT_VERSION})),
-            "header": np.array(_encode_header(self.header if header is None else header)),
+            "format": np.array(json.dumps(_FORMAT)),
+            "header": np.array(text),
             "count": np.array(self._count, dtype=np.int64),
             "mean": self._mean,
             # one row has no spread, so that nothing is lost by writing zeros
@@ -137,7 +170,7 @@ class FeatureStatistics:
         }
         with atomic_file(file) as writing, zipfile.ZipFile(writing, "w") as archive:
             for key, array in arrays.items():
-                # a fixed date instead of the clock's: equal statistics make equal files
+                # not by numpy.savez, which puts in the time: equal statistics make equal files
                 with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
 
@@ -146,57 +179,47 @@ class FeatureStatistics:
         """Reads what :meth:`save` wrote; more rows can be taken in.
 
         Raises:
-            ValueError: The file is damaged or is another kind of file, or its values are not finite, not
-                symmetric or no variances. The message names it.
+            ValueError: The file is damaged or is another kind of file, or its values cannot be. The message names it.
             FileNotFoundError: There is none.
         """
-        file = Path(file)
-        name = str(file)
-        arrays = _open_arrays(file)
-        _check_format(_read_json(arrays["format"]), name)
-        header = _read_json(arrays["header"])
-        stored = arrays["count"]
-        if stored.shape != () or stored.dtype != np.int64:
-            raise DataError(f"{stored.name} must be one int64 number, but is {stored.shape} of {stored.dtype}")
-        count = int(stored.read())
-        stored_mean, stored_covariance = arrays["mean"], arrays["covariance"]
-        for array in (stored_mean, stored_covariance):
-            if array.dtype != np.float64:
-                raise DataError(f"{array.name} must be of float64, but is of {array.dtype}")
-        shape = stored_mean.shape
-        if len(shape) != 1 or shape[0] < 1 or stored_covariance.shape != 2 * shape:
-            raise DataError(
-                f"{name}: mean and covariance must have the shapes (features,) and (features, features), "
-                f"but have {shape} and {stored_covariance.shape}"
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                found, header = (json.loads(str(arrays[name])) for name in ("format", "header"))
+                count, mean, covariance = arrays["count"], arrays["mean"], arrays["covariance"]
+        except (FileNotFoundError, PermissionError):
+            raise
+        # numpy and zipfile have no common class for what damaged files make them raise
+        except Exception as error:
+            raise ValueError(f"{file} holds no whole feature statistics ({error})") from error
+        if found != _FORMAT or not isinstance(header, dict):
+            raise ValueError(f"{file} must be of the format {json.dumps(_FORMAT)}, but says {json.dumps(found)[:200]}")
+        if count.shape != () or count.dtype != np.int64 or count < 0:
+            raise ValueError(f"{file}: count must be one int64 number that is at least 0")
+        if mean.dtype != np.float64 or covariance.dtype != np.float64:
+            raise ValueError(f"{file}: mean and covariance must be of float64, not {mean.dtype}, {covariance.dtype}")
+        if mean.ndim != 1 or mean.size < 1 or covariance.shape != 2 * mean.shape:
+            raise ValueError(
+                f"{file}: mean and covariance must have the shapes (features,) and (features, features), "
+                f"but have {mean.shape} and {covariance.shape}"
             )
-        mean, covariance = stored_mean.read(), stored_covariance.read()
-        if count < 0:
-            raise DataError(f"{name}: count must be at least 0, but is {count}")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise DataError(f"{name}: mean or covariance has a NaN or an infinity")
-        if not np.array_equal(covariance, covariance.T):
-            raise DataError(f"{name}: covariance is not symmetric")
-        if covariance.diagonal().min() < 0:
-            raise DataError(f"{name}: covariance has the negative variance {covariance.diagonal().min():.3g}")
+            raise ValueError(f"{file}: mean or covariance has a NaN or an infinity")
+        if not np.array_equal(covariance, covariance.T) or covariance.diagonal().min() < 0:
+            raise ValueError(f"{file}: covariance is not symmetric, or has a negative variance")
         if (count < 2 and covariance.any()) or (count < 1 and mean.any()):
-            raise DataError(f"{name}: count is {count}, but mean or covariance is not 0")
-
+            raise ValueError(f"{file}: count is {count}, but mean or covariance is not 0")
         statistics = cls(len(mean))
-        statistics.header = header
-        statistics._count = count
-        statistics._mean = mean
-        statistics._scatter = covariance * max(count - 1, 0)
+        statistics.header, statistics._count, statistics._mean = header, int(count), mean
+        statistics._scatter = covariance * max(int(count) - 1, 0)
         return statistics
 
     def _join_waiting(self) -> None:
-        if self._num_waiting == 0:
-            return
         rows = self._waiting[: self._num_waiting]
-        mean = rows.mean(axis=0)
-        centred = rows - mean
-        # numpy sees that the factors are one array and computes half of the symmetric product
-        self._join(len(rows), mean, centred.T @ centred)
-        self._num_waiting = 0
+        if len(rows):
+            mean = rows.mean(axis=0)
+            centred = rows - mean
+            self._join(len(rows), mean, centred.T @ centred)
+            self._num_waiting = 0
 
     def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         if count == 0:
@@ -209,38 +232,3 @@ class FeatureStatistics:
         self._scatter += np.multiply.outer(weight * difference, difference)
         self._mean += difference * (count / total)
         self._count = total
-
-
-def _encode_header(header: Mapping[str, Any]) -> str:
-    try:
-        text = json.dumps(dict(header), allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the header of statistics must be of JSON values: {error}") from error
-    return text
-
-
-def _open_arrays(file: Path) -> dict[str, NpzArray]:
-    name = str(file)
-    wanted = ("format", "header", "count", "mean", "covariance")
-    missing = set(wanted) - set(array_keys(file, name))
-    if missing:
-        raise DataError(f"{name} holds no feature statistics: it has no {', '.join(sorted(missing))}")
-    return {key: open_array(file, name, key) for key in wanted}
-
-
-def _read_json(array: NpzArray) -> dict[str, Any]:
-    if array.shape != () or array.dtype.kind != "U":
-        raise DataError(f"{array.name} must be one text, but is {array.shape} of {array.dtype}")
-    try:
-        value = json.loads(str(array.read()))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{array.name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{array.name} must be a JSON object, but is {value!r:.80}")
-    return value
-
-
-def _check_format(found: dict[str, Any], name: str) -> None:
-    right = {"name": _FORMAT, "version": _FORMAT_VERSION}
-    if found != right:
-        raise DataError(f"{name} must be {json.dumps(right)}, but says {json.dumps(found)[:200]}")

@@ -1,4 +1,4 @@
-"""Measurements as processes of their own, which may be stopped and killed, and what they leave behind."""
+"""Evaluations as processes of their own, which may be stopped and killed, and what they leave behind."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imagenet64_diffusion.evaluate_models import main
-from imagenet64_diffusion.evaluation.measurement import Measurement
+from imagenet64_diffusion.evaluation.evaluation_folder import Evaluation
 from imagenet64_diffusion.tests.commands.processes import CommandProcess, distributed, free_port
 from imagenet64_diffusion.tests.components import make_pipeline
 
@@ -19,6 +19,12 @@ class EvaluationProcess(CommandProcess):
     """A process in which ``imagenet64-evaluate`` runs."""
 
     program = "evaluate_models"
+
+
+class CountingProcess(EvaluationProcess):
+    """Likewise, and at the end it writes how many bytes it has read."""
+
+    program = "tests.commands.counting"
 
 
 def to_arguments(command: str, **options: Any) -> list[str]:
@@ -36,7 +42,7 @@ def evaluate(command: str, **options: Any) -> int:
 
 
 def assert_same_numbers(folder: Path, other: Path, relative: float = 1e-5, most_steps: int = 3) -> None:
-    """Two measurements have the same statistics, and keep the same rows.
+    """Two evaluations have the same statistics, and keep the same rows.
 
     Args:
         folder: With the features of all images.
@@ -46,7 +52,7 @@ def assert_same_numbers(folder: Path, other: Path, relative: float = 1e-5, most_
             batches of other sizes round otherwise: a mean of four pixels then differs by `GREY_STEP`, in
             three equal channels.
     """
-    left, right = Measurement.load(folder), Measurement.load(other)
+    left, right = Evaluation.load(folder), Evaluation.load(other)
     count = left.statistics.count
     assert count == right.statistics.count == len(left.features) == len(right.features)
     differences = np.abs(left.features - right.features)
@@ -64,13 +70,15 @@ def assert_same_numbers(folder: Path, other: Path, relative: float = 1e-5, most_
     np.testing.assert_array_equal(np.load(folder / "indices.npy"), np.load(other / "indices.npy"))
 
 
-def together(arguments: list[str], processes: int, log: Path) -> list[EvaluationProcess]:
-    """Processes that share a run, as a launcher starts them."""
+def together(
+    arguments: list[str], processes: int, log: Path, kind: type[EvaluationProcess] = EvaluationProcess
+) -> list[EvaluationProcess]:
+    """The ranks of a run, as a launcher starts them."""
     if processes == 1:
-        return [EvaluationProcess(arguments, log)]
+        return [kind(arguments, log)]
     port = free_port()
     return [
-        EvaluationProcess(arguments, log.with_name(f"{log.name}_{rank}"), distributed(rank, processes, port))
+        kind(arguments, log.with_name(f"{log.name}_{rank}"), distributed(rank, processes, port))
         for rank in range(processes)
     ]
 
@@ -97,7 +105,7 @@ def model_fixture(run) -> Path:
 
 @pytest.fixture(name="reference", scope="module")
 def reference_fixture(tmp_path_factory, prepared) -> Path:
-    """A measurement of the prepared images."""
+    """An evaluation of the prepared images."""
     folder = tmp_path_factory.mktemp("reference") / "reference"
     assert evaluate("reference", source=prepared, output_dir=folder, protocol="pixels", device="cpu") == 0
     return folder

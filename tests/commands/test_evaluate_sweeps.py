@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from imagenet64_diffusion.evaluation.measurement import Measurement
+from imagenet64_diffusion.evaluation.evaluation_folder import Evaluation
 from imagenet64_diffusion.evaluation.options import SweepOptions
-from imagenet64_diffusion.evaluation.sweeping import _Sweep
+from imagenet64_diffusion.evaluation.sweeping import Sweep
 from imagenet64_diffusion.tests.commands.evaluation_runs import (  # noqa: F401 - fixtures among them
     EvaluationProcess,
     classifier_fixture,
@@ -54,7 +54,7 @@ def models(run, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, models, reference) -> Path:
-    """Three models under four samplers, killed after some entries, interrupted after more, and taken up."""
+    """Three models under four samplers, killed after some entries, interrupted after more, and resumed."""
     folder = tmp_path_factory.mktemp("swept") / "sweep"
     common = {"reference": reference, "models": models, "output_dir": folder, **SWEEP}
     common |= {"num_inference_steps": [2, 3], "eta": [0, 1]}
@@ -92,18 +92,18 @@ def test_a_sweep_is_what_its_parts_are(swept, run, models, reference, tmp_path):
     assert {row["error"] for row in rows} == {row["revision"] for row in rows} == {""}
     for number in (1, 6, 11):
         row, folder = rows[number], tmp_path / str(number)
-        drawing = {name: row[name] for name in ("model", "num_inference_steps", "eta")}
-        assert evaluate("model", **SWEEP, **drawing, output_dir=folder) == 0
+        sampling = {name: row[name] for name in ("model", "num_inference_steps", "eta")}
+        assert evaluate("model", **SWEEP, **sampling, output_dir=folder) == 0
         assert evaluate("score", reference=reference, model=folder) == 0
         metrics = json.loads((folder / "scores.json").read_text())["metrics"]
         for name in ("fid", "precision", "recall", "density", "coverage"):
             assert float(row[name]) == metrics[name]
         assert float(row["kid"]) == metrics["kid"]["mean"]
     assert len({row["fid"] for row in rows}) == 12
-    # charts, and nothing of the measurements
+    # charts, and nothing of the evaluations
     names = {path.name for path in swept.iterdir()}
     assert {"fid_over_steps_run.png", "fid_over_steps_run.svg", "fid_minima.png", "results.csv"} <= names
-    assert not list((swept / "measurements").iterdir())
+    assert not list((swept / "evaluations").iterdir())
 
 
 def test_shared_by_models_and_from_a_grid(swept, models, reference, tmp_path):
@@ -126,24 +126,24 @@ def test_one_that_fails_does_not_stop_the_others(run, reference, tmp_path):
     for number, processes in enumerate((2, 1)):
         processes = together(arguments, processes, tmp_path / f"log_{number}")
         assert {process.end() for process in processes} == {2}, processes[0].output()
-        assert f"4 measurements, of which {2 * number} are there already" in processes[0].output()
+        assert f"4 evaluations, of which {2 * number} are there already" in processes[0].output()
         (error,) = [line for process in processes for line in process.errors() if line.startswith("error")]
-        assert error.startswith(f"error: 2 of 4 measurements failed, which {tmp_path / 'sweep' / 'results.csv'} says")
-        assert "LCMScheduler cannot draw with this network" in error
+        assert error.startswith(f"error: 2 of 4 evaluations failed, which {tmp_path / 'sweep' / 'results.csv'} says")
+        assert "LCMScheduler cannot generate with this network" in error
         rows = table(tmp_path / "sweep")
         assert ["LCMScheduler cannot" in row["error"] for row in rows] == [True, False, True, False]
         assert [row["fid"] != "" for row in rows] == [False, True, False, True]
         assert (tmp_path / "sweep" / "fid_over_steps_run.png").is_file()
 
 
-def test_changed_weights_are_measured_again(model, reference, tmp_path, capsys):
+def test_changed_weights_are_evaluated_again(model, reference, tmp_path, capsys):
     shutil.copytree(model, tmp_path / "model")
     common = {"reference": reference, "models": tmp_path / "model", "output_dir": tmp_path / "sweep", **SWEEP}
     common |= {"num_images": 4, "num_inference_steps": 1}
     assert evaluate("sweep", **common) == 0
     (before,) = table(tmp_path / "sweep")
     assert evaluate("sweep", **common) == 0
-    assert "1 measurements, of which 1 are there already" in capsys.readouterr().out
+    assert "1 evaluations, of which 1 are there already" in capsys.readouterr().out
     make_pipeline(class_embed_dim=8).save_pretrained(tmp_path / "model")
     assert evaluate("sweep", **common) == 0
     (after,) = table(tmp_path / "sweep")
@@ -157,7 +157,7 @@ def push(repository: Repository, folder: Path) -> str:
     return repository.commit(content, f"Upload {folder.name}")
 
 
-def test_a_changed_hub_repository_is_measured_again(
+def test_a_changed_hub_repository_is_evaluated_again(
     online: LoopbackHub,  # noqa: F811
     model,
     run,
@@ -188,23 +188,23 @@ def test_a_changed_hub_repository_is_measured_again(
             next(iter(cells(tmp_path / "sweep"))).unlink()
             done -= 1
         assert evaluate("sweep", **on_the_hub) == 0
-        assert "2 measurements, of which 0 are there already" in capsys.readouterr().out
+        assert "2 evaluations, of which 0 are there already" in capsys.readouterr().out
         rows = table(tmp_path / "sweep")
         assert [row["revision"] for row in rows] == [commit, commit]
         assert [row["fid"] for row in rows] == expected[pushed]
         done += 2
         assert len(cells(tmp_path / "sweep")) == done
         assert evaluate("sweep", **on_the_hub) == 0
-        assert "2 measurements, of which 2 are there already" in capsys.readouterr().out
+        assert "2 evaluations, of which 2 are there already" in capsys.readouterr().out
 
     # without the Hub it is the commit that was loaded last
     online.faults[("GET", "/api/models/me/tiny")] = 503
     before = snapshot(tmp_path / "sweep")
     assert evaluate("sweep", **on_the_hub) == 0
-    assert "2 measurements, of which 2 are there already" in capsys.readouterr().out
+    assert "2 evaluations, of which 2 are there already" in capsys.readouterr().out
     assert table(tmp_path / "sweep") == rows
     assert snapshot(tmp_path / "sweep") == before
-    # and one that there is not at all is said before anything is measured
+    # and one that there is not at all is said before anything is evaluated
     assert evaluate("sweep", **{**common, "models": "me/none", "output_dir": tmp_path / "none"}) == 2
     error = capsys.readouterr().err
     assert "error: me/none is not a folder, and cannot be loaded from the Hub: there is" in error
@@ -215,12 +215,12 @@ def test_what_is_pushed_meanwhile_is_for_the_next_call(online, model, run, refer
     repository = online.repositories["me/tiny"] = Repository()
     first = push(repository, model)
     common = {"reference": str(reference), "num_inference_steps": [1], **SWEEP, "num_images": 4}
-    running = _Sweep(
+    running = Sweep(
         SweepOptions(models=["me/tiny"], output_dir=str(tmp_path / "sweep"), **common), PartialState(cpu=True)
     )
     second = push(repository, run / "pipelines" / "step_0000020")
-    running.make_room()
-    running.fill()
+    running.prepare_folder()
+    running.evaluate_missing()
     assert evaluate("sweep", models=model, output_dir=tmp_path / "first", **common) == 0
     (row,), (expected,) = table(tmp_path / "sweep"), table(tmp_path / "first")
     assert (row["revision"], row["fid"]) == (first, expected["fid"])
@@ -230,28 +230,28 @@ def test_what_is_pushed_meanwhile_is_for_the_next_call(online, model, run, refer
     assert row["fid"] != expected["fid"]
 
 
-def test_the_commit_of_a_measurement_is_told(online: LoopbackHub, model, tmp_path, capsys):  # noqa: F811
+def test_the_commit_of_an_evaluation_is_told(online: LoopbackHub, model, tmp_path, capsys):  # noqa: F811
     """Another commit with the same network and settings is found again, one with another network refused."""
     repository = online.repositories["me/tiny"] = Repository()
     commit = push(repository, model)
     common = {"model": "me/tiny", "output_dir": tmp_path / "out", "num_inference_steps": 1}
     common |= {"protocol": "pixels", "num_images": 3, "device": "cpu"}
     assert evaluate("model", **common) == 0
-    assert Measurement.load(tmp_path / "out").header["images"]["revision"] == commit
+    assert Evaluation.load(tmp_path / "out").header["images"]["revision"] == commit
     repository.commit({**repository.files, "README.md": Blob(b"About it")}, "Say more")
     assert evaluate("model", **common) == 0
-    assert "measured already" in capsys.readouterr().out
+    assert "evaluated already" in capsys.readouterr().out
     pipeline = make_pipeline()
     with torch.no_grad():
         next(pipeline.unet.parameters()).add_(1e-3)
     pipeline.save_pretrained(tmp_path / "changed")
     push(repository, tmp_path / "changed")
     assert evaluate("model", **common) == 2
-    assert f'{tmp_path / "out"} has a measurement of me/tiny with weights_sha256 "' in capsys.readouterr().err
+    assert f'{tmp_path / "out"} has an evaluation of me/tiny with weights_sha256 "' in capsys.readouterr().err
 
 
-def test_charts_that_are_no_longer_drawn_go(run, reference, tmp_path):
-    """Those that a sweep has drawn itself, and that nobody has changed since."""
+def test_charts_that_are_no_longer_made_go(run, reference, tmp_path):
+    """Those that a sweep has made itself, and that nobody has changed since."""
     other = tmp_path / "other"
     shutil.copytree(run, other)
     sweep = tmp_path / "sweep"
@@ -274,11 +274,11 @@ def test_charts_that_are_no_longer_drawn_go(run, reference, tmp_path):
     assert evaluate("sweep", models=run, **common) == 0
     assert charts() == pair("fid_over_steps_run") | set(mine)
     assert {name: (sweep / name).read_bytes() for name in mine} == mine
-    # what has been measured comes back, with its charts
+    # what has been evaluated comes back, with its charts
     assert evaluate("sweep", models=[run, other], **common) == 0
     assert charts() == both | set(mine)
     ElementTree.parse(sweep / "fid_over_steps_other.svg")
-    # they go too where nothing is left to draw
+    # they go too where nothing is left to show
     (sweep / "fid_over_steps_run.png").unlink()
     assert evaluate("sweep", models=run / "pipelines" / "step_0000010", **common) == 0
     assert charts() == {"fid_over_steps_mine.png", "trade_offs.svg"}
@@ -297,13 +297,13 @@ def test_wrong_sweeps(run, reference, prepared, classifier, tmp_path, capsys):
     for changes, message in (
         ({"models": tmp_path / "empty"}, "a folder in which there is no pipeline"),
         ({"models": "no/such/folder"}, "models names no/such/folder, which is neither a folder nor a Hub id"),
-        ({"reference": tmp_path / "empty"}, "is not a measurement"),
+        ({"reference": tmp_path / "empty"}, "is not an evaluation"),
         (by_classifier, "features of different protocols cannot be compared"),
         ({"reference": read, "extractor_dtype": "bfloat16", **by_classifier}, in_bfloat16),
         ({"grid": tmp_path / "grid.yaml"}, "names 'num_inference_step', but must be made of scheduler, num_inf"),
-        ({"grid": tmp_path / "grid.yaml", "eta": 1}, "grid says how images are drawn, and so does eta"),
+        ({"grid": tmp_path / "grid.yaml", "eta": 1}, "grid says how images are sampled, and so does eta"),
         ({"grid": tmp_path / "none.yaml"}, "No such file or directory"),
-        ({"eta": -1}, "eta is -1.0, but must be a number that is at least 0"),
+        ({"eta": -1}, "eta is -1.0, but must be at least 0"),
         ({"output_dir": tmp_path / "taken"}, "which holds another results.csv"),
     ):
         assert evaluate("sweep", **{**common, **changes}) == 2

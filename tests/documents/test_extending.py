@@ -38,7 +38,7 @@ def test_the_changes_pass_their_tests(tmp_path):
     # before the installed package, so that the tests see the copy
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
-    finished = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=200)
+    finished = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
 
 
@@ -55,6 +55,17 @@ def test_a_layer_type_is_one_class_one_line_and_one_test():
     assert test.file == "tests/models/test_layers.py"
     [(before, after)] = test.hunks
     assert after.removesuffix(before).startswith("class TestIdentity(LayerContract):")
+
+
+def test_a_metric_is_one_function_one_line_and_one_test():
+    function, table, test = (read_change(block) for block in section("A metric") if block.kind == "diff")
+    assert function.is_new
+    assert function.hunks[0][1].count("\ndef ") == 1
+    assert table.file == "evaluation/metrics.py"
+    [(before, after)] = table.hunks
+    assert len(after.splitlines()) == len(before.splitlines()) + 1
+    assert test.is_new
+    assert test.hunks[0][1].count("\ndef ") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A stand-in for the published Inception, pictures, and a server of files."""
+"""A stand-in for the published Inception, images, and a server of files."""
 
 import functools
 import http.server
@@ -61,7 +61,7 @@ def stand_in(tmp_path_factory) -> Path:
     return file
 
 
-def draw_pictures(seed: int, count: int = 60, size: int = 64) -> torch.Tensor:
+def make_pixels(seed: int, count: int = 60, size: int = 64) -> torch.Tensor:
     """Blobs of many sizes and colours with some noise: uint8 (count, 3, size, size)."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 256, (count, 3, 6, 6))
@@ -70,12 +70,12 @@ def draw_pictures(seed: int, count: int = 60, size: int = 64) -> torch.Tensor:
     return torch.from_numpy((smooth + noise).clip(0, 255).astype(np.uint8))
 
 
-def write_pictures(folder: Path, pictures: torch.Tensor) -> list[Path]:
+def write_images(folder: Path, pixels: torch.Tensor) -> list[Path]:
     """Writes PNG files that are named 0.png and so on."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{number}.png" for number in range(len(pictures))]
-    for file, picture in zip(files, pictures, strict=True):
-        PIL.Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(file)
+    files = [folder / f"{number}.png" for number in range(len(pixels))]
+    for file, one in zip(files, pixels, strict=True):
+        PIL.Image.fromarray(one.permute(1, 2, 0).squeeze(2).numpy()).save(file)
     return files
 
 

@@ -9,7 +9,7 @@ import transformers
 from imagenet64_diffusion.evaluation.protocols import check_comparable, make_extractor
 from imagenet64_diffusion.tests.hub.loopback_hub import Blob, Repository
 
-from .conftest import draw_pictures
+from .conftest import make_pixels
 
 
 IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -56,16 +56,16 @@ KINDS = ("clean", "legacy_tensorflow", "dinov2", "vit", "resnet", "pixels")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_do_not_depend_on_the_batch(kind, models, stand_in):
-    pictures = draw_pictures(0, count=11, size=48)
+    pixels = make_pixels(0, count=11, size=48)
     whole = make(kind, models, stand_in)
     if whole.channels == 1:
-        pictures = pictures[:, :1]
-    features, probabilities = whole(pictures)
+        pixels = pixels[:, :1]
+    features, probabilities = whole(pixels)
     assert features.shape == (11, whole.num_features)
     assert features.dtype == torch.float32
     assert not features.requires_grad
-    chunked = make(kind, models, stand_in, batch_size=4)(pictures)
-    alone = [whole(picture[None]) for picture in pictures]
+    chunked = make(kind, models, stand_in, batch_size=4)(pixels)
+    alone = [whole(one[None]) for one in pixels]
     tolerance = {"rtol": 1e-5, "atol": 1e-5 * features.abs().max().item()}
     for other in (chunked.features, torch.cat([one.features for one in alone])):
         torch.testing.assert_close(other, features, **tolerance)
@@ -75,9 +75,9 @@ def test_features_do_not_depend_on_the_batch(kind, models, stand_in):
         torch.testing.assert_close(probabilities.sum(1), torch.ones(11))
         torch.testing.assert_close(chunked.probabilities, probabilities, rtol=1e-5, atol=1e-6)
     # the same again, and no two images alike
-    assert torch.equal(whole(pictures).features, features)
+    assert torch.equal(whole(pixels).features, features)
     assert torch.pdist(features).min() > 1e-4 * features.norm()
-    empty = whole(pictures[:0])
+    empty = whole(pixels[:0])
     assert empty.features.shape == (0, whole.num_features)
     assert (empty.probabilities is None) == (probabilities is None)
     assert json.loads(json.dumps(whole.header)) == whole.header
@@ -85,29 +85,29 @@ def test_features_do_not_depend_on_the_batch(kind, models, stand_in):
 
 @pytest.mark.parametrize("kind", ["clean", "legacy_tensorflow", "dinov2", "vit", "pixels"])
 def test_grey_images_are_repeated(kind, models, stand_in):
-    grey = draw_pictures(1, count=2, size=40)[:, :1]
+    grey = make_pixels(1, count=2, size=40)[:, :1]
     extractor = make(kind, models, stand_in)
     assert torch.equal(extractor(grey).features, extractor(grey.repeat(1, 3, 1, 1)).features)
 
 
 def test_wrong_images(models, stand_in):
     extractor = make("legacy_tensorflow", models, stand_in)
-    pictures = draw_pictures(0, count=2, size=32)
+    pixels = make_pixels(0, count=2, size=32)
     for images, message in [
-        (pictures.float(), "the images are torch.float32, but features are taken of uint8 ones"),
-        (pictures[0], r"the images have shape \(3, 32, 32\) instead of \(images, channels, height, width\)"),
-        (pictures[:, :, :0], r"the images have shape \(2, 3, 0, 32\)"),
-        (pictures[:, :2], "2 channels, but legacy_tensorflow takes images with 1 channel .* or 3 .*pixels takes any"),
-        (pictures.repeat(1, 2, 1, 1), "6 channels, but legacy_tensorflow"),
+        (pixels.float(), r"the images are torch.float32 of shape"),
+        (pixels[0], r"of shape \(3, 32, 32\), but must be torch.uint8 \(images, channels, height, width\)"),
+        (pixels[:, :, :0], r"of shape \(2, 3, 0, 32\)"),
+        (pixels[:, :2], "2 channels, but legacy_tensorflow takes images with 1 channel .* or 3 .*pixels takes any"),
+        (pixels.repeat(1, 2, 1, 1), "6 channels, but legacy_tensorflow"),
     ]:
         with pytest.raises(ValueError, match=message):
             extractor(images)
     with pytest.raises(ValueError, match="have 3 channels, but classifier takes images with 1 channels"):
-        make("resnet", models, stand_in)(pictures)
+        make("resnet", models, stand_in)(pixels)
     with pytest.raises(ValueError, match=r"have 3 channels, but pixels takes images with 2 channels$"):
-        make_extractor("pixels", channels=2)(pictures)
+        make_extractor("pixels", channels=2)(pixels)
     with pytest.raises(ValueError, match="32x32 pixels, too few to be averaged to 33x33: give a smaller pixel_size"):
-        make_extractor("pixels", pixel_size=33)(pictures)
+        make_extractor("pixels", pixel_size=33)(pixels)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
@@ -121,10 +121,10 @@ def test_pixels_are_means_of_boxes(channels):
 
 
 def test_dinov2_is_the_class_token_of_images_resized_with_pillow(models):
-    pictures = draw_pictures(2, count=3)
+    pixels = make_pixels(2, count=3)
     inputs = []
-    for picture in pictures:
-        image = PIL.Image.fromarray(picture.permute(1, 2, 0).numpy())
+    for one in pixels:
+        image = PIL.Image.fromarray(one.permute(1, 2, 0).numpy())
         resized = np.asarray(image.resize((224, 224), PIL.Image.BICUBIC)) / 255
         inputs.append(((resized - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1))
     network = transformers.AutoModel.from_pretrained(models / "dinov2").eval()
@@ -132,21 +132,21 @@ def test_dinov2_is_the_class_token_of_images_resized_with_pillow(models):
         # for DINOv2 the pooled output is the class token after the last layer norm
         expected = network(torch.tensor(np.stack(inputs), dtype=torch.float32)).pooler_output
     extractor = make_extractor("dinov2", weights=models / "dinov2")
-    torch.testing.assert_close(extractor(pictures).features, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(extractor(pixels).features, expected, rtol=1e-5, atol=1e-5)
     header = extractor.header
     assert (header["network"], header["weights"], header["num_classes"]) == ("Dinov2Model", "dinov2", None)
     half = make_extractor("dinov2", weights=models / "dinov2", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="dtype is float32 in the first and bfloat16 in the second"):
         check_comparable(header, half.header)
-    error = (half(pictures).features - expected).norm() / expected.norm()
+    error = (half(pixels).features - expected).norm() / expected.norm()
     assert 1e-5 < error < 2e-2
 
 
 def test_classifier_with_an_image_processor(models):
-    pictures = draw_pictures(3, count=4)
+    pixels = make_pixels(3, count=4)
     extractor = make_extractor("classifier", weights=models / "vit")
     network = transformers.AutoModelForImageClassification.from_pretrained(models / "vit").eval()
-    images = [PIL.Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    images = [PIL.Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
     inputs = [np.asarray(image.resize((32, 32), PIL.Image.BICUBIC)) / 255 for image in images]
     with torch.no_grad():
         answer = network(
@@ -154,7 +154,7 @@ def test_classifier_with_an_image_processor(models):
             output_hidden_states=True,
         )
         features = network.vit.layernorm(answer.hidden_states[-1])[:, 0]
-    found = extractor(pictures)
+    found = extractor(pixels)
     # torchvision's resampling of uint8 is Pillow's but for a grey level here and there
     assert (found.features - features).norm() / features.norm() < 1e-2
     assert (found.probabilities - answer.logits.softmax(1)).abs().max() < 2e-2
@@ -166,14 +166,14 @@ def test_classifier_with_an_image_processor(models):
 
 
 def test_classifier_without_an_image_processor(models):
-    pictures = draw_pictures(4, count=5, size=32)[:, :1]
+    pixels = make_pixels(4, count=5, size=32)[:, :1]
     extractor = make_extractor("classifier", weights=models / "resnet")
     network = transformers.AutoModelForImageClassification.from_pretrained(models / "resnet").eval()
     with torch.no_grad():
-        inputs = pictures / 127.5 - 1
+        inputs = pixels / 127.5 - 1
         answer = network(inputs)
         features = network.resnet(inputs).pooler_output.flatten(1)
-    found = extractor(pictures)
+    found = extractor(pixels)
     torch.testing.assert_close(found.features, features, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.probabilities, answer.logits.softmax(1), rtol=1e-5, atol=1e-6)
     assert extractor.header["normalization"] == "x / 127.5 - 1"
@@ -186,12 +186,12 @@ def test_classifier_without_an_image_processor_resizes_to_its_configuration(mode
     network.save_pretrained(folder)
     extractor = make_extractor("classifier", weights=folder)
     assert extractor.header["resize"]["size"] == [32, 32]
-    right, double = draw_pictures(5, count=3, size=32), draw_pictures(5, count=3, size=64)
+    right, double = make_pixels(5, count=3, size=32), make_pixels(5, count=3, size=64)
     with torch.no_grad():
         expected = network(right / 127.5 - 1).logits.softmax(1)
         # Pillow's bilinear filter is the antialiased one
         planes = [[np.asarray(PIL.Image.fromarray(plane.numpy().astype(np.float32))
-                   .resize((32, 32), PIL.Image.BILINEAR)) for plane in picture] for picture in double]  # fmt: skip
+                   .resize((32, 32), PIL.Image.BILINEAR)) for plane in one] for one in double]  # fmt: skip
         expected_double = network(torch.tensor(np.array(planes)) / 127.5 - 1).logits.softmax(1)
     torch.testing.assert_close(extractor(right).probabilities, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(extractor(double).probabilities, expected_double, rtol=1e-3, atol=1e-5)
@@ -202,7 +202,7 @@ def test_the_last_of_several_layers_that_could_be_the_head_is_it(tmp_path):
     config = transformers.ViTConfig(**sizes, num_hidden_layers=1, num_labels=24, initializer_range=0.5)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     extractor = make_extractor("classifier", weights=tmp_path / "vit")
-    found = extractor(draw_pictures(6, count=2, size=16))
+    found = extractor(make_pixels(6, count=2, size=16))
     network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "vit")
     expected = network.classifier(found.features).softmax(1)
     torch.testing.assert_close(found.probabilities, expected, rtol=1e-4, atol=1e-6)
@@ -212,7 +212,7 @@ def test_wrong_models(models, tmp_path):
     for protocol, weights, error, message in [
         ("classifier", tmp_path / "absent", OSError, "absent is not a folder, and cannot be"),
         ("dinov2", models / "vit" / "config.json", OSError, "is a file, but must be a folder of a transformers model"),
-        ("dinov2", tmp_path, ValueError, "is not a folder of a transformers model: no usable config.json"),
+        ("dinov2", tmp_path, ValueError, "cannot be loaded with AutoModel"),
     ]:
         with pytest.raises(error, match=message):
             make_extractor(protocol, weights=weights)
@@ -222,17 +222,6 @@ def test_wrong_models(models, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"cannot be loaded with AutoModelForImageClassification \("):
         make_extractor("classifier", weights=tmp_path)
-
-
-def test_features_that_are_not_finite_are_refused(models, stand_in, tmp_path):
-    network = transformers.AutoModelForImageClassification.from_pretrained(models / "resnet").eval()
-    # an image of zeros stays finite, one with values does not
-    network.resnet.embedder.embedder.convolution.weight.data.fill_(3e38)
-    network.save_pretrained(tmp_path / "resnet")
-    images = torch.full((3, 1, 32, 32), 255, dtype=torch.uint8)
-    extractor = make_extractor("classifier", weights=tmp_path / "resnet", batch_size=2)
-    with pytest.raises(ValueError, match=r"classifier in float32 gives features that are not finite for image 0$"):
-        extractor(images)
 
 
 def test_weights_from_the_hub(models, online):

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from cleanfid import fid
 
-from imagenet64_diffusion.evaluation import FeatureStatistics, frechet_distance
+from imagenet64_diffusion.evaluation import frechet_distance
 
 
 def rotation(size, seed=0):
@@ -39,12 +39,9 @@ def with_spectra(spectrum_a, spectrum_b, seed=0):
     return zero, vectors * spectrum_a @ vectors.T, zero, vectors * spectrum_b @ vectors.T
 
 
-def test_two_normal_distributions_of_one_feature():
+def test_diagonal_covariances():
     # (2 - 5)^2 + (3 - 7)^2
     assert frechet_distance([2.0], [[9.0]], [5.0], [[49.0]]) == pytest.approx(25.0, rel=1e-14)
-
-
-def test_diagonal_covariances():
     rng = np.random.default_rng(0)
     mean_a, mean_b = rng.standard_normal((2, 50))
     deviation_a, deviation_b = rng.uniform(0.1, 4, (2, 50))
@@ -119,11 +116,8 @@ def test_a_cliff_in_the_spectrum():
     assert frechet_distance(mean, covariance, mean, covariance) < 1e-12
 
 
-def test_clean_fid(full_rank):
+def test_clean_fid_and_the_originals_formula(full_rank):
     assert frechet_distance(*full_rank) == pytest.approx(fid.frechet_distance(*full_rank), rel=1e-6)
-
-
-def test_originals_formula(full_rank):
     mean_a, covariance_a, mean_b, covariance_b = full_rank
     root = scipy.linalg.sqrtm(covariance_a @ covariance_b).real
     expected = ((mean_a - mean_b) ** 2).sum() + np.trace(covariance_a + covariance_b - 2 * root)
@@ -160,14 +154,6 @@ def test_float32_covariance_of_few_images():
     single = covariance.astype(np.float32)
     assert np.linalg.eigvalsh(single.astype(np.float64))[0] < 0
     assert frechet_distance(mean, single, mean, covariance) < 1e-3 * np.trace(covariance)
-
-
-def test_statistics_go_in(full_rank):
-    statistics = [FeatureStatistics(96), FeatureStatistics(96)]
-    statistics[0].update(random_features(400, 96, 1))
-    statistics[1].update(random_features(500, 96, 2))
-    distance = frechet_distance(*(value for each in statistics for value in (each.mean, each.covariance)))
-    assert distance == pytest.approx(frechet_distance(*full_rank), rel=1e-12)
 
 
 def changed(covariance, value):

@@ -44,7 +44,7 @@ def test_clean_fid_of_the_whole_set():
 
 
 def test_subsets():
-    """Each draws its images without replacement, of both sets, and the mean and the spread are over them."""
+    """Each takes its images without replacement, of both sets, and the mean and the spread are over them."""
     a, b = random_features(9, seed=1), random_features(7, 0.4, seed=2)
     rng = np.random.default_rng(5)
     each = []

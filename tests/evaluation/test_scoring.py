@@ -1,4 +1,4 @@
-"""Scores of measurements made by hand, against the metrics' own functions and numbers known beforehand."""
+"""Scores of evaluations made by hand, against the metrics' own functions and numbers known beforehand."""
 
 import json
 import re
@@ -14,16 +14,17 @@ from imagenet64_diffusion.evaluation import (
     kernel_distance,
     precision_and_recall,
 )
-from imagenet64_diffusion.evaluation.measurement import Measurement
-from imagenet64_diffusion.evaluation.options import METRICS, ScoreOptions
+from imagenet64_diffusion.evaluation.evaluation_folder import Evaluation
+from imagenet64_diffusion.evaluation.metrics import METRICS
+from imagenet64_diffusion.evaluation.options import ScoreOptions
 from imagenet64_diffusion.evaluation.scoring import compare, score
 
 
 PROTOCOL = {"protocol": "classifier", "weights_sha256": "a" * 64, "num_features": 4, "num_classes": 3}
 
 
-def make(folder, features, *, num_rows=None, protocol=PROTOCOL, images=None, **arrays) -> Measurement:
-    """Writes a measurement of these features; arrays are probabilities and labels."""
+def make(folder, features, *, num_rows=None, protocol=PROTOCOL, images=None, **arrays) -> Evaluation:
+    """Writes an evaluation of these features; arrays are probabilities and labels."""
     statistics = FeatureStatistics(features.shape[1])
     statistics.update(features)
     header = {"protocol": protocol, "images": images or {"num_classes": 3}, "versions": {"torch": "1"}}
@@ -31,31 +32,33 @@ def make(folder, features, *, num_rows=None, protocol=PROTOCOL, images=None, **a
     for name, array in {"features": features[:num_rows], **arrays}.items():
         if array is not None:
             np.save(folder / f"{name}.npy", array)
-    return Measurement.load(folder)
+    return Evaluation.load(folder)
 
 
 @pytest.fixture
 def pair(tmp_path):
-    """Sixty real images and fifty drawn ones in four features, with answers of a classifier."""
+    """Sixty real images and fifty generated ones in four features, with answers of a classifier."""
     rng = np.random.default_rng(3)
     real = rng.normal(size=(60, 4))
-    drawn = rng.normal(0.3, 1.2, (50, 4))
+    generated = rng.normal(0.3, 1.2, (50, 4))
     probabilities = rng.dirichlet(np.ones(3), 50)
     labels = np.arange(50) % 3
-    return make(tmp_path / "real", real), make(tmp_path / "drawn", drawn, probabilities=probabilities, labels=labels)
+    return make(tmp_path / "real", real), make(
+        tmp_path / "generated", generated, probabilities=probabilities, labels=labels
+    )
 
 
 def test_each_metric_is_that_of_its_function(pair):
     reference, model = pair
-    real, drawn = np.array(reference.features), np.array(model.features)
+    real, generated = np.array(reference.features), np.array(model.features)
     found = compare(reference, model, seed=4)["metrics"]
     assert list(found) == list(METRICS)
-    fid = frechet_distance(real.mean(0), np.cov(real.T), drawn.mean(0), np.cov(drawn.T))
+    fid = frechet_distance(real.mean(0), np.cov(real.T), generated.mean(0), np.cov(generated.T))
     assert found["fid"] == pytest.approx(fid, rel=1e-9)
-    kid = kernel_distance(real, drawn, seed=4)
+    kid = kernel_distance(real, generated, seed=4)
     assert found["kid"] == {"mean": kid.mean, "standard_deviation": kid.standard_deviation}
-    assert (found["precision"], found["recall"]) == precision_and_recall(real, drawn, k=3)
-    assert (found["density"], found["coverage"]) == density_and_coverage(real, drawn, k=5)
+    assert (found["precision"], found["recall"]) == precision_and_recall(real, generated, k=3)
+    assert (found["density"], found["coverage"]) == density_and_coverage(real, generated, k=5)
     value = inception_score(np.array(model.probabilities), 10, seed=4)
     assert found["inception_score"] == {"mean": value.mean, "standard_deviation": value.standard_deviation}
     assert compare(reference, model, seed=5)["metrics"]["kid"] != found["kid"]
@@ -86,8 +89,8 @@ def test_class_accuracy_only_where_the_classes_are_the_same(tmp_path, ours, thei
     model = make(tmp_path, features, protocol={**PROTOCOL, "id2label": theirs}, images=images, **arrays)
     assert ("class_accuracy" in compare(model, model)["metrics"]) == known
     if not known:
-        with pytest.raises(ValueError, match="the extractor does not tell the model's classes apart"):
-            compare(model, model, ["class_accuracy"], everything=False)
+        with pytest.raises(ValueError, match="has no labels of classes that the extractor tells apart"):
+            compare(model, model, ["class_accuracy"])
 
 
 def test_what_cannot_be_computed_is_left_out_or_said(pair, tmp_path):
@@ -95,7 +98,7 @@ def test_what_cannot_be_computed_is_left_out_or_said(pair, tmp_path):
     rng = np.random.default_rng(0)
     bare = make(tmp_path / "bare", rng.normal(size=(50, 4)), num_rows=0)
     (tmp_path / "bare" / "features.npy").unlink()
-    bare = Measurement.load(tmp_path / "bare")
+    bare = Evaluation.load(tmp_path / "bare")
     assert list(compare(reference, bare)["metrics"]) == ["fid"]
     few = make(
         tmp_path / "few",
@@ -108,12 +111,12 @@ def test_what_cannot_be_computed_is_left_out_or_said(pair, tmp_path):
     for model, name, reason in (
         (bare, "kid", f"{bare.folder} has no features"),
         (bare, "class_accuracy", f"{bare.folder} has no probabilities"),
-        (few, "recall", "there are features of 5 images only"),
-        (few, "inception_score", "there are fewer than 10 images"),
-        (few, "class_accuracy", f"the images of {few.folder} have no classes"),
+        (few, "recall", f"{few.folder} has features of 5 images, but at least 6 are needed"),
+        (few, "inception_score", f"{few.folder} has probabilities of 5 images, but at least 10 are needed"),
+        (few, "class_accuracy", f"{few.folder} has no labels of classes that the extractor tells apart"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(f'{name} cannot be computed: {reason}')}$"):
-            compare(reference, model, [name], everything=False)
+            compare(reference, model, [name])
 
 
 def test_different_protocols_are_not_compared(pair, tmp_path):
@@ -137,7 +140,9 @@ def test_too_few_images_are_said(tmp_path):
         f"{too_few.folder} has 4 images for 4 features: its covariance is singular, and the distance tells little"
     )
     alone = make(tmp_path / "1", rng.normal(size=(1, 4)))
-    with pytest.raises(ValueError, match=f"^fid .* computed: {alone.folder} has fewer than two images$"):
+    with pytest.raises(
+        ValueError, match=f"^fid .* computed: {alone.folder} has statistics of 1 images, but at least 2 are needed$"
+    ):
         compare(enough, alone)
     noted = make(tmp_path / "noted", rng.normal(size=(20, 4)), protocol={**PROTOCOL, "note": "beware"})
     assert compare(enough, noted)["warnings"] == ["beware"]
@@ -151,12 +156,13 @@ def test_other_sizes_are_said(tmp_path):
     )
     assert compare(large, grey)["warnings"] == []
     (warning,) = compare(large, small)["warnings"]
-    assert warning == "the real images are 64x64 and the drawn ones 32x32 pixels (height x width)"
+    assert warning == "the real images are 64x64 and the generated ones 32x32 pixels (height x width)"
 
 
 def test_the_file(pair, tmp_path, capsys):
     reference, model = pair
-    found = score(ScoreOptions(str(reference.folder), str(model.folder), metrics=["fid", "kid"]))
+    folders = {"reference": str(reference.folder), "model": str(model.folder)}
+    found = score(ScoreOptions(**folders, metrics=["fid", "kid"]))
     file = model.folder / "scores.json"
     assert json.loads(file.read_text()) == found
     assert list(found["metrics"]) == ["fid", "kid"]
@@ -169,7 +175,5 @@ def test_the_file(pair, tmp_path, capsys):
     assert f"50 images of {model.folder} against 60 of {reference.folder}" in shown
     assert f"with its protocol in {file}" in shown
     assert [name for name in METRICS if f"  {name} " in shown] == ["fid", "kid"]
-    again = score(
-        ScoreOptions(str(reference.folder), str(model.folder), output=str(tmp_path / "a.json"), metrics=["kid", "fid"])
-    )
+    again = score(ScoreOptions(**folders, output=str(tmp_path / "a.json"), metrics=["kid", "fid"]))
     assert again["metrics"] == found["metrics"]

@@ -1,12 +1,11 @@
-"""What a sweep measures: models, their trainings and steps, and the grid of samplers."""
+"""What a sweep evaluates: models, their trainings and steps, and the grid of samplers."""
 
 import re
 
 import pytest
 
-from imagenet64_diffusion.evaluation.grids import find_models, sampler_grid
-from imagenet64_diffusion.evaluation.options import GRID_OPTIONS, PROTOCOL_NAMES, SweepOptions
-from imagenet64_diffusion.evaluation.protocols import PROTOCOLS
+from imagenet64_diffusion.evaluation.options import SweepOptions
+from imagenet64_diffusion.evaluation.sweeping import find_models, sampler_grid
 from imagenet64_diffusion.pipelines.sampler import Sampler
 
 
@@ -108,15 +107,10 @@ def test_wrong_options():
         ({"models": []}, "models is empty"),
         ({"reference": ""}, "reference is empty"),
         ({"scheduler": []}, "scheduler is empty: name at least one"),
-        ({"grid": "x", "step_size": [1]}, "grid says how images are drawn, and so does step_size"),
+        ({"grid": "x", "step_size": [1]}, "grid says how images are sampled, and so does step_size"),
         ({"protocol": "cleaner"}, "protocol is 'cleaner', but must be one of clean"),
         ({"extractor_dtype": "int8"}, "extractor_dtype is 'int8', but must be one of float32, float16"),
         ({"output_dir": ""}, "output_dir is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             options(**changes)
-
-
-def test_names_that_are_written_twice_agree():
-    assert tuple(PROTOCOLS) == PROTOCOL_NAMES
-    assert set(GRID_OPTIONS) == set(Sampler.__dataclass_fields__)

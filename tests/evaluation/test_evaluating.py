@@ -1,4 +1,4 @@
-"""Parts of a measurement: what is missing, what overlaps, and who makes it."""
+"""Parts of an evaluation: what is missing, what overlaps, and who makes it."""
 
 import random
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from imagenet64_diffusion.evaluation.extraction import extract_parts, find_parts, missing_batches, read_parts
+from imagenet64_diffusion.evaluation.evaluating import extract_parts
+from imagenet64_diffusion.evaluation.evaluation_folder import find_parts, missing_batches, read_parts
 from imagenet64_diffusion.evaluation.extractors import PixelExtractor
 
 
@@ -42,7 +43,7 @@ def extract(images, folder, state, batch_size, keep_pixels=False):
 
 
 def joined(folder, name="labels"):
-    return np.concatenate([part[name] for part in read_parts(folder)])
+    return np.concatenate([part[name] for part in read_parts(folder, name)])
 
 
 def test_what_is_missing():
@@ -85,11 +86,11 @@ def test_each_image_comes_once_from_parts_that_overlap(tmp_path, state):
     assert joined(tmp_path / "parts").tolist() == list(range(20))
     (tmp_path / "parts" / "000000012-000000016.npz").unlink()
     (tmp_path / "parts" / "000000007-000000014.npz").unlink()
-    with pytest.raises(ValueError, match="has no part with image 12: remove it and measure again"):
+    with pytest.raises(ValueError, match="has no part with image 12: remove it and evaluate again"):
         joined(tmp_path / "parts")
 
 
-def test_what_was_measured_before_an_error_stays(tmp_path, state):
+def test_what_was_evaluated_before_an_error_stays(tmp_path, state):
     with pytest.raises(ValueError, match="image 12 is broken"):
         extract(Numbers(20, broken=12), tmp_path / "parts", state, 5)
     assert [(start, stop) for start, stop, _ in find_parts(tmp_path / "parts")] == [(0, 5), (5, 10)]

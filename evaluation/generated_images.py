@@ -1,7 +1,6 @@
-"""Images drawn from a model, as a source that is measured like any other: image i is always the same."""
+"""Images that a model generates, as a source like any other: image i is always the same."""
 
 import dataclasses
-import hashlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from ..data.dataset import PreparedImages
-from ..pipelines.generation import class_id, plain_config
+from ..pipelines.generation import class_id, plain_config, weights_digest
 from ..pipelines.loading import download_snapshot, load_pipeline
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
@@ -19,27 +18,26 @@ from ..utils.devices import find_device
 from ..utils.memory import keep_freed_memory
 
 
-# keeps the draws of classes apart from those of noise, which come from the same seed
+# keeps the random classes apart from the noise, which comes from the same seed
 _CLASS_STREAM = 0xC1A55
 
 
-class ModelImages:
-    """Images that a model draws, by their number.
+class GeneratedImages:
+    """Images that a model generates, by their number.
 
-    Image i is drawn from the noise of ``torch.Generator().manual_seed(seed + i)`` on the CPU and has a class that is a
-    function of i. So it does not matter who draws it, in what batch, and when, beyond what rounding in the network
-    leaves.
+    Image i is made of the noise of ``torch.Generator().manual_seed(seed + i)`` on the CPU and has a class that is a
+    function of i. So rank and batch do not matter, beyond what rounding in the network leaves.
 
     Args:
         model: Pipeline folder or Hub id.
-        sampler: How to draw.
+        sampler: How to generate them.
         num_images: How many there are, at least 1.
         class_labels: ``["uniform"]``: image i has class i modulo the number of classes; ``["frequencies"]``: classes
-            are drawn as often as ``class_counts`` says; or classes by id or name, of which image i has the i-th, and
+            come as often as ``class_counts`` says; or classes by id or name, of which image i has the i-th, and
             again from the first. ``null`` is the null class.
         class_counts: Images of each class in a dataset, (num_classes,).
         seed: Seed of image 0.
-        device: Where to draw.
+        device: Where to generate them.
         dtype: What the network computes in.
         revision: Commit of the Hub repository, as `find_revision` gives it.
 
@@ -84,7 +82,7 @@ class ModelImages:
         self.description: dict[str, Any] = {
             "model": self.model,
             "revision": revision,
-            "weights_sha256": _weights_digest(self.pipeline),
+            "weights_sha256": weights_digest(self.pipeline.unet),
             "scheduler": type(scheduler).__name__,
             "scheduler_config": plain_config(scheduler.config),
             **plain_config(dataclasses.asdict(sampler) | self._arguments | {"scheduler": type(scheduler).__name__}),
@@ -102,29 +100,31 @@ class ModelImages:
         return len(self._labels)
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draws the images from start to stop.
+        """Generates the images from start to stop.
 
         Returns:
             uint8 (stop - start, channels, height, width), and int64 (stop - start,), -1 for the null class; None for a
             model without classes. They are the pixels that generate_images.py writes.
 
         Raises:
-            ValueError: If the model draws something that is not finite, or an option does not fit its scheduler.
+            ValueError: If the model generates something that is not finite, or an option does not fit its scheduler.
         """
         labels = self._labels[start:stop]
-        drawn = self.pipeline(
+        generated = self.pipeline(
             labels,
             generator=[torch.Generator().manual_seed(self.seed + index) for index in range(start, stop)],
             output_type="pt",
             **self._arguments,
         ).images
-        broken = ~drawn.flatten(1).isfinite().all(dim=1)
+        broken = ~generated.flatten(1).isfinite().all(dim=1)
         if broken.any():
             index = start + int(broken.nonzero()[0])
             scheduler = type(self.pipeline.scheduler).__name__
-            raise ValueError(f"{self.model} draws image {index} with values that are not finite, under {scheduler}")
+            raise ValueError(
+                f"{self.model} generates image {index} with values that are not finite, under {scheduler}"
+            )
         # as they would be read from files
-        pixels = (drawn.float() * 255).round().to(torch.uint8).cpu()
+        pixels = (generated.float() * 255).round().to(torch.uint8).cpu()
         if self.pipeline.unet.config.num_class_embeds is None:
             return pixels, None
         return pixels, torch.tensor([-1 if label is None else label for label in labels])
@@ -162,22 +162,13 @@ def _choose_classes(
             raise ValueError("class_labels is frequencies, which needs train_data_dir, a prepared dataset")
         if len(class_counts) != num_classes:
             raise ValueError(f"train_data_dir has {len(class_counts)} classes, but the model has {num_classes}")
-        # all at once, and so the same whatever part of them is drawn
+        # all at once, and so the same whatever part of them is generated
         uniforms = np.random.default_rng([_CLASS_STREAM, seed]).random(num_images)
         cumulative = np.cumsum(class_counts) / np.sum(class_counts)
         # class k where cumulative[k - 1] <= u < cumulative[k]
         return np.searchsorted(cumulative, uniforms, side="right").tolist()
     chosen = [class_id(pipeline, label, num_classes) for label in asked]
     return [chosen[index % len(chosen)] for index in range(num_images)]
-
-
-def _weights_digest(pipeline: ClassConditionalPipeline) -> str:
-    """Tells models apart whose folders have the same name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(pipeline.unet.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def count_classes(folder: str | Path) -> np.ndarray:

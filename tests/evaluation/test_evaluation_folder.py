@@ -1,17 +1,17 @@
-"""The folder of a measurement: rows, kept images, and what is refused."""
+"""The folder of an evaluation: rows, kept images, and what is refused."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from imagenet64_diffusion.evaluation import FeatureStatistics
-from imagenet64_diffusion.evaluation.measurement import Measurement, evenly_spread, write_measurement
+from imagenet64_diffusion.evaluation.evaluation_folder import Evaluation, evenly_spread, write_evaluation
 
 
 HEADER = {"protocol": {"protocol": "pixels"}, "images": {"source": "x"}}
 
 
-def write_parts(folder, sizes=(4, 1, 6), channels=3, classes=True) -> dict[str, np.ndarray]:
+def write_parts(folder, sizes=(4, 1, 6), channels=3) -> dict[str, np.ndarray]:
     """Parts of these sizes with random arrays, which are returned joined."""
     rng = np.random.default_rng(1)
     count = sum(sizes)
@@ -20,8 +20,7 @@ def write_parts(folder, sizes=(4, 1, 6), channels=3, classes=True) -> dict[str, 
         "probabilities": rng.dirichlet(np.ones(3), count).astype(np.float32),
         "pixels": rng.integers(0, 256, (count, channels, 6, 7)).astype(np.uint8),
     }
-    if classes:
-        arrays["labels"] = rng.integers(-1, 3, count)
+    arrays["labels"] = rng.integers(-1, 3, count)
     (folder / "parts").mkdir(parents=True)
     start = 0
     for size in sizes:
@@ -34,8 +33,8 @@ def write_parts(folder, sizes=(4, 1, 6), channels=3, classes=True) -> dict[str, 
 
 def test_rows_and_statistics(tmp_path):
     arrays = write_parts(tmp_path / "m")
-    write_measurement(tmp_path / "m", HEADER, 11, 4)
-    found = Measurement.load(tmp_path / "m")
+    write_evaluation(tmp_path / "m", HEADER, 11, 4)
+    found = Evaluation.load(tmp_path / "m")
     rows = [0, 3, 7, 10]
     assert np.load(tmp_path / "m" / "indices.npy").tolist() == rows
     for name in ("features", "probabilities", "labels"):
@@ -57,18 +56,18 @@ def test_rows_and_statistics(tmp_path):
     ]
     # the statistics alone, elsewhere and by another name
     (tmp_path / "m" / "statistics.npz").rename(tmp_path / "reference.npz")
-    alone = Measurement.load(tmp_path / "reference.npz")
+    alone = Evaluation.load(tmp_path / "reference.npz")
     assert alone.features is None
     assert alone.statistics.count == 11
 
 
 def test_no_rows_and_all_rows(tmp_path):
     arrays = write_parts(tmp_path / "none")
-    write_measurement(tmp_path / "none", HEADER, 11, 0)
+    write_evaluation(tmp_path / "none", HEADER, 11, 0)
     assert [path.name for path in (tmp_path / "none").iterdir()] == ["statistics.npz"]
     write_parts(tmp_path / "all")
-    write_measurement(tmp_path / "all", HEADER, 11, 50_000)
-    np.testing.assert_array_equal(Measurement.load(tmp_path / "all").features, arrays["features"])
+    write_evaluation(tmp_path / "all", HEADER, 11, 50_000)
+    np.testing.assert_array_equal(Evaluation.load(tmp_path / "all").features, arrays["features"])
 
 
 def test_evenly_spread():
@@ -88,24 +87,16 @@ def test_evenly_spread():
 def test_kept_images(tmp_path, channels):
     arrays = write_parts(tmp_path / "png", channels=channels)
     pixels = arrays["pixels"].transpose(0, 2, 3, 1)
-    write_measurement(tmp_path / "png", HEADER, 11, 0, "png")
+    write_evaluation(tmp_path / "png", HEADER, 11, 0, "png")
     for number in range(11):
         with Image.open(tmp_path / "png" / "images" / f"{number:05d}.png") as image:
             np.testing.assert_array_equal(np.asarray(image).reshape(6, 7, channels), pixels[number])
     write_parts(tmp_path / "npz", channels=channels)
-    write_measurement(tmp_path / "npz", HEADER, 11, 0, "npz")
+    write_evaluation(tmp_path / "npz", HEADER, 11, 0, "npz")
     with np.load(tmp_path / "npz" / "images.npz", allow_pickle=False) as found:
         assert sorted(found) == ["arr_0", "arr_1"]
         np.testing.assert_array_equal(found["arr_0"], pixels)
         np.testing.assert_array_equal(found["arr_1"], arrays["labels"])
-
-
-def test_images_without_classes_have_no_arr_1(tmp_path):
-    write_parts(tmp_path, classes=False)
-    write_measurement(tmp_path, HEADER, 11, 4, "npz")
-    with np.load(tmp_path / "images.npz") as found:
-        assert sorted(found) == ["arr_0"]
-    assert Measurement.load(tmp_path).labels is None
 
 
 def test_stopped_at_any_moment_and_put_together_again(tmp_path):
@@ -113,39 +104,35 @@ def test_stopped_at_any_moment_and_put_together_again(tmp_path):
     arrays = write_parts(tmp_path / "m")
     np.save(tmp_path / "m" / "features.npy", np.zeros((9, 5), np.float32))
     np.save(tmp_path / "m" / "labels.npy", np.zeros(9, np.int64))
-    (tmp_path / "m" / ".rows.writing").mkdir()
-    (tmp_path / "m" / "rows").mkdir()
-    np.save(tmp_path / "m" / "rows" / "indices.npy", np.zeros(9, np.int64))
-    with pytest.raises(ValueError, match="whose measuring has not ended"):
-        Measurement.load(tmp_path / "m")
-    write_measurement(tmp_path / "m", HEADER, 11, 3)
-    found = Measurement.load(tmp_path / "m")
+    with pytest.raises(ValueError, match="which is not finished"):
+        Evaluation.load(tmp_path / "m")
+    write_evaluation(tmp_path / "m", HEADER, 11, 3)
+    found = Evaluation.load(tmp_path / "m")
     np.testing.assert_array_equal(found.features, arrays["features"][[0, 5, 10]])
     assert len(found.labels) == 3
-    assert not (tmp_path / "m" / "rows").exists()
     write_parts(tmp_path / "none")
     np.save(tmp_path / "none" / "features.npy", np.zeros((9, 5), np.float32))
-    write_measurement(tmp_path / "none", HEADER, 11, 0)
+    write_evaluation(tmp_path / "none", HEADER, 11, 0)
     assert [path.name for path in (tmp_path / "none").iterdir()] == ["statistics.npz"]
 
 
 def test_parts_that_are_not_all_there(tmp_path):
     write_parts(tmp_path / "m")
-    with pytest.raises(ValueError, match="holds 11 images instead of 12"):
-        write_measurement(tmp_path / "m", HEADER, 12, 3)
+    with pytest.raises(ValueError, match="does not hold 12 images"):
+        write_evaluation(tmp_path / "m", HEADER, 12, 3)
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["parts"]
 
 
-def test_what_is_no_measurement(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not a measurement: give a folder with statistics\.npz"):
-        Measurement.load(tmp_path / "nowhere")
+def test_what_is_no_evaluation(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is not an evaluation: give a folder with statistics\.npz"):
+        Evaluation.load(tmp_path / "nowhere")
     statistics = FeatureStatistics(2)
     statistics.update(np.ones((3, 2)))
     statistics.save(tmp_path / "bare" / "statistics.npz", {"note": "mine"})
     with pytest.raises(ValueError, match="does not say by which protocol"):
-        Measurement.load(tmp_path / "bare")
+        Evaluation.load(tmp_path / "bare")
     write_parts(tmp_path / "m")
-    write_measurement(tmp_path / "m", HEADER, 11, 4)
+    write_evaluation(tmp_path / "m", HEADER, 11, 4)
     np.save(tmp_path / "m" / "labels.npy", np.zeros(9, np.int64))
     with pytest.raises(ValueError, match=r"has arrays of different lengths: \{'features': 4, 'probabilities': 4"):
-        Measurement.load(tmp_path / "m")
+        Evaluation.load(tmp_path / "m")

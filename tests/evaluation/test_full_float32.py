@@ -2,6 +2,8 @@
 
 import functools
 import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from imagenet64_diffusion.evaluation import precision_and_recall
 from imagenet64_diffusion.evaluation.extractors import PixelExtractor
-from imagenet64_diffusion.evaluation.float32_precision import full_float32
+from imagenet64_diffusion.evaluation.protocols import full_float32
 from imagenet64_diffusion.tests.commands import training_runs  # noqa: F401 - its server of processes has imported torch
 
 
@@ -48,10 +50,16 @@ MIXED = [
 ]
 
 
-def run_alone(function: functools.partial) -> Any:
-    """What a function answers in a new process, in which nobody has touched the settings."""
-    with multiprocessing.get_context("forkserver").Pool(1) as pool:
-        return pool.apply(function)
+@pytest.fixture(name="run_alone", scope="module")
+def run_alone_fixture() -> Iterator[Callable[..., Any]]:
+    """Calls a function in a new process, forked from one in which nobody has touched the settings."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as untouched:
+        yield lambda *call: untouched.submit(fork, *call).result()
+
+
+def fork(function: Callable[..., Any], *arguments: Any) -> Any:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def say(settings: dict[str, Any]) -> None:
@@ -107,9 +115,9 @@ def observe(settings: dict[str, Any], entered: bool) -> list[dict[str, Any]]:
     [*OLD, *(pytest.param(each, marks=needs_new_settings) for each in MIXED)],
     ids=str,
 )
-def test_all_is_full_inside_and_as_it_was_afterwards(settings):
-    untouched = run_alone(functools.partial(observe, settings, False))
-    inside, *afterwards = run_alone(functools.partial(observe, settings, True))
+def test_all_is_full_inside_and_as_it_was_afterwards(settings, run_alone):
+    untouched = run_alone(observe, settings, False)
+    inside, *afterwards = run_alone(observe, settings, True)
     assert afterwards == untouched
     assert inside["matmul"] == "highest"
     assert inside["cuda.matmul.allow_tf32"] is False
@@ -120,7 +128,7 @@ def test_all_is_full_inside_and_as_it_was_afterwards(settings):
         assert inside["cudnn.allow_tf32"] is False
 
 
-def measure(settings: dict[str, Any]) -> tuple[Any, ...]:
+def compute(settings: dict[str, Any]) -> tuple[Any, ...]:
     """Metrics and features under settings, and whether torch can tell the old one of products."""
     say(settings)
     rng = np.random.default_rng(0)
@@ -130,11 +138,11 @@ def measure(settings: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @needs_new_settings
-def test_settings_that_torch_cannot_read_do_not_hinder():
-    *expected, _ = run_alone(functools.partial(measure, {}))
+def test_settings_that_torch_cannot_read_do_not_hinder(run_alone):
+    *expected, _ = run_alone(compute, {})
     unreadable = 0
     for settings in MIXED:
-        *found, matmul = run_alone(functools.partial(measure, settings))
+        *found, matmul = run_alone(compute, settings)
         assert found == expected
         unreadable += matmul == "cannot be read"
     assert unreadable == 5
