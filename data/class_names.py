@@ -12,19 +12,13 @@ NUM_CLASSES = 1000
 
 
 @functools.cache
-def _rows() -> tuple[tuple[str, str], ...]:
+def _rows() -> list[list[str]]:
     text = (importlib.resources.files(__package__) / "imagenet64_classes.tsv").read_text(encoding="utf-8")
-    rows = tuple((wnid, names) for wnid, names in (line.split("\t") for line in text.splitlines()))
-    if len(rows) != NUM_CLASSES:
-        raise RuntimeError(f"imagenet64_classes.tsv holds {len(rows)} classes instead of {NUM_CLASSES}: reinstall")
-    return rows
+    return [line.split("\t") for line in text.splitlines()]
 
 
 def imagenet64_names() -> list[str]:
-    """Names of the classes, such as ``"tabby, tabby cat"``.
-
-    Each is the comma-joined list of the synset's lemmas and no two are equal: the two synsets called only "crane" say
-    which they are.
+    """Names of the classes, such as ``"tabby, tabby cat"``: the lemmas of each synset, no two equal.
 
     Returns:
         1000 names; the index is the 0-based label.
@@ -42,9 +36,5 @@ def imagenet64_wnids() -> list[str]:
 
 
 def imagenet64_id2label() -> dict[int, str]:
-    """The mapping that a pipeline stores.
-
-    Returns:
-        0-based label -> name, for all 1000 classes in order.
-    """
+    """The mapping that a pipeline stores: 0-based label -> name, for all 1000 classes in order."""
     return dict(enumerate(imagenet64_names()))

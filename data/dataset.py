@@ -1,6 +1,5 @@
 """Reading a prepared folder, in batches."""
 
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from .preparation import LABEL_COLUMN, PIXELS_COLUMN, Preparation
 
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow
 
 
@@ -69,14 +67,10 @@ class PreparedImages(torch.utils.data.Dataset):
         self._open()
 
     def _open(self) -> None:
-        table = _load_table(self.folder)
         # Every image has the same number of bytes, so a record batch of the file is a piece of memory cut into rows.
         self._row_width = self.channels * self.image_size[0] * self.image_size[1]
-        self._labels = _checked_labels(self.folder, table, self.num_classes)
-        _check_pixels(self.folder, table, (self.channels, *self.image_size))
-        if table.num_rows != self.preparation.num_images:
-            raise _damaged(self.folder, f"{table.num_rows:,} images instead of {self.preparation.num_images:,}")
-        chunks = [chunk for chunk in table.column(PIXELS_COLUMN).chunks if len(chunk)]
+        pixels, self._labels = self._checked_columns()
+        chunks = [chunk for chunk in pixels.chunks if len(chunk)]
         self._pieces = [_bytes_of(chunk, self._row_width) for chunk in chunks]
         self._ends = np.cumsum([len(chunk) for chunk in chunks])
         if self._in_memory:
@@ -84,16 +78,45 @@ class PreparedImages(torch.utils.data.Dataset):
             self._ends = self._ends[-1:]
         self._starts = np.concatenate([[0], self._ends[:-1]])
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker process that does not share memory opens the files again instead of getting them piped.
-        state = self.__dict__.copy()
-        for name in ("_pieces", "_starts", "_ends", "_labels"):
-            del state[name]
-        return state
+    def _checked_columns(self) -> tuple["pyarrow.ChunkedArray", np.ndarray]:
+        """Opens the files and looks at every row, but at no pixel."""
+        import datasets
+        import pyarrow
+        import pyarrow.compute
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+        try:
+            table = datasets.load_from_disk(str(self.folder), keep_in_memory=False).data
+            columns = {name: table.column(name) for name in (PIXELS_COLUMN, LABEL_COLUMN)}
+            for column in columns.values():
+                # only whether the buffers are there and as long as they must be, in no time
+                column.validate()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+            raise self._damaged(f"files that cannot be read ({' '.join(str(error).split())})") from error
+        for (name, column), kind in zip(columns.items(), (pyarrow.binary(), pyarrow.int64()), strict=True):
+            if column.type != kind:
+                raise self._damaged(f'a column "{name}" of type {column.type} instead of {kind}')
+        pixels, labels = columns.values()
+        widths = pyarrow.compute.binary_length(pixels).fill_null(-1).to_numpy()
+        wrong = np.flatnonzero(widths != self._row_width)
+        if len(wrong):
+            found = "no pixels" if widths[wrong[0]] < 0 else f"{widths[wrong[0]]:,} bytes"
+            raise self._damaged(f"{found} for image {wrong[0]} instead of {self._row_width:,}")
+        # filled only where something is missing: the labels of all images need not be copied
+        values = (labels.fill_null(-1) if labels.null_count else labels).to_numpy()
+        wrong = np.flatnonzero((values < 0) | (values >= self.num_classes))
+        if len(wrong):
+            found = f"the label {labels[wrong[0]]}"
+            raise self._damaged(f"{found} for image {wrong[0]}, where labels go from 0 to {self.num_classes - 1}")
+        if len(values) != len(self):
+            raise self._damaged(f"{len(values):,} images instead of {len(self):,}")
+        return pixels, values
+
+    def _damaged(self, found: str) -> DataError:
+        return DataError(f"{self.folder} is damaged: it has {found}. Prepare the images again with --overwrite")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker process that does not share memory opens the files again instead of getting them piped.
+        return PreparedImages, (self.folder, self._in_memory)
 
     def __len__(self) -> int:
         return self.preparation.num_images
@@ -150,67 +173,8 @@ class PreparedImages(torch.utils.data.Dataset):
         }
 
 
-def _load_table(folder: pathlib.Path) -> "datasets.table.Table":
-    """Opens the files and looks whether they hold the two columns."""
-    import datasets
-    import pyarrow
-
-    try:
-        table = datasets.load_from_disk(str(folder), keep_in_memory=False).data
-        for name, kind in ((PIXELS_COLUMN, pyarrow.binary()), (LABEL_COLUMN, pyarrow.int64())):
-            if name not in table.column_names:
-                raise _damaged(folder, f'no column "{name}"')
-            column = table.column(name)
-            if column.type != kind:
-                raise _damaged(folder, f'a column "{name}" of type {column.type} instead of {kind}')
-            # only whether the buffers are there and as long as they must be, in no time
-            column.validate()
-    except DataError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
-        raise _damaged(folder, f"files that cannot be read ({' '.join(str(error).split())})") from error
-    return table
-
-
-def _checked_labels(folder: pathlib.Path, table: "datasets.table.Table", num_classes: int) -> np.ndarray:
-    column = table.column(LABEL_COLUMN)
-    labels = column.fill_null(-1).to_numpy() if column.null_count else column.to_numpy()
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        row = int(wrong[0])
-        found = f"the label {labels[row]}" if column[row].is_valid else "no label"
-        raise _damaged(folder, f"{found} for image {row}, where labels go from 0 to {num_classes - 1}")
-    return labels
-
-
-def _check_pixels(folder: pathlib.Path, table: "datasets.table.Table", image_size: tuple[int, int, int]) -> None:
-    """Looks whether every row has the bytes of one image, which is seen from where the rows end."""
-    row_width = math.prod(image_size)
-    start = 0
-    for chunk in table.column(PIXELS_COLUMN).chunks:
-        wrong = np.diff(_row_ends(chunk)) != row_width
-        if chunk.null_count:
-            wrong |= chunk.is_null().to_numpy(zero_copy_only=False)
-        if wrong.any():
-            row = int(wrong.argmax())
-            found = f"{len(chunk[row].as_py()):,} bytes" if chunk[row].is_valid else "no pixels"
-            size = " x ".join(map(str, image_size))
-            raise _damaged(folder, f"{found} for image {start + row} instead of {row_width:,} ({size})")
-        start += len(chunk)
-
-
-def _damaged(folder: pathlib.Path, found: str) -> DataError:
-    return DataError(f"{folder} is damaged: it has {found}. Prepare the images again with --overwrite")
-
-
-def _row_ends(chunk: "pyarrow.BinaryArray") -> np.ndarray:
-    """Returns where the rows of one record batch begin and end in its data: int32 (rows + 1,)."""
-    if len(chunk) == 0:  # which may have no buffers
-        return np.zeros(1, np.int32)
-    return np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-
-
 def _bytes_of(chunk: "pyarrow.BinaryArray", row_width: int) -> memoryview:
-    """Views the pixels of one record batch without copying them."""
-    first = int(_row_ends(chunk)[0])
-    return memoryview(chunk.buffers()[2])[first : first + len(chunk) * row_width]
+    """Views the pixels of one record batch, all of one width, without copying them, as a cast would."""
+    _, ends, data = chunk.buffers()
+    first = int(np.frombuffer(ends, np.int32)[chunk.offset])
+    return memoryview(data)[first : first + len(chunk) * row_width]

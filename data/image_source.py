@@ -1,11 +1,11 @@
-"""Ordinary pictures: a folder with one subfolder a class, or any image dataset that the datasets library opens."""
+"""Ordinary images: a folder with one subfolder a class, or any image dataset that the datasets library opens."""
 
 import concurrent.futures
 import io
 import os
 import pathlib
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import PIL.Image
@@ -13,7 +13,7 @@ import PIL.ImageOps
 
 from ..utils.nearest_names import perhaps
 from .errors import DataError
-from .sources import ImageBlock, ImageStream
+from .sources import MOST_UNNAMED_CLASSES, ImageBlock, ImageStream, check_labels
 
 
 if TYPE_CHECKING:
@@ -27,13 +27,14 @@ RESIZE_FILTERS = {
     "lanczos": PIL.Image.Resampling.LANCZOS,
 }
 
-_IMAGES_AT_ONCE = 256
+# of one channel
+_BLOCK_BYTES = 16 << 20
 
 
 def convert_image(
     image: PIL.Image.Image, resolution: int, resize_filter: str = "box", color_mode: str = "rgb"
 ) -> np.ndarray:
-    """Makes a square picture of one size and colour mode out of any image.
+    """Makes a square image of one size and colour mode out of any image.
 
     The image is turned the way its EXIF orientation says, laid on white where it is transparent, cut to the largest
     square in its middle and resampled. An image that already has the right size keeps its values.
@@ -153,7 +154,7 @@ class ImageDatasetSource:
 
     def __init__(
         self,
-        kind: Literal["imagefolder", "dataset"],
+        kind: str,
         inputs: Sequence[str],
         split: str = "train",
         resolution: int = 64,
@@ -166,13 +167,12 @@ class ImageDatasetSource:
         if not 1 <= len(inputs) <= most:
             wanted = "a folder of class folders" if most == 1 else "a dataset id or folder (and a configuration)"
             raise DataError(f"--input has {len(inputs)} values, but --source {kind} takes {wanted}")
-        self._kind = kind
+        self._kind, self._split = kind, split
         self._input, self._configuration = inputs[0], (inputs[1] if len(inputs) == 2 else None)
         self._folder = pathlib.Path(inputs[0]).expanduser()
         self._is_local = self._folder.exists()
-        self._split = split
         self._convert = (resolution, resize_filter, color_mode)
-        self._image_column, self._label_column = image_column, label_column
+        self._columns = {"image": image_column, "label": label_column}
         if kind == "imagefolder":
             self._folder = _folder_of_classes(self._folder, split)
         self.description: dict[str, Any] = {
@@ -187,7 +187,8 @@ class ImageDatasetSource:
             "label_column": label_column,
         }
         if self._is_local:
-            self.description["files"], self.description["bytes"] = _count_files(self._folder)
+            sizes = [file.stat().st_size for file in _files_under(self._folder)]
+            self.description["files"], self.description["bytes"] = len(sizes), sum(sizes)
         what = "class folders" if kind == "imagefolder" else "dataset"
         self.summary = f"{what} {self._folder if self._is_local else self._input} ({split})"
         self.warnings: list[str] = []
@@ -226,17 +227,21 @@ class ImageDatasetSource:
         import datasets
 
         dataset = self._load(work_folder / "datasets")
-        image_column = self._find_images(dataset.features)
+        image_column = self._column(dataset.features, "image", datasets.Image, ("binary", "string"))
         labels = class_names = label_column = None
         try:
-            label_column, class_names = self._find_labels(dataset.features)
-            labels = _checked_labels(dataset, label_column, class_names, self.summary)
-            if class_names is None:
-                class_names = [str(label) for label in range(int(labels.max(initial=0)) + 1)]
+            label_column = self._column(dataset.features, "label", datasets.ClassLabel, ("int", "uint"))
+            class_names = getattr(dataset.features[label_column], "names", None)
+            stored = np.asarray(dataset.select_columns([label_column]).with_format("numpy")[:][label_column])
+            last = (MOST_UNNAMED_CLASSES if class_names is None else len(class_names)) - 1
+            # the column of no images at all has no type
+            stored = stored if len(stored) else stored.astype(np.int64)
+            labels = check_labels(stored, f'{self.summary}: the column "{label_column}"', len(dataset), 0, last)
+            class_names = class_names or [str(label) for label in range(int(labels.max(initial=0)) + 1)]
         except DataError:
-            if needs_labels or self._label_column is not None:
+            if needs_labels or self._columns["label"] is not None:
                 raise
-            class_names = label_column = None
+            labels = class_names = label_column = None
         # Not decoded by datasets: a broken image must be named, and decoding is shared among threads here.
         images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         return LoadedImages(images, labels, class_names, label_column)
@@ -244,26 +249,17 @@ class ImageDatasetSource:
     def _load(self, cache_folder: pathlib.Path) -> "datasets.Dataset":
         import datasets
 
-        # Copies of local files are for this run only; downloads go where the user keeps those of the Hub.
-        cache_dir = str(cache_folder) if self._is_local else None
+        if self._kind == "imagefolder":
+            return _load_class_folders(self._folder)
         try:
-            if self._kind == "imagefolder":
-                return datasets.load_dataset(
-                    "imagefolder",
-                    # named by hand: left alone, datasets takes class folders called "test" or "train" for splits
-                    data_files={self._split: f"{_escape_glob(str(self._folder.absolute()))}/**"},
-                    split=self._split,
-                    drop_labels=False,
-                    drop_metadata=True,
-                    cache_dir=cache_dir,
-                )
             if self._is_local and any((self._folder / name).exists() for name in ("state.json", "dataset_dict.json")):
                 return self._choose_split(datasets.load_from_disk(str(self._folder), keep_in_memory=False))
             return datasets.load_dataset(
                 str(self._folder) if self._is_local else self._input,
                 self._configuration,
                 split=self._split,
-                cache_dir=cache_dir,
+                # Copies of local files are for this run only; downloads go where the user keeps those of the Hub.
+                cache_dir=str(cache_folder) if self._is_local else None,
             )
         except DataError:
             raise
@@ -286,53 +282,39 @@ class ImageDatasetSource:
             raise DataError(f"--split {self._split}: {self._input} is the split {loaded.split}")
         return loaded
 
-    def _find_images(self, features: "datasets.Features") -> str:
-        import datasets
-
-        image_column = self._column(features, "image", self._image_column, (datasets.Image,))
-        feature = features[image_column]
-        if not (isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "string")):
-            raise DataError(f"--image_column {image_column}: its type is {feature}, which is no image")
-        return image_column
-
-    def _find_labels(self, features: "datasets.Features") -> tuple[str, list[str] | None]:
-        import datasets
-
-        label_column = self._column(features, "label", self._label_column, (datasets.ClassLabel,))
-        feature = features[label_column]
-        if isinstance(feature, datasets.ClassLabel):
-            return label_column, list(feature.names)
-        if "int" not in str(getattr(feature, "dtype", None)):
-            raise DataError(
-                f"--label_column {label_column}: its type is {feature}, but labels are classes or integers"
-            )
-        return label_column, None
-
-    def _column(self, features: "datasets.Features", role: str, named: str | None, types: tuple[type, ...]) -> str:
+    def _column(self, features: "datasets.Features", role: str, kind: type, other_types: tuple[str, ...]) -> str:
+        """Finds the column that was named, or the only one of its kind."""
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-        if named is not None:
-            if named not in features:
-                near = perhaps(named, features)
-                raise DataError(f"--{role}_column {named}: {self._input} has the columns {columns}{near}")
-            return named
-        found = [name for name, feature in features.items() if isinstance(feature, types)]
-        if len(found) != 1:
+        column = self._columns[role]
+        if column is None:
+            found = [name for name, feature in features.items() if isinstance(feature, kind)]
             # integers called "label" are labels, whether or not the classes have names
             if not found and role == "label" and "label" in features:
-                return "label"
-            state = "several columns" if found else "no column"
+                found = ["label"]
+            if len(found) != 1:
+                state = "several columns" if found else "no column"
+                raise DataError(
+                    f"{self._input} has {state} of the type {kind.__name__}; name the {role} column with "
+                    f"--{role}_column. It has {columns}"
+                )
+            column = found[0]
+        elif column not in features:
             raise DataError(
-                f"{self._input} has {state} of the type {types[0].__name__}; name the {role} column with "
-                f"--{role}_column. It has {columns}"
+                f"--{role}_column {column}: {self._input} has the columns {columns}{perhaps(column, features)}"
             )
-        return found[0]
+        feature = features[column]
+        if not isinstance(feature, kind) and not str(getattr(feature, "dtype", "")).startswith(other_types):
+            wanted = f"{kind.__name__} or {' or '.join(other_types)}"
+            raise DataError(f"--{role}_column {column}: its type is {feature} instead of {wanted}")
+        return column
 
     def _blocks(self, images: "datasets.Dataset", labels: np.ndarray) -> Generator[ImageBlock, None, None]:
         image_column = images.column_names[0]
+        images_at_once = min(256, max(1, _BLOCK_BYTES // self._convert[0] ** 2))
         # Threads: the decoders of Pillow run without the interpreter's lock.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(images), _IMAGES_AT_ONCE):
-                stored = images[start : start + _IMAGES_AT_ONCE][image_column]
+            for start in range(0, len(images), images_at_once):
+                stored = images[start : start + images_at_once][image_column]
                 positions = range(start, start + len(stored))
                 pixels = list(pool.map(self._decode, stored, positions))
                 yield ImageBlock(np.stack(pixels), labels[start : start + len(stored)])
@@ -344,61 +326,43 @@ class ImageDatasetSource:
 
 
 def _folder_of_classes(folder: pathlib.Path, split: str) -> pathlib.Path:
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
     if not folder.is_dir():
         raise DataError(f"--input {folder}: no such folder")
     for name in dict.fromkeys([split, {"validation": "val"}.get(split, split)]):
         # a split holds class folders; a class that happens to be called "train" holds images
         if (folder / name).is_dir() and any(child.is_dir() for child in (folder / name).iterdir()):
-            folder = folder / name
-            break
-    else:
-        if split != "train":
-            raise DataError(f"--split {split}: {folder} has no folder {split} that holds class folders")
-    loose = next((path for path in folder.iterdir() if path.is_file() and _is_image(path, ImageFolder)), None)
-    if loose is not None:
-        raise DataError(f"--input {folder}: {loose.name} lies outside of the class folders, so it has no class")
+            return folder / name
+    if split != "train":
+        raise DataError(f"--split {split}: {folder} has no folder {split} that holds class folders")
     return folder
 
 
-def _is_image(path: pathlib.Path, builder: Any) -> bool:
-    return path.suffix.lower() in builder.EXTENSIONS
+def _load_class_folders(folder: pathlib.Path) -> "datasets.Dataset":
+    """Lists the images whose folders are their classes; hidden files and those of other kinds are left out."""
+    import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    paths: list[str] = []
+    labels: list[str] = []
+    for path in _files_under(folder):
+        parts = path.relative_to(folder).parts
+        if path.suffix.lower() in ImageFolder.EXTENSIONS and not any(part.startswith((".", "__")) for part in parts):
+            if len(parts) == 1:
+                raise DataError(f"--input {folder}: {parts[0]} lies outside of the class folders, so it has no class")
+            paths.append(str(path))
+            labels.append(parts[-2])
+    if not paths:
+        raise DataError(f"--input {folder}: there are no folders of images in it, one for each class")
+    features = datasets.Features(
+        image=datasets.Image(decode=False), label=datasets.ClassLabel(names=sorted(set(labels)))
+    )
+    return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
 
 
-def _escape_glob(path: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in path)
-
-
-def _count_files(path: pathlib.Path) -> tuple[int, int]:
-    """Returns number and bytes of all files at or under a path."""
-    if path.is_file():
-        return 1, path.stat().st_size
-    count = total = 0
-    folders = [path]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(pathlib.Path(entry.path))
-                elif entry.is_file():
-                    count += 1
-                    total += entry.stat().st_size
-    return count, total
-
-
-def _checked_labels(
-    dataset: "datasets.Dataset", column: str, class_names: list[str] | None, summary: str
-) -> np.ndarray:
-    labels = np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
-    # a missing label turns the integers into NaN or objects
-    if len(labels) and labels.dtype.kind not in "iu":
-        raise DataError(f'{summary}: some images have no "{column}"')
-    wrong = np.flatnonzero((labels < 0) | (labels >= (len(class_names) if class_names else np.iinfo(np.int32).max)))
-    if len(wrong):
-        raise DataError(
-            f'{summary}: image {wrong[0]} has the "{column}" {labels[wrong[0]]}, but labels go from 0 '
-            + (f"to {len(class_names) - 1}" if class_names else "up")
-            + (" (-1 marks a split without labels)" if labels[wrong[0]] == -1 else "")
-        )
-    return labels.astype(np.int64)
+def _files_under(path: pathlib.Path) -> list[pathlib.Path]:
+    """Lists all files at or under a path, in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    folders = os.walk(path, followlinks=True)
+    files = (pathlib.Path(folder, name) for folder, _, names in folders for name in names)
+    return sorted((file for file in files if file.is_file()), key=str)

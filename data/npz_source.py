@@ -1,4 +1,4 @@
-"""Images of 1 to 64 channels from .npz files.
+"""Images of 1 to 64 channels from .npz files, and the arrays of such files, read in blocks and without pickles.
 
 A file holds "images", uint8 (images, height, width, channels), and "labels", integers (images,) from 0; or the
 same as "arr_0" and "arr_1", which is how numpy.savez calls arrays without a name and how guided-diffusion stores
@@ -6,28 +6,156 @@ its samples. Without labels all images are of one class. "class_names", text (cl
 it their names are the numbers, "0" to the largest label.
 """
 
+import contextlib
 import dataclasses
+import math
 import pathlib
 import re
-from collections.abc import Generator, Sequence
-from typing import Any
+import zipfile
+from collections.abc import Generator, Iterator, Sequence
+from typing import IO, Any
 
 import numpy as np
 
-from .errors import DataError
-from .npz_arrays import NpzArray, array_keys, open_array
-from .sources import ImageBlock, ImageStream
+from .errors import DataError, naming_damage
+from .sources import MOST_UNNAMED_CLASSES, ImageBlock, ImageStream, check_labels
 
 
 MAX_CHANNELS = 64
 
-_IMAGE_KEYS = ("images", "arr_0")
-_LABEL_KEYS = ("labels", "arr_1")
-_NAMES_KEY = "class_names"
-# Without names there is a class for every number up to the largest label, and a stray 2**32 - 1 must not make
-# billions.
-_MOST_UNNAMED_CLASSES = 1 << 16
-_ONLY_CLASS = "image"
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class NpzArray:
+    """An array of a .npz file whose header has been read, and whose elements have not.
+
+    numpy.load reads an array whole, which for a set of images may be more than there is memory.
+
+    Attributes:
+        path: the file.
+        name: what errors call the array.
+        key: the name of the array in the file.
+        shape: its lengths.
+        dtype: the type of its elements, never Python objects.
+        fortran_order: whether the first index runs fastest.
+        crc32: the checksum that the zip keeps of it, as eight hex digits.
+    """
+
+    path: pathlib.Path
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    crc32: str
+
+    def read(self) -> np.ndarray:
+        """Reads the whole array, for small ones such as labels.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        with _opened_member(self.path, self.name, self.key) as (_, member):
+            array = np.lib.format.read_array(member, allow_pickle=False)
+            # the checksum is compared when the end is reached
+            member.read(1)
+        return array
+
+    def read_rows(self, name: str | None = None) -> Iterator[np.ndarray]:
+        """Reads an array in C order in blocks of some megabytes.
+
+        Returns:
+            Arrays (rows, ...) of the array's type, which joined along the first axis are the array; read only.
+
+        Raises:
+            DataError: the file is damaged; a wrong checksum is seen after the last block.
+        """
+        with _opened_member(self.path, self.name, self.key) as (_, member):
+            _read_header(member)
+            yield from read_blocks(member, name or self.name, self.shape, self.dtype)
+            member.read(1)
+
+
+def array_keys(path: pathlib.Path, name: str) -> list[str]:
+    """Lists the arrays of a .npz file, in its order.
+
+    Args:
+        path: the file.
+        name: what errors call it.
+
+    Raises:
+        DataError: it is no whole zip.
+    """
+    with naming_damage(name), zipfile.ZipFile(path) as archive:
+        return [member.removesuffix(".npy") for member in archive.namelist() if member.endswith(".npy")]
+
+
+def open_array(path: pathlib.Path, name: str, key: str) -> NpzArray:
+    """Reads the header of an array.
+
+    Args:
+        path: the file.
+        name: what errors call it.
+        key: the name of the array, one of :func:`array_keys`.
+
+    Raises:
+        DataError: it is no array of numbers or text, or has more or fewer bytes than its shape asks for.
+    """
+    name = f'{name} array "{key}"'
+    with _opened_member(path, name, key) as (entry, member):
+        shape, fortran_order, dtype = _read_header(member)
+        if dtype.hasobject:
+            raise DataError(f"{name} holds Python objects, which are stored as a pickle and never read here")
+        found, right = entry.file_size - member.tell(), math.prod(shape) * dtype.itemsize
+        if found != right:
+            state = "ends early" if found < right else "is longer than its shape asks for"
+            raise DataError(f"{name} {state}: {shape} of {dtype} makes {right:,} bytes, but there are {found:,}")
+    return NpzArray(path, name, key, shape, dtype, fortran_order, f"{entry.CRC:08x}")
+
+
+def read_blocks(opened: IO[bytes], name: str, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Reads the elements of an array in C order, which lie one after the other in a file.
+
+    Args:
+        opened: the file, at the first element.
+        name: what errors call it.
+        shape: (rows, ...).
+        dtype: the type of an element.
+
+    Returns:
+        Read-only arrays (some rows, ...) of some megabytes.
+
+    Raises:
+        DataError: the file ends before the last row.
+    """
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    rows_at_once = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, shape[0], rows_at_once):
+        rows = min(rows_at_once, shape[0] - start)
+        data = opened.read(rows * row_bytes)
+        if len(data) < rows * row_bytes:
+            raise DataError(f"{name} ends early, in row {start + len(data) // row_bytes} of {shape[0]}")
+        yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
+
+
+@contextlib.contextmanager
+def _opened_member(path: pathlib.Path, name: str, key: str) -> Iterator[tuple[zipfile.ZipInfo, IO[bytes]]]:
+    with naming_damage(name), zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{key}.npy")
+        with archive.open(entry) as member:
+            yield entry, member
+
+
+def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(member)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the format")
+    shape, fortran_order, dtype = readers[version](member)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {shape}")
+    return shape, fortran_order, dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +166,6 @@ class _ImageFile:
     images: NpzArray
     labels: NpzArray | None
     class_names: NpzArray | None
-
-    def arrays(self) -> list[NpzArray]:
-        return [array for array in (self.images, self.labels, self.class_names) if array is not None]
 
 
 class NpzSource:
@@ -60,10 +185,18 @@ class NpzSource:
     def __init__(self, inputs: Sequence[str | pathlib.Path], split: str = "train") -> None:
         if split != "train":
             raise DataError(f"--split {split}: .npz files have only the split train; give --input the files to read")
-        self._files = [_open_file(path) for path in _find_files([pathlib.Path(item) for item in inputs])]
+        self._files = [_open_file(path) for path in find_files(inputs, ".npz files", ".npz")]
+        if not self._files:
+            raise DataError(f"--input {' '.join(map(str, inputs))}: the folder holds no .npz file")
         first = self._files[0]
         for file in self._files[1:]:
-            _check_same_kind(file, first)
+            sizes = ["{}x{} with {} channels".format(*item.images.shape[1:]) for item in (file, first)]
+            if sizes[0] != sizes[1]:
+                raise DataError(
+                    f"{file.path} has images of height x width {sizes[0]}, but {first.path} has {sizes[1]}"
+                )
+            if (file.labels is None) != (first.labels is None):
+                raise DataError(f"of {first.path} and {file.path} only one has labels: all files must be alike")
         # The checksums are in the zip anyway, and tell a file from another of the same name and size.
         self.description: dict[str, Any] = {
             "kind": "npz",
@@ -72,7 +205,9 @@ class NpzSource:
                 {
                     "file": file.path.name,
                     "bytes": file.path.stat().st_size,
-                    "crc32": {array.key: array.crc32 for array in file.arrays()},
+                    "crc32": {
+                        array.key: array.crc32 for array in (file.images, file.labels, file.class_names) if array
+                    },
                 }
                 for file in self._files
             ],
@@ -94,57 +229,57 @@ class NpzSource:
         Raises:
             DataError: a label is out of range, files name their classes differently, or a file is damaged.
         """
-        class_names = _common_class_names(self._files)
-        num_classes = None if class_names is None else len(class_names)
-        labels = [_read_labels(file, num_classes) for file in self._files]
+        class_names = _read_class_names(self._files[0])
+        for file in self._files[1:]:
+            if _read_class_names(file) != class_names:
+                raise DataError(
+                    f"{file.path} has other class_names than {self._files[0].path}: all must have the same"
+                )
+        labels = [_read_labels(file, class_names) for file in self._files]
         if class_names is None:
-            if self._files[0].labels is None:
-                class_names = [_ONLY_CLASS]
-            else:
-                class_names = [str(label) for label in range(max(int(values.max()) for values in labels) + 1)]
+            largest = max(int(values.max()) for values in labels)
+            class_names = ["image"] if self._files[0].labels is None else [str(n) for n in range(largest + 1)]
         _, height, width, channels = self._files[0].images.shape
-        return ImageStream(
-            class_names=class_names,
-            image_size=(channels, height, width),
-            num_images=sum(map(len, labels)),
-            blocks=_blocks(self._files, labels),
-        )
+        return ImageStream(class_names, (channels, height, width), sum(map(len, labels)), self._blocks(labels))
+
+    def _blocks(self, labels: list[np.ndarray]) -> Generator[ImageBlock, None, None]:
+        for file, labels_of_file in zip(self._files, labels, strict=True):
+            start = 0
+            for images in file.images.read_rows():
+                yield ImageBlock(images.transpose(0, 3, 1, 2), labels_of_file[start : start + len(images)])
+                start += len(images)
 
 
-def _blocks(files: Sequence[_ImageFile], labels: Sequence[np.ndarray]) -> Generator[ImageBlock, None, None]:
-    for file, labels_of_file in zip(files, labels, strict=True):
-        start = 0
-        for images in file.images.read_rows():
-            yield ImageBlock(images.transpose(0, 3, 1, 2), labels_of_file[start : start + len(images)])
-            start += len(images)
+def find_files(
+    inputs: Sequence[str | pathlib.Path], what: str, ending: str = "", deep: bool = False
+) -> list[pathlib.Path]:
+    """Lists files that were named and those in folders that were, without hidden ones, which macOS leaves.
 
+    Args:
+        inputs: files, in their order, and folders.
+        what: what the inputs should be, for errors.
+        ending: of the files that are taken from a folder, in lower case.
+        deep: whether to look one folder further down, too.
 
-def _find_files(inputs: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    Raises:
+        DataError: there are no inputs, one does not exist, or a file is named twice.
+    """
     if not inputs:
-        raise DataError("--input is missing: give the .npz files, or the folder that holds them")
+        raise DataError(f"--input is missing: give the {what}, or the folder that holds them")
     found: list[pathlib.Path] = []
-    for item in inputs:
-        item = item.expanduser()
-        if item.is_dir():
-            # macOS leaves hidden files beside those it copies
-            inside = [path for path in item.glob("*") if path.suffix.lower() == ".npz" and path.name[0] != "."]
-            if not inside:
-                raise DataError(f"--input {item}: the folder holds no .npz file")
-            found += sorted(inside, key=natural_order)
-        elif not item.exists():
+    for item in (pathlib.Path(item).expanduser() for item in inputs):
+        if not item.exists():
             raise DataError(f"--input {item}: no such file or folder")
-        elif item.suffix.lower() == ".npy":
-            raise DataError(
-                f"--input {item}: a .npy file is one array; store images and labels together with "
-                "numpy.savez(file, images=..., labels=...)"
-            )
+        if item.is_dir():
+            inside = [*item.glob("*"), *(item.glob("*/*") if deep else ())]
+            inside = [path for path in inside if path.name.lower().endswith(ending) and path.name[0] != "."]
+            found += sorted(inside, key=natural_order)
         else:
             found.append(item)
-    seen = set()
-    for path in found:
-        if path.resolve() in seen:
-            raise DataError(f"--input names {path} twice: its images would be there twice")
-        seen.add(path.resolve())
+    resolved = [path.resolve() for path in found]
+    for index, path in enumerate(resolved):
+        if path in resolved[:index]:
+            raise DataError(f"--input names {found[index]} twice: its images would be there twice")
     return found
 
 
@@ -154,23 +289,30 @@ def natural_order(path: pathlib.PurePath) -> list[list[int | str]]:
 
 
 def _open_file(path: pathlib.Path) -> _ImageFile:
-    name = str(path)
-    keys = array_keys(path, name)
-    image_key, label_key = (_only_key(name, keys, wanted) for wanted in (_IMAGE_KEYS, _LABEL_KEYS))
-    if image_key is None:
+    if path.suffix.lower() == ".npy":
+        raise DataError(
+            f"--input {path}: a .npy file is one array; store images and labels together with "
+            "numpy.savez(file, images=..., labels=...)"
+        )
+    keys = array_keys(path, str(path))
+    arrays = []
+    for wanted in (("images", "arr_0"), ("labels", "arr_1"), ("class_names",)):
+        found = [key for key in wanted if key in keys]
+        if len(found) > 1:
+            raise DataError(f'{path} has both "{found[0]}" and "{found[1]}": store one of them only')
+        arrays.append(open_array(path, str(path), found[0]) if found else None)
+    images, labels, class_names = arrays
+    if images is None:
         held = ", ".join(f'"{key}"' for key in keys) or "no array"
         published = {"data", "labels"} <= set(keys)
         hint = "; batches of ImageNet-64 as published are read with --source imagenet64" if published else ""
-        raise DataError(f'{name} has no array "images" or "arr_0": it holds {held}{hint}')
-    images = open_array(path, name, image_key)
+        raise DataError(f'{path} has no array "images" or "arr_0": it holds {held}{hint}')
     _check_images(images)
-    labels = None if label_key is None else open_array(path, name, label_key)
     if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
         raise DataError(
             f"{labels.name} is {labels.dtype} of shape {labels.shape} instead of {images.shape[0]} integers, "
-            f'one for each image of "{image_key}"'
+            "one for each image"
         )
-    class_names = open_array(path, name, _NAMES_KEY) if _NAMES_KEY in keys else None
     if class_names is not None and (class_names.dtype.kind != "U" or len(class_names.shape) != 1):
         raise DataError(
             f"{class_names.name} is {class_names.dtype} of shape {class_names.shape} instead of text (classes,), "
@@ -179,102 +321,40 @@ def _open_file(path: pathlib.Path) -> _ImageFile:
     return _ImageFile(path, images, labels, class_names)
 
 
-def _only_key(name: str, keys: Sequence[str], wanted: Sequence[str]) -> str | None:
-    found = [key for key in wanted if key in keys]
-    if len(found) > 1:
-        raise DataError(f'{name} has both "{found[0]}" and "{found[1]}": store one of them only')
-    return found[0] if found else None
-
-
 def _check_images(images: NpzArray) -> None:
-    right = "(images, height, width, channels)"
-    if images.dtype != np.uint8:
-        hint = "; floating-point images are not scaled here, as nobody says what their range is"
+    shape = images.shape
+    if images.dtype != np.uint8 or len(shape) != 4 or 0 in shape or shape[-1] > MAX_CHANNELS or images.fortran_order:
         raise DataError(
-            f"{images.name} is {images.dtype} instead of uint8 (0 to 255){hint if images.dtype.kind == 'f' else ''}"
+            f"{images.name} is {images.dtype} of shape {shape}{' in Fortran order' * images.fortran_order} instead of "
+            f"uint8 (images, height, width, channels), 0 to 255, with 1 to {MAX_CHANNELS} channels"
         )
-    if len(images.shape) != 4:
-        hint = "; images of one channel have a last axis of length 1" if len(images.shape) == 3 else ""
-        raise DataError(f"{images.name} has shape {images.shape} instead of {right}{hint}")
-    if 0 in images.shape:
-        raise DataError(f"{images.name} has shape {images.shape}: there are no pixels in it")
-    _, height, width, channels = images.shape
+    _, height, width, channels = shape
     # Planes one after the other can pass for very flat images of very many channels, and would train like that.
     if height < width == channels or height <= 4 < min(width, channels):
         raise DataError(
-            f"{images.name} has shape {images.shape}, which looks like (images, channels, height, width) instead of "
-            f"{right}: numpy.moveaxis(images, 1, -1) puts the channels last"
+            f"{images.name} has shape {shape}, which looks like (images, channels, height, width) instead of (images, "
+            "height, width, channels): numpy.moveaxis(images, 1, -1) puts the channels last"
         )
-    if channels > MAX_CHANNELS:
-        raise DataError(
-            f"{images.name} has {channels} channels (the last axis of {images.shape}), but at most "
-            f"{MAX_CHANNELS} are read"
-        )
-    if images.fortran_order:
-        raise DataError(
-            f"{images.name} is stored column after column (Fortran order) instead of image after image: "
-            "store numpy.ascontiguousarray(images)"
-        )
-
-
-def _check_same_kind(file: _ImageFile, first: _ImageFile) -> None:
-    sizes = ["{}x{} with {} channels".format(*item.images.shape[1:]) for item in (file, first)]
-    if sizes[0] != sizes[1]:
-        raise DataError(
-            f"{file.path} has images of height x width {sizes[0]}, but {first.path} has {sizes[1]}: all files must "
-            "be alike"
-        )
-    if (file.labels is None) != (first.labels is None):
-        without, with_labels = (file, first) if file.labels is None else (first, file)
-        raise DataError(
-            f'{without.path} has no array "labels" or "arr_1", but {with_labels.path} has one: all files must be alike'
-        )
-
-
-def _common_class_names(files: Sequence[_ImageFile]) -> list[str] | None:
-    first = _read_class_names(files[0])
-    for file in files[1:]:
-        names = _read_class_names(file)
-        if names != first:
-            named = ["no class_names" if value is None else f"the class_names {value}" for value in (names, first)]
-            # a thousand names would bury the sentence
-            short = [f"{text[:100]}..." if len(text) > 100 else text for text in named]
-            raise DataError(
-                f"{file.path} has {short[0]}, but {files[0].path} has {short[1]}: all files must name the same "
-                "classes in the same order"
-            )
-    return first
 
 
 def _read_class_names(file: _ImageFile) -> list[str] | None:
     if file.class_names is None:
         return None
-    stored = file.class_names.read()
-    stored = stored.astype(stored.dtype.newbyteorder("<"))
-    try:
-        # decoded by hand: numpy makes strings of any four bytes, also of those that are no character
-        names = [stored[index : index + 1].tobytes().decode("utf-32-le").rstrip("\0") for index in range(len(stored))]
-    except ValueError as error:
-        raise DataError(f"{file.class_names.name} holds what is no text ({error})") from error
+    with naming_damage(file.class_names.name):
+        names = file.class_names.read().tolist()
+        # numpy makes strings also of half characters
+        "".join(names).encode()
     if "" in names or not names:
-        state = f"nothing as the name of class {names.index('')}" if names else "no name"
-        raise DataError(f"{file.class_names.name} holds {state}: every class needs a name")
+        raise DataError(f"{file.class_names.name} is {names!r:.100}, but every class needs a name")
     return names
 
 
-def _read_labels(file: _ImageFile, num_classes: int | None) -> np.ndarray:
-    """Returns the labels of one file: int64 (images,), from 0 to num_classes - 1."""
+def _read_labels(file: _ImageFile, class_names: list[str] | None) -> np.ndarray:
+    """Returns the labels of one file: int64 (images,), from 0 to the number of classes less one."""
+    num_images = file.images.shape[0]
     if file.labels is None:
-        if num_classes not in (None, 1):
-            raise DataError(f'{file.path} has {num_classes} class_names, but no array "labels" or "arr_1"')
-        return np.zeros(file.images.shape[0], np.int64)
-    labels = file.labels.read()
-    most = _MOST_UNNAMED_CLASSES if num_classes is None else num_classes
-    wrong = np.flatnonzero((labels < 0) | (labels >= most))
-    if len(wrong):
-        reason = " without class_names" if num_classes is None else f", as there are {num_classes} class_names"
-        raise DataError(
-            f"{file.labels.name} has the label {labels[wrong[0]]} for image {wrong[0]}; labels go from 0 to "
-            f"{most - 1}{reason}"
-        )
-    return labels.astype(np.int64)
+        if class_names is not None and len(class_names) != 1:
+            raise DataError(f'{file.path} has {len(class_names)} class_names, but no array "labels" or "arr_1"')
+        return np.zeros(num_images, np.int64)
+    last = (MOST_UNNAMED_CLASSES if class_names is None else len(class_names)) - 1
+    return check_labels(file.labels.read(), file.labels.name, num_images, 0, last)

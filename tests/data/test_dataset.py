@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 import torch
 
-from imagenet64_diffusion.data import preparation as preparation_module
+from imagenet64_diffusion.data import npz_source
 from imagenet64_diffusion.data.class_names import imagenet64_id2label
 from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
 from imagenet64_diffusion.data.errors import DataError
@@ -20,9 +20,8 @@ from imagenet64_diffusion.data.sampling import GlobalBatchSampler
 
 @pytest.fixture
 def prepared(tmp_path, make_batches, write_zips, monkeypatch) -> tuple[pathlib.Path, torch.Tensor, torch.Tensor]:
-    """A folder of many small record batches and shards, and what it holds."""
-    monkeypatch.setattr(preparation_module, "_RECORD_BATCH_BYTES", 192 * 50)
-    monkeypatch.setattr(preparation_module, "_RECORD_BATCHES_PER_SHARD", 4)
+    """A folder of many small record batches, and what it holds."""
+    monkeypatch.setattr(npz_source, "_BLOCK_BYTES", 192 * 50)
     batches = make_batches(num_images=67)
     write_prepared(tmp_path / "prepared", PublishedSource(write_zips(tmp_path, batches)))
     pixels = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, 3, 8, 8)
@@ -152,7 +151,7 @@ def test_rows_written_by_datasets_are_read(tmp_path, in_memory):
 @pytest.mark.parametrize(
     ("columns", "found"),
     [
-        ({"pixels": with_row(ROWS, 25, b"1234567")}, r"7 bytes for image 25 instead of 8 \(2 x 2 x 2\)"),
+        ({"pixels": with_row(ROWS, 25, b"1234567")}, r"7 bytes for image 25 instead of 8"),
         ({"pixels": with_row(ROWS, 0, b"123456789")}, "9 bytes for image 0 instead of 8"),
         ({"pixels": with_row(ROWS, 29, b"")}, "0 bytes for image 29 instead of 8"),
         ({"pixels": with_row(with_row(ROWS, 12, None), 22, b"")}, "no pixels for image 12 instead of 8"),
@@ -160,11 +159,11 @@ def test_rows_written_by_datasets_are_read(tmp_path, in_memory):
         ({"pixels": with_row(with_row(ROWS, 14, b"1234"), 15, b"123456789012")}, "4 bytes for image 14 instead of 8"),
         ({"pixels": [row.decode() for row in ROWS]}, 'a column "pixels" of type string instead of binary'),
         ({"pixels": pyarrow.array(ROWS, pyarrow.large_binary())}, 'a column "pixels" of type large_binary'),
-        ({"image": ROWS}, 'no column "pixels"'),
-        ({"pixels": ROWS, "labels": LABELS}, 'no column "label"'),
+        ({"image": ROWS}, 'files that cannot be read .*"pixels" does not exist'),
+        ({"pixels": ROWS, "labels": LABELS}, 'files that cannot be read .*"label" does not exist'),
         ({"pixels": ROWS, "label": with_row(LABELS, 17, 3)}, "the label 3 for image 17, where labels go from 0 to 2"),
         ({"pixels": ROWS, "label": with_row(LABELS, 28, -1)}, "the label -1 for image 28"),
-        ({"pixels": ROWS, "label": with_row(LABELS, 11, None)}, "no label for image 11"),
+        ({"pixels": ROWS, "label": with_row(LABELS, 11, None)}, "the label None for image 11"),
         ({"pixels": ROWS, "label": [str(label) for label in LABELS]}, 'a column "label" of type string instead of'),
         ({"pixels": ROWS[:-1], "label": LABELS[:-1]}, "29 images instead of 30"),
         ({"pixels": ROWS * 2, "label": LABELS * 2}, "60 images instead of 30"),

@@ -136,11 +136,11 @@ def test_wrong_folders(class_folders, tmp_path):
     with pytest.raises(DataError, match="--input has 2 values"):
         ImageDatasetSource("imagefolder", ["a", "b"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty --split train: cannot be loaded"):
+    with pytest.raises(DataError, match=r"empty: there are no folders of images"):
         read_all(ImageDatasetSource("imagefolder", [str(tmp_path / "empty")]), tmp_path / "work")
     noise((8, 8)).save(class_folders / "loose.png")
     with pytest.raises(DataError, match=r"loose\.png lies outside"):
-        ImageDatasetSource("imagefolder", [str(class_folders)])
+        read_all(ImageDatasetSource("imagefolder", [str(class_folders)]), tmp_path / "work")
     (class_folders / "loose.png").unlink()
     broken = class_folders / "cat" / "1.png"
     for content in (broken.read_bytes()[:200], b"", b"<html>"):
@@ -190,12 +190,29 @@ def test_parquet_files_and_integer_labels(tmp_path):
     ("dataset", "options", "message"),
     [
         (lambda: image_dataset(datasets.Value("int64"), [1]), {}, "has no column of the type ClassLabel"),
-        (lambda: image_dataset(datasets.Value("int64"), [-1]), {"label_column": "animal"}, 'the "animal" -1, but'),
-        (lambda: image_dataset(datasets.Value("int64"), [1, None]), {"label_column": "animal"}, 'have no "animal"'),
+        (
+            lambda: image_dataset(datasets.Value("int64"), [-1]),
+            {"label_column": "animal"},
+            '"animal" has the label -1 for image 0, but',
+        ),
+        (
+            lambda: image_dataset(datasets.Value("int64"), [1, None]),
+            {"label_column": "animal"},
+            '"animal" is .* instead of 2 integers',
+        ),
+        (lambda: image_dataset(datasets.Value("int64"), [2**31 - 2]), {"label_column": "animal"}, "from 0 to 65535"),
         (lambda: image_dataset(datasets.ClassLabel(names=["a"]), [-1]), {}, "marks a split without labels"),
-        (lambda: image_dataset(datasets.Value("string"), ["a"]), {"label_column": "animal"}, "classes or integers"),
+        (
+            lambda: image_dataset(datasets.Value("string"), ["a"]),
+            {"label_column": "animal"},
+            "instead of ClassLabel or int",
+        ),
         (lambda: image_dataset(datasets.Value("int64"), [1]), {"label_column": "size"}, "has the columns picture"),
-        (lambda: image_dataset(datasets.Value("int64"), [1]), {"image_column": "animal"}, "no column of|is no image"),
+        (
+            lambda: image_dataset(datasets.Value("int64"), [1]),
+            {"image_column": "animal"},
+            "no column of|instead of Image",
+        ),
         (lambda: datasets.Dataset.from_dict({"label": [1]}), {}, "has no column of the type Image"),
     ],
 )

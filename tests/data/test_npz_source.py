@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from imagenet64_diffusion.data import npz_arrays
+from imagenet64_diffusion.data import npz_source
 from imagenet64_diffusion.data.errors import DataError
 from imagenet64_diffusion.data.npz_source import NpzSource
 from imagenet64_diffusion.data.preparation import write_prepared
@@ -58,7 +58,7 @@ def refused(paths: pathlib.Path | list[pathlib.Path], message: str) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 64])
 def test_every_number_of_channels(tmp_path, save, channels, monkeypatch):
     # some images to a block, so that blocks have to be joined
-    monkeypatch.setattr(npz_arrays, "_BLOCK_BYTES", 64 * 80 * channels)
+    monkeypatch.setattr(npz_source, "_BLOCK_BYTES", 64 * 80 * channels)
     path = tmp_path / "images.npz"
     for height, width in ((80, 80), (8, 8), (80, 64), (8, 24)):
         images, labels = make(height=height, width=width, channels=channels)
@@ -184,39 +184,42 @@ def wrong_arrays():
         ({"pictures": images}, 'no array "images" or "arr_0": it holds "pictures"$'),
         ({"images": images, "arr_0": labels}, 'has both "images" and "arr_0"'),
         ({"arr_0": images, "arr_1": labels, "labels": labels}, 'has both "labels" and "arr_1"'),
-        ({"images": images / 255.0}, r'array "images" is float64 instead of uint8 \(0 to 255\); floating-point'),
-        ({"images": images.astype(np.uint16)}, 'array "images" is uint16 instead of uint8'),
-        ({"images": rows}, r"shape \(10, 12288\) instead of \(images, height, width, channels\)$"),
-        ({"images": images[..., 0]}, r"shape \(50, 6, 6\) instead of .*; images of one channel have a last axis"),
-        ({"images": images[:0], "labels": labels[:0]}, r"shape \(0, 6, 6, 5\): there are no pixels"),
-        ({"images": images[..., :0]}, "there are no pixels"),
+        ({"images": images / 255.0}, 'array "images" is float64 of shape .* instead of uint8'),
+        ({"images": images.astype(np.uint16)}, 'array "images" is uint16 of shape'),
+        ({"images": rows}, r"shape \(10, 12288\) instead of uint8"),
+        ({"images": images[..., 0]}, r"shape \(50, 6, 6\) instead of"),
+        ({"images": images[:0], "labels": labels[:0]}, r"shape \(0, 6, 6, 5\) instead of uint8"),
+        ({"images": images[..., :0]}, "instead of uint8"),
         ({"images": planes}, r"\(50, 3, 16, 16\), which looks like \(images, channels, height, width\).*moveaxis"),
         ({"images": planes[:, :, :, :12]}, r"\(50, 3, 16, 12\), which looks like"),
-        ({"images": make(height=80, width=80, channels=65)[0]}, "has 65 channels .* at most 64"),
-        ({"images": np.asfortranarray(images)}, "Fortran order.*numpy.ascontiguousarray"),
+        ({"images": make(height=80, width=80, channels=65)[0]}, "1 to 64 channels"),
+        ({"images": np.asfortranarray(images)}, "in Fortran order"),
         ({"images": images, "labels": labels[:-1]}, r'"labels" is int64 of shape \(49,\) instead of 50 integers'),
         ({"images": images, "labels": labels * 1.0}, '"labels" is float64 .* instead of 50 integers'),
         ({"images": images, "labels": labels > 0}, '"labels" is bool'),
         ({"images": images, "labels": labels[:, None]}, r"of shape \(50, 1\) instead of 50 integers"),
         ({"arr_0": images, "arr_1": np.array(["cat"] * 50)}, '"arr_1" is <U3 of shape .* instead of 50 integers'),
-        ({"images": images, "labels": np.where(np.arange(50) == 9, -1, 0)}, "has the label -1 for image 9; .* from 0"),
+        (
+            {"images": images, "labels": np.where(np.arange(50) == 9, -1, 0)},
+            "has the label -1 for image 9, but labels go from 0",
+        ),
         (
             {"images": images, "labels": np.full(50, -1).astype(np.uint32)},
-            "has the label 4294967295 for image 0; labels go from 0 to 65535 without class_names",
+            "has the label 4294967295 for image 0, but labels go from 0 to 65535",
         ),
         (
             {"images": images, "labels": np.arange(50), "class_names": np.array([f"c{i}" for i in range(40)])},
-            "has the label 40 for image 40; labels go from 0 to 39, as there are 40 class_names",
+            "has the label 40 for image 40, but labels go from 0 to 39",
         ),
         ({"images": images, "class_names": np.array([b"cat"])}, r'"class_names" is \|S3 of shape \(1,\) instead of'),
         ({"images": images, "class_names": np.array("cat")}, r'"class_names" is <U3 of shape \(\) instead of text'),
-        ({"images": images, "class_names": np.array([], "U1")}, "holds no name: every class needs a name"),
-        ({"images": images, "class_names": np.array(["a", "", "c"])}, "holds nothing as the name of class 1"),
-        ({"images": images, "class_names": np.array([""])}, "holds nothing as the name of class 0"),
-        ({"images": images, "class_names": np.array(["\ud800"])}, "holds what is no text"),
+        ({"images": images, "class_names": np.array([], "U1")}, "every class needs a name"),
+        ({"images": images, "class_names": np.array(["a", "", "c"])}, "every class needs a name"),
+        ({"images": images, "class_names": np.array([""])}, "every class needs a name"),
+        ({"images": images, "class_names": np.array(["\ud800"])}, "cannot be read"),
         (
             {"images": images, "class_names": np.array([0x7FFFFFFF], "<u4").view("<U1")},
-            "holds what is no text",
+            "cannot be read",
         ),
     ]
 
@@ -259,9 +262,9 @@ def test_objects_are_refused_and_not_unpickled(tmp_path, key):
             r"two\.npz has images of height x width 6x6 with 4 channels, but .*one\.npz",
         ),
         ({"images": make(width=8)[0]}, "height x width 6x8 with 5 channels, but .* 6x6 with 5"),
-        ({"labels": None}, r'two\.npz has no array "labels" or "arr_1", but .*one\.npz has one'),
-        ({"class_names": None}, r"two\.npz has no class_names, but .*one\.npz has the class_names \['a', 'b'"),
-        ({"class_names": np.array(list("bacdefg"))}, r"two\.npz has the class_names \['b', 'a'.* in the same order"),
+        ({"labels": None}, r"of .*one\.npz and .*two\.npz only one has labels"),
+        ({"class_names": None}, r"two\.npz has other class_names than .*one\.npz"),
+        ({"class_names": np.array(list("bacdefg"))}, r"two\.npz has other class_names than .*one\.npz"),
     ],
 )
 def test_files_that_do_not_belong_together(tmp_path, arrays, message):
@@ -280,14 +283,14 @@ def test_damaged_files(tmp_path):
         whole = path.read_bytes()
         for length in (0, 10, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:length])
-            refused(path, r"images\.npz is not a whole zip")
+            refused(path, r"images\.npz.* cannot be read")
         # a flipped byte among the pixels is found by the checksum
         changed = bytearray(whole)
         changed[len(whole) // 2] ^= 0xFF
         path.write_bytes(changed)
-        refused(path, r"images\.npz is not a whole zip")
+        refused(path, r"images\.npz.* cannot be read")
     path.write_bytes(b"<!DOCTYPE html>")
-    refused(path, r"images\.npz is not a whole zip")
+    refused(path, r"images\.npz.* cannot be read")
 
 
 def test_any_damaged_byte_is_a_data_error_or_does_no_harm(tmp_path):
@@ -329,13 +332,13 @@ def test_damaged_members(tmp_path):
         ({"images.npy": pixels[:-1]}, r'array "images" ends early: \(50, 6, 6, 5\) of uint8 makes 9,000 bytes'),
         ({"images.npy": pixels + b"1"}, 'array "images" is longer than its shape asks for'),
         ({"labels.npy": members["labels.npy"][:-1]}, 'array "labels" ends early'),
-        ({"images.npy": b""}, 'array "images" is not a plain numpy array'),
-        ({"images.npy": pixels[:60]}, 'array "images" is not a plain numpy array'),
-        ({"images.npy": b"<html>"}, 'array "images" is not a plain numpy array'),
+        ({"images.npy": b""}, 'array "images" cannot be read'),
+        ({"images.npy": pixels[:60]}, 'array "images" cannot be read'),
+        ({"images.npy": b"<html>"}, 'array "images" cannot be read'),
         ({"images.npy": version_3.getvalue()}, r"version \(3, 0\) of the format"),
-        ({"images.npy": pixels.replace(b"(50, 6", b"(-50,6")}, "is not a plain numpy array"),
-        ({"images.npy": header.replace(b"}", b"(")}, "is not a plain numpy array"),
-        ({"images.npy": header.replace(b"'descr'", b"__import")}, "is not a plain numpy array"),
+        ({"images.npy": pixels.replace(b"(50, 6", b"(-50,6")}, "cannot be read"),
+        ({"images.npy": header.replace(b"}", b"(")}, "cannot be read"),
+        ({"images.npy": header.replace(b"'descr'", b"__import")}, "cannot be read"),
     ]:
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in (members | changed).items():
@@ -354,9 +357,9 @@ def test_arrays_that_are_read_whole(tmp_path):
     }
     path = tmp_path / "arrays.npz"
     np.savez(path, **arrays)
-    assert npz_arrays.array_keys(path, "arrays") == list(arrays)
+    assert npz_source.array_keys(path, "arrays") == list(arrays)
     with np.load(path) as expected:
         for key in arrays:
-            array = npz_arrays.open_array(path, "arrays", key)
+            array = npz_source.open_array(path, "arrays", key)
             np.testing.assert_array_equal(array.read(), expected[key], strict=True)
             assert (array.shape, array.dtype) == (expected[key].shape, expected[key].dtype)

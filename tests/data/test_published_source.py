@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagenet64_diffusion.data.class_names import imagenet64_names
-from imagenet64_diffusion.data.errors import DataError, UnsafePickleError
+from imagenet64_diffusion.data.errors import DataError
 from imagenet64_diffusion.data.published_source import PublishedSource
 
 
@@ -94,7 +94,7 @@ def test_validation_split(tmp_path, make_batches, write_zips):
 
 
 def test_blocks_join_across_record_size(tmp_path, make_batches, monkeypatch):
-    monkeypatch.setattr("imagenet64_diffusion.data.npz_arrays._BLOCK_BYTES", 192 * 10)
+    monkeypatch.setattr("imagenet64_diffusion.data.npz_source._BLOCK_BYTES", 192 * 10)
     batches = make_batches(1, 1003)
     path = write_batch(tmp_path / "train_data_batch_1", *batches[0])
     assert_reads(PublishedSource([path]), tmp_path / "work", batches)
@@ -124,7 +124,10 @@ def test_a_batch_twice_is_an_error(tmp_path, make_batches, write_zips):
     batches = make_batches()
     write_zips(tmp_path, batches)
     write_batch(tmp_path / "train_data_batch_3", *batches[2])
-    with pytest.raises(DataError, match=r"train_data_batch_3 is there twice: .*part1\.zip.* and .*train_data_batch_3"):
+    with pytest.raises(
+        DataError,
+        match=r"part1\.zip.* and .*train_data_batch_3 are the same batch|train_data_batch_3 and .*part1\.zip",
+    ):
         PublishedSource([tmp_path])
 
 
@@ -133,19 +136,17 @@ def test_inputs_without_batches(tmp_path, make_batches):
         PublishedSource([])
     with pytest.raises(DataError, match=r"nowhere: no such file"):
         PublishedSource([tmp_path / "nowhere"])
-    with pytest.raises(DataError, match="no train_data_batch_1 to 10"):
+    with pytest.raises(DataError, match="holds no train_data_batch_1 to 10"):
         PublishedSource([tmp_path])
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(DataError, match=r"notes\.txt: holds neither"):
+    with pytest.raises(DataError, match=r"notes\.txt: holds no"):
         PublishedSource([tmp_path / "notes.txt"])
     np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8), [0, 1])
-    with pytest.raises(DataError, match=r"images\.npz: holds neither .*--source npz"):
+    with pytest.raises(DataError, match=r"images\.npz: holds no .*--source npz"):
         PublishedSource([tmp_path / "images.npz"])
     val = write_batch(tmp_path / "val_data", *make_batches(1)[0])
-    with pytest.raises(DataError, match="there is the other split"):
+    with pytest.raises(DataError, match="--split validation val_data"):
         PublishedSource([val])
-    with pytest.raises(DataError, match="would be batch 11"):
-        PublishedSource([write_batch(tmp_path / "train_data_batch_11", *make_batches(1)[0])])
     with pytest.raises(DataError, match="--split test"):
         PublishedSource([tmp_path], "test")
 
@@ -154,16 +155,16 @@ def test_broken_zips(tmp_path, make_batches, write_zips):
     part1, _ = write_zips(tmp_path, make_batches())
     whole = part1.read_bytes()
     part1.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"part1\.zip is not a whole zip"):
+    with pytest.raises(DataError, match=r"part1\.zip cannot be read"):
         PublishedSource([part1])
     part1.write_bytes(b"<!DOCTYPE html><html>Not found</html>")
-    with pytest.raises(DataError, match=r"part1\.zip is not a whole zip"):
+    with pytest.raises(DataError, match=r"part1\.zip cannot be read"):
         PublishedSource([part1])
     # a flipped byte in the middle of an entry is found by its checksum
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 0xFF
     part1.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"part1\.zip, entry train_data_batch_3, is not a whole zip"):
+    with pytest.raises(DataError, match=r"part1\.zip entry train_data_batch_3 cannot be read"):
         read_all(PublishedSource([part1]), tmp_path / "work")
 
 
@@ -172,9 +173,9 @@ def test_truncated_and_malicious_entries_are_named(tmp_path, make_batches):
     whole = pickle.dumps({"data": pixels, "labels": labels})
     path = tmp_path / "part1.zip"
     for content, error, message in [
-        (whole[:-50], DataError, r"part1\.zip, entry train_data_batch_1, is not a whole pickle"),
-        (b"cposix\nsystem\n.", UnsafePickleError, r"part1\.zip, entry train_data_batch_1, wants posix\.system"),
-        (b"<html>", DataError, r"part1\.zip, entry train_data_batch_1, is a web page"),
+        (whole[:-50], DataError, r"part1\.zip entry train_data_batch_1 cannot be read"),
+        (b"cposix\nsystem\n.", DataError, r"part1\.zip entry train_data_batch_1 .*wants posix\.system"),
+        (b"<html>", DataError, r"part1\.zip entry train_data_batch_1 is a web page"),
     ]:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("train_data_batch_1", content)
@@ -187,23 +188,23 @@ def wrong_contents():
     labels = list(range(1, 11))
     return [
         (([pixels], labels), 'has a list as "data"'),
-        ((pixels.astype(np.float32), labels), 'has "data" of type float32 instead of uint8'),
-        ((pixels.astype(np.int8), labels), "of type int8 instead of uint8"),
-        ((pixels.reshape(10, 3, 8, 8), labels), r"of shape \(10, 3, 8, 8\) instead of"),
-        ((pixels[:, :191], labels), r"of shape \(10, 191\) instead of"),
-        ((pixels[:, :189], labels), r"of shape \(10, 189\) instead of"),
-        ((pixels[:0], []), r"of shape \(0, 192\) instead of"),
-        ((np.asfortranarray(pixels), labels), "column after column"),
-        ((pixels, labels[:-1]), "has 9 labels for 10 images"),
-        ((pixels, [0, *labels[1:]]), "has the label 0 for its image 0; labels go from 1 to 1000"),
-        ((pixels, [*labels[1:], 1001]), "has the label 1001 for its image 9; labels go from 1 to 1000"),
+        ((pixels.astype(np.float32), labels), 'has "data" of type float32 and shape'),
+        ((pixels.astype(np.int8), labels), "of type int8 and"),
+        ((pixels.reshape(10, 3, 8, 8), labels), r"and shape \(10, 3, 8, 8\) instead of"),
+        ((pixels[:, :191], labels), r"and shape \(10, 191\) instead of"),
+        ((pixels[:, :189], labels), r"and shape \(10, 189\) instead of"),
+        ((pixels[:0], []), r"and shape \(0, 192\) instead of"),
+        ((np.asfortranarray(pixels), labels), "in Fortran order"),
+        ((pixels, labels[:-1]), "of shape \\(9,\\) instead of 10 integers"),
+        ((pixels, [0, *labels[1:]]), "has the label 0 for image 0, but labels go from 1 to 1000"),
+        ((pixels, [*labels[1:], 1001]), "has the label 1001 for image 9, but labels go from 1 to 1000"),
         ((pixels, [*labels[1:], -1]), "has the label -1"),
-        ((pixels, [*labels[1:], 2**70]), "does not fit"),
-        ((pixels, [*labels[1:], 1.0]), 'a float in "labels"'),
-        ((pixels, [*labels[1:], True]), 'a bool in "labels"'),
-        ((pixels, [*labels[1:], "7"]), 'a str in "labels"'),
-        ((pixels, dict.fromkeys(labels)), 'a dict in "labels"'),
-        ((pixels, np.array(labels, np.float64)), '"labels" of type float64'),
+        ((pixels, [*labels[1:], 2**70]), "cannot be read"),
+        ((pixels, [*labels[1:], 1.0]), '"labels", which must be a list of integers'),
+        ((pixels, [*labels[1:], True]), '"labels", which must be a list of integers'),
+        ((pixels, [*labels[1:], "7"]), '"labels", which must be a list of integers'),
+        ((pixels, dict.fromkeys(labels)), '"labels", which must be a list of integers'),
+        ((pixels, np.array(labels, np.float64)), '"labels" is float64'),
         ((pixels, np.array([labels])), r"shape \(1, 10\) instead of a list"),
     ]
 
@@ -219,8 +220,8 @@ def test_wrong_batches(tmp_path, content, message):
     ("content", "message"),
     [
         ([1, 2], "holds a list instead of a dict"),
-        ({"data": np.zeros((1, 192), np.uint8)}, "has no \"labels\": it holds 'data'"),
-        ({"labels": [1]}, "has no \"data\": it holds 'labels'"),
+        ({"data": np.zeros((1, 192), np.uint8)}, 'has no "labels"'),
+        ({"labels": [1]}, 'has no "data"'),
     ],
 )
 def test_pickles_of_something_else(tmp_path, content, message):
@@ -242,9 +243,9 @@ def test_wrong_npz(tmp_path):
     pixels = np.zeros((10, 192), np.uint8)
     labels = np.arange(1, 11)
     for arrays, message in [
-        ({"data": pixels}, 'no array "labels": it holds data .*--source npz'),
+        ({"data": pixels}, 'has no "labels" .*--source npz'),
         ({"data": pixels, "labels": labels[:9]}, "instead of 10 integers"),
-        ({"data": pixels, "labels": labels * 1.0}, '"labels" of type float64'),
+        ({"data": pixels, "labels": labels * 1.0}, '"labels" is float64'),
         ({"data": pixels, "labels": labels - 1}, "has the label 0"),
         ({"data": pixels.astype(object), "labels": labels}, 'array "data" holds Python objects'),
     ]:
@@ -258,7 +259,7 @@ def test_wrong_npz(tmp_path):
         ({"data.npy": members["data.npy"][:-1]}, "ends early"),
         ({"data.npy": members["data.npy"] + b"1"}, "longer than"),
         ({"labels.npy": members["labels.npy"][:-1]}, '"labels" ends early'),
-        ({"data.npy": b"<html>"}, "not a plain numpy array"),
+        ({"data.npy": b"<html>"}, "cannot be read"),
     ]:
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in (members | changed).items():
@@ -266,5 +267,5 @@ def test_wrong_npz(tmp_path):
         with pytest.raises(DataError, match=f"train_data_batch_1.npz .*{message}"):
             read_all(PublishedSource([path]), tmp_path / "work")
     path.write_bytes(b"<html>")
-    with pytest.raises(DataError, match="is not a whole zip"):
+    with pytest.raises(DataError, match="cannot be read"):
         read_all(PublishedSource([path]), tmp_path / "work")

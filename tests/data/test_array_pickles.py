@@ -2,24 +2,23 @@ import os
 import pathlib
 import pickle
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from imagenet64_diffusion.data.errors import DataError, UnsafePickleError
-from imagenet64_diffusion.data.published_pickles import FileRange, StoredArray, read_pickle
+from imagenet64_diffusion.data.array_pickles import StoredArray, read_pickle
+from imagenet64_diffusion.data.errors import DataError
 
 
 def read(path: pathlib.Path, content: bytes):
     path.write_bytes(content)
-    return read_pickle(path, "the batch", path.parent)
+    return read_pickle(path, "the batch")
 
 
 def as_numpy(array: StoredArray) -> np.ndarray:
-    assert array.is_whole()
-    data = array.data.read() if isinstance(array.data, FileRange) else array.data
-    order = "F" if array.fortran_order else "C"
-    return np.frombuffer(data, array.element_type.numpy_dtype()).reshape(array.shape, order=order)
+    elements = np.concatenate([block.reshape(-1) for block in array.read_rows("the batch")])
+    return elements.reshape(array.shape, order="F" if array.fortran_order else "C")
 
 
 # 192 bytes stay in the pickle, 200 kB lie in the file
@@ -28,11 +27,6 @@ def as_numpy(array: StoredArray) -> np.ndarray:
 def test_every_protocol_gives_the_arrays(tmp_path, protocol, shape):
     data = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     content = {"data": data, "labels": [1, 1000, 70_000], "mean": data.mean(0), "note": "é", "more": (None, True, 1.5)}
-    if protocol == 0 and data.size > 1000:
-        # the whole array is one line of text there, which cannot be read in pieces
-        with pytest.raises(DataError, match="line is too long"):
-            read(tmp_path / "batch", pickle.dumps(content, protocol))
-        return
     result = read(tmp_path / "batch", pickle.dumps(content, protocol))
     np.testing.assert_array_equal(as_numpy(result["data"]), data)
     np.testing.assert_array_equal(as_numpy(result["mean"]), data.mean(0))
@@ -108,7 +102,7 @@ def attacks(marker: pathlib.Path) -> dict[str, tuple[bytes, str, bool]]:
         "STACK_GLOBAL": (b"\x80\x04\x8c\x05posix\x8c\x06system\x93" + short + b"\x85R.", "posix.system", True),
         "INST": (b"(" + text + b"iposix\nsystem\n.", "posix.system", True),
         "OBJ": (b"(cposix\nsystem\n" + text + b"o.", "posix.system", True),
-        "OBJ of an allowed type": (b"(cnumpy\nndarray\nK\x05o.", "OBJ", False),
+        "OBJ of an allowed type": (b"(cnumpy\nndarray\nK\x05o.", "calls numpy.ndarray", False),
         "nested": (
             pickle.dumps({"data": [({"labels": Dangerous(os.system, command.decode())},)]}, 4),
             "posix.system",
@@ -118,21 +112,19 @@ def attacks(marker: pathlib.Path) -> dict[str, tuple[bytes, str, bool]]:
         "eval": (pickle.dumps(Dangerous(eval, f"open({str(marker)!r}, 'w')"), 2), "__builtin__.eval", True),
         "getattr": (pickle.dumps(Dangerous(getattr, "a", "upper"), 4), "builtins.getattr", False),
         "NEWOBJ": (b"\x80\x02csubprocess\nPopen\n)\x81.", "subprocess.Popen", False),
-        "NEWOBJ of an allowed type": (b"\x80\x02cnumpy\nndarray\nK\x05\x85\x81.", "NEWOBJ", False),
-        "NEWOBJ_EX": (b"\x80\x04cnumpy\nndarray\nK\x05\x85}\x92.", "NEWOBJ_EX", False),
-        "BUILD": (b"\x80\x02}}b.", "sets the state", False),
-        "BUILD on a global": (b"\x80\x02cnumpy\nndarray\n}b.", "sets the state", False),
-        "REDUCE of a value": (b"\x80\x02K\x01K\x02\x85R.", "calls something", False),
+        "NEWOBJ of an allowed type": (b"\x80\x02cnumpy\nndarray\nK\x05\x85\x81.", "type object", False),
+        "NEWOBJ_EX": (b"\x80\x04cnumpy\nndarray\nK\x05\x85}\x92.", "type object", False),
+        "REDUCE of a value": (b"\x80\x02K\x01K\x02\x85R.", "not callable", False),
         "REDUCE of ndarray": (b"\x80\x02cnumpy\nndarray\nK\x05\x85R.", "numpy.ndarray", False),
         "another codec": (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", "rot13", False),
-        "EXT1": (b"\x80\x02\x82\x01.", "EXT1", False),
-        "PERSID": (b"Pname\n.", "PERSID", False),
-        "BINPERSID": (b"\x80\x02K\x01Q.", "BINPERSID", False),
-        "NEXT_BUFFER": (b"\x80\x05\x97.", "NEXT_BUFFER", False),
+        "EXT1": (b"\x80\x02\x82\x01.", "extension code", False),
+        "PERSID": (b"Pname\n.", "persistent", False),
+        "BINPERSID": (b"\x80\x02K\x01Q.", "persistent", False),
+        "NEXT_BUFFER": (b"\x80\x05\x97.", "buffer", False),
         "another numpy function": (b"\x80\x02cnumpy\nload\nX\x01\x00\x00\x00a\x85R.", "numpy.load", False),
         "an attribute of an allowed one": (
             b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.tofile\x93.",
-            "numpy",
+            "cannot be read",
             False,
         ),
     }
@@ -149,18 +141,16 @@ def test_attacks_are_refused_by_name_and_nothing_runs(tmp_path, name):
     with pytest.raises(DataError, match="the batch") as caught:
         read(tmp_path / "batch", content)
     assert not marker.exists()
-    if named != "numpy":
-        assert isinstance(caught.value, UnsafePickleError)
-        assert named in str(caught.value)
+    assert named in str(caught.value)
 
 
 def test_arrays_of_objects_stay_unopened(tmp_path):
     marker = tmp_path / "marker"
     content = pickle.dumps(np.array([Dangerous(os.system, f"touch {marker}")], object), 4)
-    with pytest.raises(UnsafePickleError, match=r"posix\.system"):
+    with pytest.raises(DataError, match=r"posix\.system"):
         read(tmp_path / "batch", content)
     harmless = read(tmp_path / "batch", pickle.dumps(np.array(["a"], object), 4))
-    assert not harmless.is_whole()
+    assert harmless.dtype is None
     assert not marker.exists()
 
 
@@ -169,7 +159,7 @@ def test_truncated_anywhere(tmp_path, protocol):
     data = np.zeros((100, 768), np.uint8)
     whole = pickle.dumps({"data": data, "labels": list(range(100))}, protocol)
     for length in [0, 1, 2, 10, 50, 100, 150, len(whole) // 2, len(whole) - 100, len(whole) - 1]:
-        with pytest.raises(DataError, match="the batch is not a whole pickle"):
+        with pytest.raises(DataError, match="the batch cannot be read"):
             read(tmp_path / "batch", whole[:length])
 
 
@@ -200,6 +190,11 @@ def test_a_web_page_is_called_one(tmp_path):
 
 def test_memory_of_an_array_in_frames_is_not_used(tmp_path):
     # a frame as long as the file would make the usual reader fetch all of it
-    data = b"\x8e" + struct.pack("<Q", 1 << 20) + bytes(1 << 20) + b"."
-    result = read(tmp_path / "batch", b"\x80\x04\x95" + struct.pack("<Q", len(data)) + data)
-    assert result == FileRange(tmp_path / "batch", 20, 1 << 20)
+    content = pickle.dumps(np.zeros((1000, 12288), np.uint8), 4)
+    (tmp_path / "batch").write_bytes(content[:2] + b"\x95" + struct.pack("<Q", len(content)) + content[2:])
+    tracemalloc.start()
+    result = read_pickle(tmp_path / "batch", "the batch")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result.shape == (1000, 12288)
+    assert peak < 1 << 20
