@@ -1,4 +1,4 @@
-"""Serves a web page that draws images of chosen classes and shows how they come out of noise."""
+"""Serves a web page that generates images of chosen classes and shows how they come out of noise."""
 
 import contextlib
 import os
@@ -37,20 +37,20 @@ def _serve(options: AppOptions) -> None:
     # torch and diffusers take seconds to import, which --help should not
     import torch
 
-    from imagenet64_diffusion.page.drawing import end_all
+    from imagenet64_diffusion.page.generation import end_all
     from imagenet64_diffusion.page.layout import build_page
-    from imagenet64_diffusion.page.look import CSS, make_theme
-    from imagenet64_diffusion.page.shelf import ModelShelf
+    from imagenet64_diffusion.page.model_cache import ModelCache
+    from imagenet64_diffusion.page.style import CSS, make_theme
     from imagenet64_diffusion.utils.devices import best_device, find_device
     from imagenet64_diffusion.utils.memory import keep_freed_memory
 
     device = find_device(options.device or best_device())
     if device.type == "cpu":
         keep_freed_memory()
-    shelf = ModelShelf(
+    models = ModelCache(
         options.model, options.takes_any_model, device, getattr(torch, options.dtype), options.max_loaded_models
     )
-    page = build_page(shelf, options)
+    page = build_page(models, options)
     try:
         page.launch(
             server_name=options.host,

@@ -1,1 +1,1 @@
-"""The web page: its models, the checks of what it is asked for, drawing step by step, downloads, and its looks."""
+"""The web page: its models, checks of what it is asked for, sampling step by step, downloads, and its style."""

@@ -1,107 +1,90 @@
-"""What the page gives away: a picture, an animation, a manifest, and everything as generate_images.py writes it."""
+"""What the page gives away: an image grid, an animation, a manifest, and all of it as generate_images.py writes it."""
 
 import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..pipelines.generation import MANIFEST_NAME, class_caption, make_manifest
 from ..pipelines.image_grid import image_grid, save_animation, to_image
-from .drawing import Drawing
 
 
-PICTURE_NAME, ANIMATION_NAME, ARCHIVE_NAME = "grid.png", "denoising.gif", "everything.zip"
-FILE_NAMES = (PICTURE_NAME, ANIMATION_NAME, MANIFEST_NAME, ARCHIVE_NAME)
+if TYPE_CHECKING:
+    from .generation import Generation
+
+
+GRID_NAME, ANIMATION_NAME, ARCHIVE_NAME = "grid.png", "denoising.gif", "everything.zip"
+FILE_NAMES = (GRID_NAME, ANIMATION_NAME, MANIFEST_NAME, ARCHIVE_NAME)
 _MARGIN, _TITLE_HEIGHT = 12, 26
 
 
-def write_downloads(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
-    """Writes the files of one finished drawing or two to a folder.
-
-    Args:
-        drawings: Their steps have all been taken.
-        folder: Where to.
-
-    Returns:
-        The files of `FILE_NAMES`, in that order.
-    """
+def write_downloads(generations: "Sequence[Generation]", folder: Path) -> list[Path]:
+    """Writes the files of one finished generation, or of two side by side, to a folder; those of `FILE_NAMES`."""
     paths = [folder / name for name in FILE_NAMES]
-    sides = [Path()] if len(drawings) == 1 else [Path("left"), Path("right")]
-    manifests = [_manifest_of(drawing) for drawing in drawings]
-    animations = [_animation(drawing) for drawing in drawings]
-    num_frames = max(map(len, animations))
-    frames = [_beside(drawings, [_at(frames, i, num_frames) for frames in animations]) for i in range(num_frames)]
-    fps = drawings[0].request.options.fps
-
-    # an animation may have only some of the steps, but has the last one
+    sides = [""] if len(generations) == 1 else ["left/", "right/"]
+    fps = generations[0].request.options.fps
+    manifests = [_manifest_of(each) for each in generations]
+    animations = [_animation(each) for each in generations]
+    # frame i of the longest one, and what the other one has come to by then
+    length = max(map(len, animations))
+    titles = [each.request.title for each in generations]
+    frames = [
+        _beside(titles, [own[max(0, (i + 1) * len(own) // length - 1)] for own in animations]) for i in range(length)
+    ]
     frames[-1].save(paths[0])
     save_animation(frames, paths[1], fps)
-    whole = (
-        manifests[0] if len(drawings) == 1 else {str(side): each for side, each in zip(sides, manifests, strict=True)}
-    )
+    whole = manifests[0] if len(generations) == 1 else dict(zip(("left", "right"), manifests, strict=True))
     paths[2].write_text(_as_json(whole), encoding="utf-8")
 
     with zipfile.ZipFile(paths[3], "w") as archive:
-        for side, drawing, manifest, animation in zip(sides, drawings, manifests, animations, strict=True):
-            for image, entry in zip(drawing.images, manifest["images"], strict=True):
-                with archive.open(str(side / entry["file"]), "w") as file:
+        for side, generation, manifest, animation in zip(sides, generations, manifests, animations, strict=True):
+            files = [entry["file"] for entry in manifest["images"]]
+            for image, name in zip([*generation.images, animation[-1]], [*files, GRID_NAME], strict=True):
+                with archive.open(side + name, "w") as file:
                     image.save(file, format="png")
-            with archive.open(str(side / PICTURE_NAME), "w") as file:
-                animation[-1].save(file, format="png")
-            own = folder / f"{side.name}{ANIMATION_NAME}"
-            if len(drawings) > 1:
-                save_animation(animation, own, fps)
-            archive.write(own, str(side / ANIMATION_NAME))
-            archive.writestr(str(side / MANIFEST_NAME), _as_json(manifest))
+            own = folder / "side.gif"
+            save_animation(animation, own, fps)
+            archive.write(own, side + ANIMATION_NAME)
+            archive.writestr(side + MANIFEST_NAME, _as_json(manifest))
     return paths
 
 
-def captions(drawing: Drawing) -> list[str]:
+def captions(generation: "Generation") -> list[str]:
     """The class name of each image; empty for the null class."""
-    return [class_caption(drawing.request.pipeline, class_id) for class_id in drawing.request.class_ids]
+    return [class_caption(generation.request.pipeline, class_id) for class_id in generation.request.class_ids]
 
 
-def _manifest_of(drawing: Drawing) -> dict[str, Any]:
-    request = drawing.request
-    pipeline, options = request.pipeline, request.options
+def _manifest_of(generation: "Generation") -> dict[str, Any]:
+    request = generation.request
     images = [
-        {"file": f"{i:05d}.png", "class_label": class_id, "class_name": name, "seed": options.seed + i}
-        for i, (class_id, name) in enumerate(zip(request.class_ids, captions(drawing), strict=True))
+        {"file": f"{i:05d}.png", "class_label": class_id, "class_name": name, "seed": request.options.seed + i}
+        for i, (class_id, name) in enumerate(zip(request.class_ids, captions(generation), strict=True))
     ]
-    manifest = make_manifest(pipeline, options, drawing.timesteps, pipeline.unet.device)
-    return manifest | {"files": [PICTURE_NAME, ANIMATION_NAME], "images": images}
+    manifest = make_manifest(request.pipeline, request.options, generation.timesteps, request.pipeline.unet.device)
+    return manifest | {"files": [GRID_NAME, ANIMATION_NAME], "images": images}
 
 
-def _animation(drawing: Drawing) -> list[Image.Image]:
+def _animation(generation: "Generation") -> list[Image.Image]:
     """A labelled grid of the images after each step."""
-    names, columns = captions(drawing), drawing.request.options.columns
-    return [image_grid(list(map(to_image, frame)), names, columns) for frame in drawing.frames]
+    names, columns = captions(generation), generation.request.options.columns
+    return [image_grid(list(map(to_image, frame)), names, columns) for frame in generation.frames]
 
 
-def _at(frames: Sequence[Image.Image], number: int, of: int) -> Image.Image:
-    """The frame of an animation that is shown beside frame ``number`` of another one with ``of`` frames."""
-    return frames[(number + 1) * len(frames) // of - 1 if (number + 1) * len(frames) >= of else 0]
-
-
-def _beside(drawings: Sequence[Drawing], pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures beside each other, each under its title; one alone stays as it is."""
-    if len(pictures) == 1:
-        return pictures[0]
+def _beside(titles: Sequence[str], grids: Sequence[Image.Image]) -> Image.Image:
+    """Image grids beside each other, each under its title; one alone stays as it is."""
+    if len(grids) == 1:
+        return grids[0]
     font = ImageFont.load_default(14)
-    titles = [drawing.request.title for drawing in drawings]
-    widths = [
-        max(picture.width, round(font.getlength(title))) for picture, title in zip(pictures, titles, strict=True)
-    ]
-    size = (sum(widths) + _MARGIN * (len(pictures) + 1), max(each.height for each in pictures) + _TITLE_HEIGHT)
+    widths = [max(grid.width, round(font.getlength(title))) for grid, title in zip(grids, titles, strict=True)]
+    size = (sum(widths) + _MARGIN * (len(grids) + 1), max(each.height for each in grids) + _TITLE_HEIGHT)
     sheet = Image.new("RGB", size, color="white")
-    draw = ImageDraw.Draw(sheet)
     left = _MARGIN
-    for picture, title, width in zip(pictures, titles, widths, strict=True):
-        draw.text((left, 5), title, fill="black", font=font)
-        sheet.paste(picture, (left, _TITLE_HEIGHT))
+    for grid, title, width in zip(grids, titles, widths, strict=True):
+        ImageDraw.Draw(sheet).text((left, 5), title, fill="black", font=font)
+        sheet.paste(grid, (left, _TITLE_HEIGHT))
         left += width + _MARGIN
     return sheet
 

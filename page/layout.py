@@ -10,8 +10,9 @@ import gradio as gr
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from .app_options import AppOptions
 from .downloads import FILE_NAMES
-from .live import draw
+from .generation import generate as generate_images
 from .markup import note, problem
+from .model_cache import ModelCache, facts, title
 from .request import (
     MAX_SEED,
     NOTHING,
@@ -22,38 +23,38 @@ from .request import (
     scheduler_names,
     takes_eta,
 )
-from .shelf import ModelShelf, facts, title
 
 
 TITLE = "Class-conditional diffusion in pixels"
 _HINT = '<p class="hint">Choose classes and press Generate.</p>'
-_DOWNLOAD_LABELS = ("Picture (PNG)", "Animation (GIF)", "Manifest (JSON)", "Everything (ZIP)")
+_DOWNLOAD_LABELS = ("Image grid (PNG)", "Animation (GIF)", "Manifest (JSON)", "Everything (ZIP)")
 # Copies of the downloads go when they are this old, in seconds, give or take a third.
 _KEEP_DOWNLOADS = 1800
-# on a narrow screen the pictures stand below the button
-_SHOW_PICTURES = "() => { if (innerWidth <= 820) document.querySelector('#result').scrollIntoView(); }"
+# on a narrow screen the images stand below the button
+_SHOW_IMAGES = "() => { if (innerWidth <= 820) document.querySelector('#result').scrollIntoView(); }"
 _NEW_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
 
 
-def build_page(shelf: ModelShelf, limits: AppOptions) -> gr.Blocks:
+def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
     """The page, ready to be launched.
 
     Raises:
         ValueError, OSError: If the model that it begins with cannot be opened.
     """
-    first = shelf.names[0]
-    pipeline = shelf.lend(first)
+    first = models.names[0]
+    pipeline = models.pipeline(first)
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_KEEP_DOWNLOADS // 3, _KEEP_DOWNLOADS)) as page:
         about = gr.HTML(_about(facts(first, pipeline)), elem_id="head")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="ask"):
                 model = gr.Dropdown(
-                    [(title(name), name) for name in shelf.names],
+                    [(title(name), name) for name in models.names],
                     value=first,
                     label="Model",
-                    info="A name of the list, a folder of this machine, or a Hub id." if shelf.takes_any else None,
-                    allow_custom_value=shelf.takes_any,
-                    visible=shelf.takes_any or len(shelf.names) > 1,
+                    info="A name of the list, a folder of this machine, or a Hub id." if models.takes_any else None,
+                    allow_custom_value=models.takes_any,
+                    visible=models.takes_any or len(models.names) > 1,
                     elem_id="model",
                 )
                 classes = gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes")
@@ -75,7 +76,7 @@ def build_page(shelf: ModelShelf, limits: AppOptions) -> gr.Blocks:
                     stop = gr.Button("Stop", size="md", min_width=80, elem_id="stop")
             with gr.Column(elem_id="result"):
                 status = gr.HTML(elem_id="status")
-                pictures = gr.HTML(_HINT, elem_id="pictures")
+                images = gr.HTML(_HINT, elem_id="images")
                 with gr.Row(elem_id="downloads"):
                     downloads = [
                         gr.DownloadButton(
@@ -83,7 +84,7 @@ def build_page(shelf: ModelShelf, limits: AppOptions) -> gr.Blocks:
                             interactive=False,
                             size="sm",
                             min_width=100,
-                            elem_id=f"download-{name.split('.')[1]}",
+                            elem_id=f"download-{Path(name).suffix[1:]}",
                         )
                         for label, name in zip(_DOWNLOAD_LABELS, FILE_NAMES, strict=True)
                     ]
@@ -106,16 +107,16 @@ def build_page(shelf: ModelShelf, limits: AppOptions) -> gr.Blocks:
 
         def on_generate(*values: Any) -> Iterator[list[Any]]:
             # closing this closes what it yields from, which ends the work
-            for view in draw(Form(*values), shelf, limits):
+            for view in generate_images(Form(*values), models, limits):
                 yield [
                     view.status,
-                    gr.skip() if view.pictures is None else view.pictures,
+                    gr.skip() if view.images is None else view.images,
                     *_offered(view.files, len(downloads)),
                 ]
 
         def on_model(name: Any, scheduler_name: str, other: str, shown: str) -> list[Any]:
             try:
-                opened = shelf.lend(name)
+                opened = models.pipeline(name)
             except (ValueError, OSError) as error:
                 return [gr.skip(), gr.skip(), gr.skip(), problem(str(error))]
             return [
@@ -127,51 +128,41 @@ def build_page(shelf: ModelShelf, limits: AppOptions) -> gr.Blocks:
 
         def on_scheduler(name: Any, scheduler_name: str, other: str, shown: str) -> Any:
             try:
-                return _eta_shown(shelf.lend(name), scheduler_name, other, shown)
+                return _eta_shown(models.pipeline(name), scheduler_name, other, shown)
             except (ValueError, OSError):
                 return gr.skip()
 
-        drawing = generate.click(
+        running = generate.click(
             on_generate,
             controls,
-            [status, pictures, *downloads],
+            [status, images, *downloads],
             show_progress="minimal",
             show_progress_on=[status],
             preprocess=False,  # all that comes is checked in one place
             trigger_mode="once",
             concurrency_limit=limits.max_concurrent,
-            concurrency_id="drawing",
+            concurrency_id="sampling",
             api_visibility="private",
         )
-        generate.click(None, None, None, js=_SHOW_PICTURES, api_visibility="private")
-        # afterwards, or a last picture that was on its way would have the last word
-        stop.click(None, None, None, cancels=[drawing], api_visibility="private").then(
-            lambda: note("Stopped."), None, status, show_progress="hidden", api_visibility="private"
-        )
-        new_seed.click(None, None, seed, js=_NEW_SEED, api_visibility="private")
-        model.change(
-            on_model,
-            [model, scheduler, other_scheduler, compare],
-            [about, classes, eta, status],
+        generate.click(None, None, None, js=_SHOW_IMAGES, **quiet)
+        # afterwards, or a last image that was on its way would have the last word
+        stop.click(None, None, None, cancels=[running], **quiet).then(lambda: note("Stopped."), None, status, **quiet)
+        new_seed.click(None, None, seed, js=_NEW_SEED, **quiet)
+        chosen = [model, scheduler, other_scheduler, compare]
+        model.change(on_model, chosen, [about, classes, eta, status], preprocess=False, **quiet)
+        gr.on(
+            [scheduler.change, other_scheduler.change, compare.change],
+            on_scheduler,
+            chosen,
+            eta,
             preprocess=False,
-            show_progress="hidden",
-            api_visibility="private",
+            **quiet,
         )
-        for control in (scheduler, other_scheduler, compare):
-            control.change(
-                on_scheduler,
-                [model, scheduler, other_scheduler, compare],
-                eta,
-                preprocess=False,
-                show_progress="hidden",
-                api_visibility="private",
-            )
         compare.change(
             lambda shown: [gr.Dropdown(visible=shown == TWO_SCHEDULERS), gr.Number(visible=shown == TWO_SCALES)],
             compare,
             [other_scheduler, other_scale],
-            show_progress="hidden",
-            api_visibility="private",
+            **quiet,
         )
     return page.queue(max_size=limits.max_queue, default_concurrency_limit=limits.max_concurrent, api_open=False)
 

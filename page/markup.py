@@ -23,6 +23,8 @@ _SIDES_BESIDE = ((1, 256, 128), (4, 160, 128), (12, 96, 64), (64, 64, 64))
 def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, beside: bool = False) -> str:
     """Images with their class names; images of one class that follow one another share theirs.
 
+    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images.
+
     Args:
         pixels: uint8, (images, height, width, channels).
         captions: The class name of each, empty for the null class.
@@ -33,16 +35,13 @@ def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bo
     sides = next(each for each in (_SIDES_BESIDE if beside else _SIDES) if len(pixels) <= each[0])[1:]
     height, width = pixels.shape[1:3]
     wide, narrow = (max(1, side // max(height, width)) for side in sides)
-    figures = []
-    numbers = range(len(pixels))
-    for caption, group in itertools.groupby(numbers, key=lambda number: captions[number]):
-        name = caption or "no class"
+    figures = ""
+    for caption, group in itertools.groupby(range(len(pixels)), key=lambda number: captions[number]):
+        name = html.escape(caption or "no class")
         images = "".join(_image(pixels[i], f"{name}, seed {seed + i}", finished) for i in group)
-        shown = html.escape(name)
-        figures.append(f'<figure><div>{images}</div><figcaption title="{shown}">{shown}</figcaption></figure>')
+        figures += f'<figure><div>{images}</div><figcaption title="{name}">{name}</figcaption></figure>'
     style = f"--height:{height};--width:{width};--wide:{wide};--narrow:{narrow}"
-    state = "finished" if finished else "drawing"
-    return f'<div class="gallery {state}" style="{style}">{"".join(figures)}</div>'
+    return f'<div class="gallery" style="{style}">{figures}</div>'
 
 
 def side_by_side(galleries: Sequence[str], titles: Sequence[str]) -> str:
@@ -58,10 +57,8 @@ def side_by_side(galleries: Sequence[str], titles: Sequence[str]) -> str:
 
 def progress(number: int, total: int) -> str:
     """How many steps are done."""
-    return (
-        f'<div class="progress"><span>step {number} of {total}</span>'
-        f'<progress max="{total}" value="{number}" aria-label="denoising steps"></progress></div>'
-    )
+    bar = f'<progress max="{total}" value="{number}" aria-label="denoising steps"></progress>'
+    return f'<div class="progress"><span>step {number} of {total}</span>{bar}</div>'
 
 
 def note(text: str) -> str:
@@ -75,35 +72,28 @@ def problem(text: str) -> str:
 
 
 def done(text: str, all_options: Sequence[GenerateOptions]) -> str:
-    """A sentence, and the command lines that draw the images again."""
-    lines = "\n".join(map(command_line, all_options))
-    return (
-        f'{note(text)}<details class="again"><summary>The same on a command line</summary>'
-        f"<pre>{html.escape(lines)}</pre></details>"
-    )
+    """A sentence, and the command lines that generate the same images."""
+    lines = html.escape("\n".join(map(command_line, all_options)))
+    summary = "<summary>The same on a command line</summary>"
+    return f'{note(text)}<details class="again">{summary}<pre>{lines}</pre></details>'
 
 
 def command_line(options: GenerateOptions) -> str:
-    """What a shell is told to draw the images of these options."""
+    """What a shell is told to generate the images of these options."""
     words = ["imagenet64-generate"]
+    defaults = GenerateOptions()
     for field in fields(options):
         value = getattr(options, field.name)
-        default = field.default_factory() if callable(field.default_factory) else field.default
         # the device is the page's own affair
-        if field.name == "device" or value == default:
-            continue
-        words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+        if field.name != "device" and value != getattr(defaults, field.name):
+            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
 def _image(pixels: np.ndarray, text: str, finished: bool) -> str:
-    image = to_image(pixels)
+    kind = {"format": "png"} if finished else {"format": "jpeg", "quality": 90, "subsampling": 0}
     buffer = io.BytesIO()
-    if finished:
-        image.save(buffer, format="png")
-    else:
-        image.save(buffer, format="jpeg", quality=90, subsampling=0)
+    to_image(pixels).save(buffer, **kind)
     data = base64.b64encode(buffer.getvalue()).decode()
-    kind = "png" if finished else "jpeg"
     # decoded before it is painted, so that nothing flickers
-    return f'<img src="data:image/{kind};base64,{data}" alt="{html.escape(text)}" decoding="sync">'
+    return f'<img src="data:image/{kind["format"]};base64,{data}" alt="{text}" decoding="sync">'

@@ -1,9 +1,9 @@
-"""What the page is asked for, checked before anything is drawn."""
+"""What the page is asked for, checked before anything is sampled."""
 
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 from diffusers.utils.import_utils import DummyObject
@@ -14,7 +14,7 @@ from ..pipelines.loading import OUR_SCHEDULERS, scheduler_class
 from ..pipelines.pipeline_class_conditional import UNSUITABLE_SCHEDULERS, ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
 from .app_options import AppOptions
-from .shelf import ModelShelf
+from .model_cache import ModelCache
 
 
 OWN_SCHEDULER = "own"
@@ -22,8 +22,7 @@ NOTHING, TWO_SCHEDULERS, TWO_SCALES = "nothing", "two schedulers", "two guidance
 MAX_SEED = 2**32 - 1
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What the controls of the page hold, in their order, as it comes from a browser: anything."""
 
     model: Any
@@ -43,7 +42,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Request:
-    """One set of images to draw.
+    """One set of images to generate.
 
     Attributes:
         pipeline: Of this request alone but for its network, with the scheduler that is asked for.
@@ -59,7 +58,7 @@ class Request:
 
 
 def scheduler_names() -> list[str]:
-    """The schedulers that draw with such networks and whose libraries are installed, ours first."""
+    """The schedulers that sample from such networks and whose libraries are installed, ours first."""
     stock = [
         name
         for name in sorted(dir(diffusers.schedulers))
@@ -76,7 +75,7 @@ def takes_eta(pipeline: ClassConditionalPipeline, scheduler: str) -> bool:
     return "eta" in inspect.signature(chosen.step).parameters
 
 
-def read_form(form: Form, shelf: ModelShelf, limits: AppOptions) -> list[Request]:
+def read_form(form: Form, models: ModelCache, limits: AppOptions) -> list[Request]:
     """The set of images that a form asks for, or the two of a comparison.
 
     Raises:
@@ -93,7 +92,7 @@ def read_form(form: Form, shelf: ModelShelf, limits: AppOptions) -> list[Request
         sides = [(scheduler, each, f"guidance {each:g}") for each in (scale, other)]
     else:
         raise ValueError(f"Compare is {form.compare!r}, but must be {NOTHING}, {TWO_SCHEDULERS} or {TWO_SCALES}")
-    requests = [_read_side(form, shelf, limits, *side) for side in sides]
+    requests = [_read_side(form, models, limits, *side) for side in sides]
 
     evaluations = sum(map(_evaluations, requests))
     if evaluations > limits.max_evaluations:
@@ -105,7 +104,7 @@ def read_form(form: Form, shelf: ModelShelf, limits: AppOptions) -> list[Request
 
 
 def _read_side(
-    form: Form, shelf: ModelShelf, limits: AppOptions, scheduler: str, guidance_scale: float, title: str
+    form: Form, models: ModelCache, limits: AppOptions, scheduler: str, guidance_scale: float, title: str
 ) -> Request:
     steps = _integer("Steps", form.steps, 1, limits.max_steps)
     per_class = _integer("Images per class", form.images_per_class, 1, limits.max_images)
@@ -120,7 +119,7 @@ def _read_side(
     if scheduler != OWN_SCHEDULER and scheduler not in scheduler_names():
         raise ValueError(f"Scheduler is {scheduler!r}, which this page does not have: choose one of the list")
 
-    pipeline = shelf.lend(form.model)
+    pipeline = models.pipeline(form.model)
     has_classes = pipeline.unet.config.num_class_embeds is not None
     classes = form.classes if has_classes else ["null"]
     if not isinstance(classes, list) or not classes:
@@ -136,8 +135,8 @@ def _read_side(
         guidance_interval=interval,
         eta=_number("Eta", form.eta, 0, 1) if takes_eta(pipeline, scheduler) else 0.0,
         scheduler=None if scheduler == OWN_SCHEDULER else scheduler,
-        dtype=str(shelf.dtype).removeprefix("torch."),
-        device=str(shelf.device),
+        dtype=str(models.dtype).removeprefix("torch."),
+        device=str(models.device),
     )
     class_ids = requested_class_ids(pipeline, options)
     _check_number_of_images(len(class_ids), limits)
@@ -163,23 +162,16 @@ def _evaluations(request: Request) -> int:
     return len(request.class_ids) * steps * branches
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    wanted = f"a number from {low:g} to {high:g}"
+def _number(name: str, value: Any, low: float, high: float, whole: bool = False) -> float:
+    wanted = f"but must be a {'whole ' if whole else ''}number from {low:g} to {high:.12g}"
     if value is None or value == "":
-        raise ValueError(f"{name} is empty, but must be {wanted}")
+        raise ValueError(f"{name} is empty, {wanted}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} is {value!r}, but must be {wanted}")
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name} is {value:g}, but must be {wanted}")
+        raise ValueError(f"{name} is {value!r}, {wanted}")
+    if not math.isfinite(value) or not low <= value <= high or (whole and value != int(value)):
+        raise ValueError(f"{name} is {value:.12g}, {wanted}")
     return float(value)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    wanted = f"a whole number from {low} to {high}"
-    if value is None or value == "":
-        raise ValueError(f"{name} is empty, but must be {wanted}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} is {value!r}, but must be {wanted}")
-    if not math.isfinite(value) or value != int(value) or not low <= value <= high:
-        raise ValueError(f"{name} is {value:.12g}, but must be {wanted}")
-    return int(value)
+    return int(_number(name, value, low, high, whole=True))

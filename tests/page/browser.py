@@ -16,7 +16,7 @@ import pytest
 _RECORD = """
 window.seen = [];
 const look = () => {
-  const images = [...document.querySelectorAll('#pictures img')];
+  const images = [...document.querySelectorAll('#images img')];
   window.seen.push([images.map(each => each.src), document.querySelector('#status').innerText]);
 };
 const all = {subtree: true, childList: true, attributes: true, characterData: true};

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from imagenet64_diffusion.page.app_options import AppOptions
-from imagenet64_diffusion.page.shelf import ModelShelf
+from imagenet64_diffusion.page.model_cache import ModelCache
 from imagenet64_diffusion.tests.components import make_pipeline
 from imagenet64_diffusion.tests.page.browser import Browser, find_browser
 from imagenet64_diffusion.tests.page.serving import Server
@@ -21,8 +21,8 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shelf(tiny_model) -> ModelShelf:
-    return ModelShelf([str(tiny_model)])
+def models(tiny_model) -> ModelCache:
+    return ModelCache([str(tiny_model)])
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """Forms of the page as a browser sends them."""
 
-from dataclasses import replace
 from typing import Any
 
-from imagenet64_diffusion.page.live import View, draw
+from imagenet64_diffusion.page.generation import View, generate
+from imagenet64_diffusion.page.model_cache import ModelCache
 from imagenet64_diffusion.page.request import NOTHING, OWN_SCHEDULER, Form
-from imagenet64_diffusion.page.shelf import ModelShelf
 
 
 GOOD = Form(
@@ -25,15 +24,15 @@ GOOD = Form(
 )
 
 
-def form(shelf: ModelShelf, **changes: Any) -> Form:
-    """A good form for the first model of a shelf, but for the changes."""
-    return replace(GOOD, **{"model": shelf.names[0], **changes})
+def form(models: ModelCache, **changes: Any) -> Form:
+    """A good form for the first model of a models, but for the changes."""
+    return GOOD._replace(**{"model": models.names[0], **changes})
 
 
-def draw_all(filled: Form, shelf: ModelShelf, limits: Any) -> tuple[list[View], dict[str, bytes]]:
+def generate_all(filled: Form, models: ModelCache, limits: Any) -> tuple[list[View], dict[str, bytes]]:
     """Every view, and the downloads' contents by their names."""
     views, contents = [], {}
-    for view in draw(filled, shelf, limits):
+    for view in generate(filled, models, limits):
         views.append(view)
         contents.update({file.name: file.read_bytes() for file in view.files or []})
     return views, contents

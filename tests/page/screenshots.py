@@ -1,4 +1,4 @@
-"""Screenshots of the page, to be looked at: python -m tests.page.screenshots --output_dir outputs/page."""
+"""Screenshots of the page: python -m imagenet64_diffusion.tests.page.screenshots --output_dir outputs/page."""
 
 import argparse
 import contextlib

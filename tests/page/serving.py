@@ -52,7 +52,9 @@ class Server:
         environment |= {
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(folder / "watch"),
+            "PYTHONPATH": os.pathsep.join([str(folder / "watch"), os.environ.get("PYTHONPATH", "")]).rstrip(
+                os.pathsep
+            ),
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(folder / "temporary"),
             "WATCHED": str(folder / "watched"),

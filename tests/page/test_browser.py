@@ -38,10 +38,10 @@ def test_draw_a_class_that_is_searched_for(browser):
     between = [sources for sources, status in seen if "step " in status and sources]
     assert len({sources[0] for sources in between}) >= 2
     assert all(len(sources) == 3 for sources in between)
-    images = browser.all("#pictures img")
+    images = browser.all("#images img")
     assert [image.get_attribute("alt") for image in images] == ["7, seed 0", "7, seed 1", "7, seed 2"]
     assert images[0].size["width"] % 32 == 0
-    assert browser.text("#pictures figcaption") == "7"
+    assert browser.text("#images figcaption") == "7"
     assert "3 images in " in browser.text("#status")
 
     with Image.open(io.BytesIO(browser.downloaded("#download-png", "grid.png"))) as grid:
@@ -74,7 +74,7 @@ def test_bad_input_shows_a_sentence_and_the_page_goes_on(browser):
     browser.fill("#per-class", 1)
     browser.generate()
     assert not browser.all("#status .problem")
-    assert len(browser.all("#pictures img")) == 10
+    assert len(browser.all("#images img")) == 10
 
 
 def test_side_by_side(browser):
@@ -82,7 +82,7 @@ def test_side_by_side(browser):
     browser.fill("#steps", 5)
     browser.take("#compare", "two schedulers")
     browser.generate()
-    sides = browser.all("#pictures .side")
+    sides = browser.all("#images .side")
     assert [side.find_element("css selector", "h2").text for side in sides] == [
         "EtaDDIMScheduler of the model",
         "DPMSolverMultistepScheduler",
@@ -96,7 +96,7 @@ def test_side_by_side(browser):
     browser.wait(lambda: browser.find("#other-scale").is_displayed())
     browser.fill("#other-scale", 6)
     browser.generate()
-    assert [each.text for each in browser.all("#pictures .side h2")] == ["guidance 2.5", "guidance 6"]
+    assert [each.text for each in browser.all("#images .side h2")] == ["guidance 2.5", "guidance 6"]
 
 
 def test_stop(browser):
@@ -132,7 +132,7 @@ def test_another_model(browser):
     assert "goldfish (1)" in browser.text("#classes")
     browser.fill("#steps", 2)
     browser.generate()
-    names = [each.text for each in browser.all("#pictures figcaption")]
+    names = [each.text for each in browser.all("#images figcaption")]
     assert names[1:] == ["goldfish", "crane"]
 
 
@@ -145,7 +145,7 @@ def test_nothing_is_wider_than_the_screen(browser, server, width):
         browser.take("#compare", choice)
         browser.generate()
         assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
-    assert all(image.size["width"] % 32 == 0 for image in browser.all("#pictures img"))
+    assert all(image.size["width"] % 32 == 0 for image in browser.all("#images img"))
     tops = [browser.find(f"#{name}").location["y"] for name in ("ask", "result", "settings")]
     assert tops == sorted(tops) or width > 820
     assert tops[1] < 844  # the pictures begin on the first screen

@@ -14,17 +14,17 @@ from imagenet64_diffusion.page.request import (
 from imagenet64_diffusion.tests.page.forms import form
 
 
-def test_a_good_form(shelf, limits):
-    filled = form(shelf, classes=["2", "null", "tabby cat"], guidance_begin=0.2, guidance_end=0.9, eta=0.5)
-    [request] = read_form(filled, shelf, limits)
+def test_a_good_form(models, limits):
+    filled = form(models, classes=["2", "null", "tabby cat"], guidance_begin=0.2, guidance_end=0.9, eta=0.5)
+    [request] = read_form(filled, models, limits)
     assert request.class_ids == [2, 2, None, None, 0, 0]
     options = request.options
     assert (options.seed, options.num_inference_steps, options.guidance_scale) == (7, 4, 2.5)
     assert (options.guidance_interval, options.eta, options.scheduler) == ([0.2, 0.9], 0.5, None)
 
 
-def test_numbers_may_come_as_floats(shelf, limits):
-    [request] = read_form(form(shelf, steps=4.0, seed=7.0, images_per_class=1.0), shelf, limits)
+def test_numbers_may_come_as_floats(models, limits):
+    [request] = read_form(form(models, steps=4.0, seed=7.0, images_per_class=1.0), models, limits)
     assert request.options.num_inference_steps == 4
     assert isinstance(request.options.seed, int)
 
@@ -70,28 +70,28 @@ def test_numbers_may_come_as_floats(shelf, limits):
         ({"steps": 20, "compare": TWO_SCALES}, "This takes 480 evaluations"),
     ],
 )
-def test_a_bad_form(shelf, limits, changes, message):
+def test_a_bad_form(models, limits, changes, message):
     tight = limits if "360" not in message else type(limits)(max_evaluations=350)
     with pytest.raises(ValueError) as raised:  # noqa: PT011
-        read_form(form(shelf, **changes), shelf, tight)
+        read_form(form(models, **changes), models, tight)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_just_allowed(shelf, limits):
+def test_what_is_just_allowed(models, limits):
     """400 evaluations, 12 images: 4 images in 50 guided steps, and 12 images in 33 unguided ones."""
-    assert len(read_form(form(shelf, classes=["0", "1"], steps=50), shelf, limits)[0].class_ids) == 4
-    unguided = form(shelf, classes=["all"], images_per_class=4, steps=33, guidance_scale=1)
-    assert len(read_form(unguided, shelf, limits)[0].class_ids) == 12
+    assert len(read_form(form(models, classes=["0", "1"], steps=50), models, limits)[0].class_ids) == 4
+    unguided = form(models, classes=["all"], images_per_class=4, steps=33, guidance_scale=1)
+    assert len(read_form(unguided, models, limits)[0].class_ids) == 12
 
 
-def test_unguided_images_of_no_class_cost_one_branch(shelf, limits):
-    assert read_form(form(shelf, classes=["null"], images_per_class=8, steps=50), shelf, limits)
+def test_unguided_images_of_no_class_cost_one_branch(models, limits):
+    assert read_form(form(models, classes=["null"], images_per_class=8, steps=50), models, limits)
 
 
-def test_two_schedulers_with_the_same_noise(shelf, limits):
-    filled = form(shelf, compare=TWO_SCHEDULERS, eta=0.5)
-    left, right = read_form(filled, shelf, limits)
+def test_two_schedulers_with_the_same_noise(models, limits):
+    filled = form(models, compare=TWO_SCHEDULERS, eta=0.5)
+    left, right = read_form(filled, models, limits)
     assert type(left.pipeline.scheduler).__name__ == "EtaDDIMScheduler"
     assert type(right.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert (left.title, right.title) == ("EtaDDIMScheduler of the model", "DPMSolverMultistepScheduler")
@@ -100,23 +100,23 @@ def test_two_schedulers_with_the_same_noise(shelf, limits):
     assert (left.options.eta, right.options.eta) == (0.5, 0.0)
 
 
-def test_two_guidance_scales(shelf, limits):
-    left, right = read_form(form(shelf, compare=TWO_SCALES), shelf, limits)
+def test_two_guidance_scales(models, limits):
+    left, right = read_form(form(models, compare=TWO_SCALES), models, limits)
     assert (left.options.guidance_scale, right.options.guidance_scale) == (2.5, 4.0)
     assert (left.title, right.title) == ("guidance 2.5", "guidance 4")
 
 
-def test_every_scheduler_of_the_list_is_taken(shelf, limits):
+def test_every_scheduler_of_the_list_is_taken(models, limits):
     names = scheduler_names()
     assert names[:2] == ["EtaDDIMScheduler", "LearnedVarianceDDPMScheduler"]
     assert len(names) == len(set(names)) >= 18
     for name in names:
-        [request] = read_form(form(shelf, scheduler=name), shelf, limits)
+        [request] = read_form(form(models, scheduler=name), models, limits)
         assert type(request.pipeline.scheduler).__name__ == name
 
 
-def test_which_schedulers_take_eta(shelf):
-    pipeline = shelf.lend(shelf.names[0])
+def test_which_schedulers_take_eta(models):
+    pipeline = models.pipeline(models.names[0])
     assert takes_eta(pipeline, OWN_SCHEDULER)
     assert takes_eta(pipeline, "DDIMScheduler")
     assert not takes_eta(pipeline, "EulerDiscreteScheduler")

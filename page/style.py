@@ -1,4 +1,4 @@
-"""The looks of the page: colours, system fonts, and a layout for wide and narrow screens."""
+"""The style of the page: colours, system fonts, and a layout for wide and narrow screens."""
 
 import gradio as gr
 
@@ -17,32 +17,19 @@ def make_theme() -> gr.themes.Base:
         font=SYSTEM_FONT,
         font_mono=SYSTEM_FONT_MONO,
     ).set(
-        body_background_fill="*neutral_50",
-        body_background_fill_dark="*neutral_950",
-        block_background_fill="white",
-        block_background_fill_dark="*neutral_900",
         block_border_width="0px",
         block_shadow="none",
-        block_label_text_weight="600",
         block_title_text_weight="600",
         block_title_text_size="*text_sm",
-        block_title_text_color="*neutral_700",
-        block_title_text_color_dark="*neutral_200",
-        body_text_color_subdued="*neutral_500",
-        body_text_color_subdued_dark="*neutral_400",
-        block_info_text_color="*neutral_500",
-        block_info_text_color_dark="*neutral_400",
         input_border_width="1px",
         input_border_color="*neutral_300",
         input_border_color_dark="*neutral_600",
-        input_border_color_focus="*primary_600",
-        input_border_color_focus_dark="*primary_400",
         input_background_fill="white",
         input_background_fill_dark="*neutral_800",
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_dark="*primary_600",
-        button_primary_background_fill_hover_dark="*primary_700",
         button_primary_text_color="white",
         slider_color="*primary_600",
     )
@@ -56,7 +43,7 @@ footer { display: none !important; }
 #head h1 { font-size: 1.35rem; font-weight: 650; margin: 0; }
 #head p { margin: 2px 0 0; color: var(--body-text-color-subdued); font-size: .92rem; overflow-wrap: anywhere; }
 
-/* what to draw, then the pictures, then the settings; on a wide screen the pictures stand right of both */
+/* what to generate, the images, the settings; on a wide screen the images stand right of both */
 #page { display: grid; gap: 16px; grid-template-columns: 360px minmax(0, 1fr);
         grid-template-areas: "ask result" "settings result"; grid-template-rows: auto 1fr; align-items: start; }
 #ask { grid-area: ask; }
@@ -69,9 +56,6 @@ footer { display: none !important; }
 #ask .row, #settings .row { gap: 12px; }
 #classes .token { padding: 1px 5px; font-size: .85rem; }
 #classes .wrap-inner { gap: 5px; }
-.dark input[type=range]::-webkit-slider-runnable-track { background: linear-gradient(to right,
-        var(--slider-color) var(--range_progress), var(--neutral-700) var(--range_progress)) !important; }
-.dark input[type=range]::-moz-range-track { background: var(--neutral-700) !important; }
 #seed-row { align-items: end; flex-wrap: nowrap; }
 #seed-row .form { flex-wrap: nowrap; flex: 1 1 0; }
 #seed-row .form > :first-child { flex-grow: 1.35; }
@@ -95,19 +79,14 @@ footer { display: none !important; }
 .side h2 { font-size: .95rem; font-weight: 600; margin: 0 0 8px; overflow-wrap: anywhere; }
 
 #status { min-height: 26px; }
-/* Gradio's own word for what was stopped while a picture was on its way */
+/* Gradio's own word for what was stopped while images were on their way */
 #status span.error { display: none; }
 .note, .problem { margin: 0; font-size: .95rem; }
 .problem { padding: 10px 12px; border-radius: 8px; border-left: 4px solid #dc2626; background: #fef2f2;
         color: #7f1d1d !important; overflow-wrap: anywhere; }
 .dark .problem { background: #450a0a; color: #fecaca !important; }
 .progress { display: flex; gap: 12px; align-items: center; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.progress progress { flex: 1; height: 6px; border: 0; border-radius: 3px; overflow: hidden; appearance: none;
-        background: var(--neutral-200); }
-.dark .progress progress { background: var(--neutral-700); }
-.progress progress::-webkit-progress-bar { background: transparent; }
-.progress progress::-webkit-progress-value { background: var(--primary-600); }
-.progress progress::-moz-progress-bar { background: var(--primary-600); }
+.progress progress { flex: 1; height: 8px; accent-color: var(--primary-600); }
 .again { margin-top: 6px; font-size: .85rem; color: var(--body-text-color-subdued); }
 .again summary { cursor: pointer; }
 .again pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: 8px 10px; margin: 6px 0 0; border-radius: 6px;

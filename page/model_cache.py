@@ -1,4 +1,4 @@
-"""The models of the page: opened once, shared by everybody, and lent without what a request may change."""
+"""The models of the page: opened once, shared by everybody, and given out without what a request may change."""
 
 import copy
 import threading
@@ -12,7 +12,7 @@ from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pretrained import DIGITS
 
 
-class ModelShelf:
+class ModelCache:
     """Pipelines by their names.
 
     Args:
@@ -32,48 +32,28 @@ class ModelShelf:
         max_loaded: int = 3,
     ):
         self.names = tuple(dict.fromkeys(names)) or (str(DIGITS),)
-        self.takes_any = takes_any
-        self.device = torch.device(device)
-        self.dtype = dtype
+        self.takes_any, self.device, self.dtype = takes_any, torch.device(device), dtype
         self._max_loaded = max_loaded
         self._loaded: OrderedDict[str, ClassConditionalPipeline] = OrderedDict()
-        self._lock = threading.Lock()
-        self._loading = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
 
-    def lend(self, name: str) -> ClassConditionalPipeline:
+    def pipeline(self, name: str) -> ClassConditionalPipeline:
         """A pipeline of its own on the shared network, whose scheduler may be changed and stepped.
 
         Raises:
             ValueError: If the page does not take the name, or there is no pipeline of this kind.
             OSError: If there is neither such a folder nor such a repository.
         """
-        shared = self._open(name)
-        pipeline = ClassConditionalPipeline(
-            unet=shared.unet,
-            scheduler=copy.deepcopy(shared.scheduler),
-            id2label=shared.config.id2label,
-            guide_variance=shared.config.guide_variance,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def _open(self, name: str) -> ClassConditionalPipeline:
         if not isinstance(name, str) or not name.strip():
             raise ValueError("Model is empty: choose one")
-        named = name in self.names
-        if not named and not self.takes_any:
+        if name not in self.names and not self.takes_any:
             raise ValueError(f"Model is {name!r}, but this page has {' and '.join(map(title, self.names))} only")
-        if (found := self._find(name)) is not None:
-            return found
-        with self._loading:
-            if (found := self._find(name)) is not None:  # another request has loaded it meanwhile
-                return found
-            # what is typed is not looked up with the rights of whoever serves the page
-            pipeline = load_pipeline(name, dtype=self.dtype, token=None if named else False).to(self.device)
-            with self._lock:
-                self._loaded[name] = pipeline
-                while len(self._loaded) > self._max_loaded:
-                    self._loaded.popitem(last=False)
+        if (shared := self._find(name)) is None:
+            shared = self._load(name)
+        pipeline = ClassConditionalPipeline(
+            shared.unet, copy.deepcopy(shared.scheduler), shared.config.id2label, shared.config.guide_variance
+        )
+        pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def _find(self, name: str) -> ClassConditionalPipeline | None:
@@ -81,6 +61,19 @@ class ModelShelf:
             if name in self._loaded:
                 self._loaded.move_to_end(name)
             return self._loaded.get(name)
+
+    def _load(self, name: str) -> ClassConditionalPipeline:
+        with self._loading:
+            if (found := self._find(name)) is not None:  # another request has loaded it meanwhile
+                return found
+            # what is typed is not fetched with the rights of whoever serves the page
+            token = None if name in self.names else False
+            pipeline = load_pipeline(name, dtype=self.dtype, token=token).to(self.device)
+            with self._lock:
+                self._loaded[name] = pipeline
+                while len(self._loaded) > self._max_loaded:
+                    self._loaded.popitem(last=False)
+        return pipeline
 
 
 def title(name: str) -> str:
@@ -91,17 +84,9 @@ def title(name: str) -> str:
 def facts(name: str, pipeline: ClassConditionalPipeline) -> str:
     """Its title, size, images and classes in one line."""
     config = pipeline.unet.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
     colors = {1: "grey", 3: "RGB"}.get(config.in_channels, f"{config.in_channels} channels")
-    num_classes = config.num_class_embeds
-    millions = sum(parameter.numel() for parameter in pipeline.unet.parameters()) / 1e6
-    return " · ".join(
-        [
-            title(name),
-            f"{millions:,.2f} M parameters" if millions < 10 else f"{millions:,.0f} M parameters",
-            f"{width}x{height} pixels, {colors}",
-            "no classes" if num_classes is None else f"{num_classes:,} classes",
-            f"on {pipeline.unet.device}",
-        ]
-    )
+    classes = "no classes" if config.num_class_embeds is None else f"{config.num_class_embeds:,} classes"
+    millions = pipeline.unet.num_parameters() / 1e6
+    parameters = f"{millions:,.{2 if millions < 10 else 0}f} M parameters"
+    return f"{title(name)} · {parameters} · {width}x{height} pixels, {colors} · {classes} · on {pipeline.unet.device}"
