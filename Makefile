@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := outputs/demo
-# a small network that tells digits apart, whose features and answers measure the demo's
+# a small network that tells digits apart, whose features and answers evaluate the demo
 DIGITS := --protocol classifier --weights evaluation/digits_classifier
 # docs/performance.md has the commands and the results of their real sizes
-BENCHMARKS := sampling quick_image samplers training_step training evaluation startup conversion data frechet demo_quality
+BENCHMARKS := sampling samplers training_step training evaluation startup conversion data frechet
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo app test bench soak quality types style clean
@@ -24,16 +24,16 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,eval,test]'
 	@touch $@
 
-demo: $(INSTALLED)  ## prepare the digits, train on them, draw ten of each, measure: a few minutes on two cores
+demo: $(INSTALLED)  ## prepare the digits, train on them, generate ten of each, evaluate: a few minutes on two cores
 	$(BIN)/python prepare_imagenet64.py --source mnist --output_dir $(DEMO)/data
 	$(BIN)/python train_imagenet64.py --config configs/training/demo.yaml --train_data_dir $(DEMO)/data --output_dir $(DEMO)
 	$(BIN)/python generate_images.py --model $(DEMO)/model --output_dir $(DEMO)/samples \
 		--class_labels all --num_images_per_label 10 --guidance_scale 2.5 --num_inference_steps 20
 	$(BIN)/python evaluate_models.py reference --source $(DEMO)/data --output_dir $(DEMO)/reference $(DIGITS)
-	$(BIN)/python evaluate_models.py model --model $(DEMO)/model --output_dir $(DEMO)/measured $(DIGITS) \
+	$(BIN)/python evaluate_models.py model --model $(DEMO)/model --output_dir $(DEMO)/evaluated $(DIGITS) \
 		--num_images 500 --guidance_scale 2.5 --num_inference_steps 20 --batch_size 100
 	@echo
-	$(BIN)/python evaluate_models.py score --reference $(DEMO)/reference --model $(DEMO)/measured
+	$(BIN)/python evaluate_models.py score --reference $(DEMO)/reference --model $(DEMO)/evaluated
 	@echo
 	@echo "the pipeline:   $(DEMO)/model"
 	@echo "the grid:       $(DEMO)/samples/grid.png"

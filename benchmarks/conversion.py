@@ -1,9 +1,8 @@
 """How long the conversion of a full-size checkpoint takes, and how much memory, as a multiple of its file.
 
 Makes a checkpoint of the largest original recipe, res_res_atn with 213 million parameters, from seeded noise, converts
-it in a process of its own, and in another one loads the folder and draws one step. The memory is the peak resident
-set as Linux tells it, which counts the pages of the checkpoint's file too, although they belong to the page cache.
-Prints a table and writes benchmarks/results/conversion-<processor>.json.
+it in its own process, and in another one loads the folder and takes one denoising step. Memory is the peak resident
+set as Linux tells it, with the mapped pages of the file. Writes benchmarks/results/conversion-<processor>.json.
 """
 
 import argparse

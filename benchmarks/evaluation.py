@@ -1,7 +1,7 @@
-"""How fast images are drawn and measured, and what share of the time is the network's own.
+"""How fast images are generated and evaluated, and what share of the time is the network's own.
 
 Runs what ``evaluate_models.py model`` runs, with the classifier of the demo's digits: a network of a recipe,
-with random weights unless there is a model, draws images, their features are taken and kept, and statistics
+with random weights unless there is a model, generates images, their features are kept, and statistics
 put together. The calls of the network and of the extractor are timed. What is left is everything else:
 loading the model, scheduler, noise, files. Shares compare between machines, times do not. Prints a table and
 writes benchmarks/results/evaluation-<processor>.json.
@@ -20,10 +20,10 @@ from report import ROOT, add_options, choose_sizes, results_dir, write_result
 from timing import Clock, rounded, spread, synchronize
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
-from imagenet64_diffusion.evaluation.drawing import ModelImages
-from imagenet64_diffusion.evaluation.extractors import FeatureExtractor
-from imagenet64_diffusion.evaluation.measuring import measure_model
+from imagenet64_diffusion.evaluation.evaluating import evaluate_model
+from imagenet64_diffusion.evaluation.generated_images import GeneratedImages
 from imagenet64_diffusion.evaluation.options import ModelOptions
+from imagenet64_diffusion.evaluation.protocols import FeatureExtractor
 
 
 CLASSIFIER = ROOT / "evaluation" / "digits_classifier"
@@ -36,7 +36,7 @@ def measure_once(options: argparse.Namespace, model: Path, output_dir: Path) -> 
     put_back = [
         clock.around(ClassConditionalUNet2DModel, "forward", NETWORK),
         clock.around(FeatureExtractor, "__call__", FEATURES),
-        clock.around(ModelImages, "__init__", LOADING),
+        clock.around(GeneratedImages, "__init__", LOADING),
     ]
     settings = ModelOptions(
         model=str(model),
@@ -51,7 +51,7 @@ def measure_once(options: argparse.Namespace, model: Path, output_dir: Path) -> 
     )
     synchronize(options.device)
     begin = time.perf_counter()
-    measure_model(settings, quiet=True)
+    evaluate_model(settings, quiet=True)
     synchronize(options.device)
     total = time.perf_counter() - begin
     for each in put_back:
@@ -105,7 +105,7 @@ def main() -> None:
     figures = figures_of(rounds, options.num_images)
 
     print(f"{options.num_images} images of {options.num_inference_steps} steps, {options.batch_size} at a time")
-    print(f"  drawn and measured       {figures['images_per_second']['median']:9.4g} images/s")
+    print(f"  generated, evaluated     {figures['images_per_second']['median']:9.4g} images/s")
     print(f"  without loading          {figures['images_per_second_without_loading']['median']:9.4g} images/s")
     print(f"  the network alone        {figures['images_per_second_of_the_network_alone']['median']:9.4g} images/s")
     print(f"  features alone           {figures['features_images_per_second']['median']:9.4g} images/s")

@@ -39,12 +39,12 @@ def make_unet(config: dict[str, Any], **options: Any) -> ClassConditionalUNet2DM
 
 
 def is_original(config: dict[str, Any]) -> bool:
-    """Whether a network is the original's, which draws by its own schedule and guides the variance too."""
+    """Whether a network is the original's, which samples on its own schedule and guides the variance too."""
     return config["output_head_type"] == "original"
 
 
 def make_scheduler(config: dict[str, Any]) -> EtaDDIMScheduler:
-    """The scheduler that a network of this kind is trained and drawn with."""
+    """The scheduler that a network of this kind is trained and sampled with."""
     if is_original(config):
         return EtaDDIMScheduler(prediction_type="epsilon", **original_cosine_options(1000))
     return EtaDDIMScheduler(

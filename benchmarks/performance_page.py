@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from the JSON files of benchmarks/results, so that it shows what was measured."""
+"""Writes docs/performance.md and the figures of README.md from the JSON files of benchmarks/results."""
 
 import argparse
 import json
@@ -16,15 +16,15 @@ PAGE = ROOT / "docs" / "performance.md"
 TOLERATED = 0.05
 
 INTRODUCTION = """\
-# Speed
+# Performance
 
-What is on this page was measured by the scripts in `benchmarks/`, whose results lie in `benchmarks/results`;
-`python benchmarks/performance_page.py` writes the page from them. Each table names its machine and the command.
+The scripts in `benchmarks/` measured these figures; their results are in `benchmarks/results`, and
+`python benchmarks/performance_page.py` writes this page from them. Each table names its machine and command.
 
-Times are those of one machine. What compares between machines are the ratios: both sides ran in the same minutes, in
-turn, most of them in one process, and a ratio is the median of all rounds, with its quartiles in brackets where
-nothing else is said. Shares of the ceiling are shares of the matrix products, of the same type and on as many threads,
-that the machine did in the same run.
+Times depend on the machine; compare ratios instead. Both sides of a ratio ran in turn in the same minutes, most of
+them in one process; a ratio is the median of all rounds, with its quartiles in brackets unless noted. A share of the
+ceiling is a share of the operations that the fastest of several kernels did in the same run, in the same data type
+and on as many threads: matrix products, inner products, and the network's own convolutions.
 """
 
 
@@ -61,17 +61,30 @@ def ratio(spread: dict[str, Any] | None) -> str:
     return "1" if spread is None else words_of(spread)
 
 
-def ceilings(found: dict[str, list[float]]) -> str:
-    """What the machine could do in that run."""
-    product, copy = max(found["matrix_product_gflops"]), max(found["copy_gbytes_per_second"])
-    return f"The machine multiplied matrices at {number(product)} GFLOP/s and copied memory at {number(copy)} GB/s."
+def share_of(found: dict[str, Any], name: str) -> str:
+    """The share of the ceiling; empty in results of an earlier version, whose ceiling was too low."""
+    return percent(found["share_of_ceiling"][name]) if "share_of_ceiling" in found else ""
+
+
+def without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that no row fills."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def ceiling(found: dict[str, Any]) -> str:
+    """The most that the machine did in that run."""
+    return (
+        f"The ceiling is {number(found['gflops'])} GFLOP/s ({found['kernel']}, {found['cpu_capability']}); memory was"
+        f" copied at {number(found['copy_gbytes_per_second'])} GB/s."
+    )
 
 
 def sampling_section(result: dict[str, Any]) -> Iterator[str]:
     images = "1 image" if result["batch_size"] == 1 else f"{result['batch_size']} images"
     kind = f"Guided steps of {images} in {result['dtype']}"
     yield from prose(f"{kind}: both branches, and what the scheduler does with them. {result['rounds']} rounds.")
-    rows, whole, once, stock = [], [], [], []
+    rows, whole, notes = [], [], []
     for recipe, found in result["recipes"].items():
         for name, step in found["step_seconds"].items():
             rows.append(
@@ -79,7 +92,7 @@ def sampling_section(result: dict[str, Any]) -> Iterator[str]:
                     f"`{recipe}`, {name}",
                     number(step["median"]),
                     number(found["gflop_per_step"][name]),
-                    percent(found["share_of_matrix_products"][name]),
+                    share_of(found, name),
                     ratio(found["ratio_to_ours"].get(name)),
                 ]
             )
@@ -87,16 +100,20 @@ def sampling_section(result: dict[str, Any]) -> Iterator[str]:
         for name, seconds in image["seconds_per_image"].items():
             words = [f"`{recipe}`, {name}", str(image["num_inference_steps"]), number(seconds["median"])]
             whole.append([*words, ratio(image["ratio_to_ours"].get(name))])
-        once.append(f"{number(found['once_per_call_seconds']['median'])} s (`{recipe}`)")
         widths = " ".join(map(str, found["stock"]["block_out_channels"]))
-        stock.append(f"{widths} with {found['stock']['layers_per_block']} layers a block (`{recipe}`)")
-    yield from table(["", "seconds a step", "GFLOP", "of the ceiling", "times as long as ours"], rows)
-    yield from prose(
-        f"The first step of a call of the pipeline takes more, once: {', '.join(once)}."
-        f" {ceilings(result['ceilings'])} The stock network is a `UNet2DModel` of as many operations:"
-        f" {', '.join(stock)}."
-    )
-    yield from prose("Whole images by the pipeline, and by loops around the others:")
+        notes.append(
+            "The first step of a call of the pipeline takes"
+            f" {number(found['once_per_call_seconds']['median'])} s more."
+            f" The stock network is a `UNet2DModel` of as many operations: {widths} with"
+            f" {found['stock']['layers_per_block']} layers a block."
+        )
+        if "ceilings" in found:
+            notes[-1] += f" {ceiling(found['ceilings'])}"
+    header = ["", "seconds a step", "GFLOP", "of the ceiling", "times as long as ours"]
+    yield from table(*without_empty_columns(header, rows))
+    for note in notes:
+        yield from prose(note)
+    yield from prose("Whole images by the pipeline, and by a loop around the stock network:")
     yield from table(["", "steps", "seconds an image", "times as long as ours"], whole)
 
 
@@ -114,14 +131,15 @@ def training_step_section(result: dict[str, Any]) -> Iterator[str]:
                 [
                     name,
                     number(pace["median"]),
-                    percent(found["share_of_matrix_products"][name]),
+                    share_of(found, name),
                     ratio(found["ratio_to_ours"].get(name)),
                     "" if memory is None else f"{memory / 2**30:.2f} GiB",
                 ]
             )
         header = [names[precision], "images/s", "of the ceiling", "times as long as ours", "memory"]
-        yield from table(header, rows)
-        yield from prose(ceilings(found["ceilings"]))
+        yield from table(*without_empty_columns(header, rows))
+        if "ceilings" in found:
+            yield from prose(ceiling(found["ceilings"]))
 
 
 def training_section(result: dict[str, Any]) -> Iterator[str]:
@@ -134,7 +152,7 @@ def training_section(result: dict[str, Any]) -> Iterator[str]:
     pace = result["pace"]
     spread = {"median": pace["ratio"], "quartiles": pace["ratio_quartiles"]}
     yield from prose(
-        f"Against a plain loop with the same network, loss, clipping, AdamW and moving average, {pace['rounds']} pairs"
+        f"Against a plain loop with the same network, loss, clipping, AdamW and EMA, {pace['rounds']} pairs"
         f" of stretches of {pace['steps_in_a_stretch']} steps: {number(pace['ours_images_per_second'])} images/s"
         f" against {number(pace['plain_images_per_second'])}, {words_of(spread)} times as many."
     )
@@ -143,10 +161,10 @@ def training_section(result: dict[str, Any]) -> Iterator[str]:
 def evaluation_section(result: dict[str, Any]) -> Iterator[str]:
     yield from prose(
         f"{result['num_images']} images of {result['num_inference_steps']} guided steps, {result['batch_size']} at a"
-        f" time, as `evaluate_models.py model` draws and measures them. {result['rounds']} rounds."
+        f" time, as `evaluate_models.py model` samples and evaluates them. {result['rounds']} rounds."
     )
     rows = [
-        ["drawn and measured", number(result["images_per_second"]["median"])],
+        ["sampled and evaluated", number(result["images_per_second"]["median"])],
         ["the same without loading the model", number(result["images_per_second_without_loading"]["median"])],
         ["the network alone", number(result["images_per_second_of_the_network_alone"]["median"])],
         ["features alone", number(result["features_images_per_second"]["median"])],
@@ -206,19 +224,6 @@ def frechet_section(result: dict[str, Any]) -> Iterator[str]:
     yield from table(["", "images/s"], rows)
 
 
-def demo_quality_section(result: dict[str, Any]) -> Iterator[str]:
-    yield from prose(
-        f"{result['images']} digits of the demo's model, guidance {result['guidance_scale']:g},"
-        f" {result['num_inference_steps']} steps, in {number(result['seconds'])} s:"
-    )
-    rows = [
-        ["read as the digit that was asked for", percent(result["class_accuracy"])],
-        ["real digits that are read rightly", percent(result["reader_accuracy_on_real_digits"])],
-        ["distance of two digits of a class, of that of real ones", f"{result['distance_ratio']:.2f}"],
-    ]
-    yield from table(["", "measured"], rows)
-
-
 def samplers_section(result: dict[str, Any]) -> Iterator[str]:
     guidance = f"guidance {result['guidance_scale']:g}"
     yield from prose(
@@ -258,31 +263,17 @@ def _sampler_row(label: str, entry: dict[str, Any]) -> list[str]:
     return [label, str(entry["num_inference_steps"]), str(entry["cost"]), *figures]
 
 
-def quick_image_section(result: dict[str, Any]) -> Iterator[str]:
-    rounds = "1 round" if result["rounds"] == 1 else f"{result['rounds']} rounds"
-    yield from prose(
-        f"One guided image of `{result['recipe']}`, against the original's way: plain layers and many steps. {rounds}."
-    )
-    rows = []
-    for name, seconds in result["seconds_per_image"].items():
-        faster = result["times_as_fast"].get(name)
-        rows.append([name, number(seconds["median"]), "1" if faster is None else number(faster["median"])])
-    yield from table(["", "seconds", "times as fast"], rows)
-
-
 # benchmark -> title, and what makes its lines
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Iterator[str]]]] = {
-    "sampling": ("Drawing", sampling_section),
+    "sampling": ("Sampling", sampling_section),
     "samplers": ("Fewer steps", samplers_section),
-    "quick_image": ("One image, quickly", quick_image_section),
     "training_step": ("A training step", training_step_section),
     "training": ("The training loop", training_section),
-    "evaluation": ("Measuring a model", evaluation_section),
+    "evaluation": ("Evaluating a model", evaluation_section),
     "startup": ("Starting", startup_section),
     "conversion": ("Converting a checkpoint", conversion_section),
     "data": ("Reading images", data_section),
     "frechet": ("The Frechet distance", frechet_section),
-    "demo_quality": ("The demo's digits", demo_quality_section),
 }
 
 # what is not about speed
@@ -325,6 +316,40 @@ def make_page(folder: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures of benchmarks/performance_page.py -->\n", "<!-- end of the figures -->\n"
+
+
+def readme_figures(folder: Path = RESULTS) -> str:
+    """The paragraph between the two marks of README.md."""
+
+    def read(benchmark: str) -> dict[str, Any]:
+        return json.loads(min(folder.glob(f"{benchmark}-*.json")).read_text(encoding="utf-8"))
+
+    sampling, training = read("sampling-float32-batch1-original_res_res"), read("training")
+    conversion, data = read("conversion"), read("data")
+    found = sampling["recipes"]["original/res_res"]
+    share = found.get("share_of_ceiling", {}).get("ours")
+    words = (
+        f"On {sampling['machine']['cores']} cores of an {sampling['machine']['processor']}, a guided step of the"
+        f" original's `res_res` takes {found['step_seconds']['ours']['median']:.1f} s. A stock diffusers U-Net"
+        f" of as many operations takes {found['ratio_to_ours']['stock diffusers']['median']:.2f} times as long."
+        + (f" Ours is at {percent(share)} of the fastest kernel's rate." if share else "")
+        + f" The training loop runs at {training['pace']['ratio']:.2f} times the images per second of a plain loop. A"
+        f" checkpoint of {conversion['file_bytes'] / 1e6:.0f} MB is converted in"
+        f" {conversion['conversion_seconds']:.0f} s. A prepared folder gives"
+        f" {round(data['images_per_second']['prepared folder'], -3):,} random images per second."
+    )
+    return "\n".join(prose(words))
+
+
+def split_readme(text: str) -> tuple[str, str, str]:
+    """The README before its figures, they themselves, and the rest."""
+    before, _, rest = text.partition(BEGIN)
+    figures, _, after = rest.partition(END)
+    return before + BEGIN, figures, END + after
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -332,6 +357,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args()
     options.output.write_text(make_page(options.results_dir), encoding="utf-8")
+    if options.output == PAGE:
+        before, _, after = split_readme(README.read_text(encoding="utf-8"))
+        README.write_text(before + readme_figures(options.results_dir) + after, encoding="utf-8")
     print(f"written to {options.output}")
 
 

@@ -2,7 +2,7 @@
 
 Trains a small network on the 5,000 MNIST digits, first as the original program has it and then with one correction
 after the other, for the same number of steps and, again, for the same computing time, with two seeds.
-Every model draws the same number of digits without guidance; a fixed classifier reads them, and FID, precision and
+Every model generates the same number of digits without guidance; a fixed classifier reads them, and FID, precision and
 recall are taken in its features. All by the commands that users have: train_imagenet64.py and evaluate_models.py. What
 has been done is not done again, so it can be stopped. Writes benchmarks/results/quality-<processor>.json, a chart, a
 strip of samples of each model, and the table in docs/corrections.md:
@@ -37,7 +37,7 @@ METRICS = ("class_accuracy", "fid", "precision", "recall")
 PAGE = ROOT / "docs" / "corrections.md"
 BEGIN, END = "<!-- table of benchmarks/quality.py -->", "<!-- end of the table -->"
 UNET_OPTIONS = ("time_embedding_type", "class_attention_type", "output_head_type")
-STRIP = 20  # digits of each model in the picture
+STRIP = 20  # digits of each model in the strip
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def variants() -> list[Variant]:
             "use_ema": False,
         },
     )
-    averaged = faithful.with_("+ moving average", use_ema=True)
+    averaged = faithful.with_("+ EMA", use_ema=True)
     encoded = averaged.with_("+ sinusoidal time encoding", time_embedding_type="sinusoidal")
     attending = encoded.with_("+ class attention that attends", class_attention_type="channel")
     head = attending.with_("+ convolutional head", output_head_type="conv")
@@ -78,7 +78,7 @@ def variants() -> list[Variant]:
     velocity = head.with_("+ velocity, unclamped cosine (default)", prediction_type="v_prediction", **unclamped)
     return [
         *(faithful, averaged, encoded, attending, head, velocity),
-        velocity.with_("default, no moving average", use_ema=False),
+        velocity.with_("default, no EMA", use_ema=False),
         velocity.with_("default, original time encoding", time_embedding_type="original_interleaved"),
         velocity.with_("default, class attention that does not", class_attention_type="identity"),
         velocity.with_("default, original head", output_head_type="original"),
@@ -254,8 +254,8 @@ def draw_strips(results: list[dict[str, Any]], folder: Path, file: Path) -> None
         y = row * (size * factor + 4)
         pen.text((left - 10, y + size * factor / 2), result["variant"], fill="black", font=font, anchor="rm")
         for column, image in enumerate(images):
-            picture = Image.fromarray(image.squeeze(-1)).resize((size * factor,) * 2, Image.Resampling.NEAREST)
-            sheet.paste(picture.convert("RGB"), (left + column * (size * factor + 2), y))
+            tile = Image.fromarray(image.squeeze(-1)).resize((size * factor,) * 2, Image.Resampling.NEAREST)
+            sheet.paste(tile.convert("RGB"), (left + column * (size * factor + 2), y))
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file, optimize=True)
 
@@ -297,7 +297,7 @@ def main() -> None:
         "--output_dir", type=Path, default=ROOT / "outputs" / "quality", help="models and measurements"
     )
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each training")
-    parser.add_argument("--num_images", type=int, default=500, help="digits that each model draws")
+    parser.add_argument("--num_images", type=int, default=500, help="digits of each model")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time, one thread each")

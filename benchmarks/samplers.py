@@ -1,6 +1,6 @@
 """How few evaluations of the network make good images: samplers against each other at equal cost.
 
-Draws digits with every sampler and several numbers of steps, all from the same starting noise and on the exact noise
+Generates digits with every sampler and several numbers of steps, from the same starting noise and on the exact noise
 schedule, and measures them in the features of a fixed classifier, by evaluate_models.py sweep. Cost is counted in
 evaluations of the network for one image: a step with guidance takes two, one outside the guidance interval one, and
 Heun's method evaluates twice in every step but the last. What has been measured is not measured again. Prints a table
@@ -44,7 +44,7 @@ MANY = [100]  # for DDIM alone, the reference
 def guided_steps(num_inference_steps: int, interval: tuple[float, float]) -> int:
     """How many steps the pipeline guides."""
     begin, end = interval
-    return int(end * num_inference_steps) - int(begin * num_inference_steps)
+    return round(end * num_inference_steps) - round(begin * num_inference_steps)
 
 
 def grid(few: list[int], many: list[int], guidance_scale: float) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("outputs/demo/data"), help="the prepared digits")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/samplers"), help="what was measured")
-    parser.add_argument("--num_images", type=int, help="digits that each sampler draws (default: 500)")
+    parser.add_argument("--num_images", type=int, help="digits of each sampler (default: 500)")
     parser.add_argument("--guidance_scale", type=float, default=2.5)
     add_options(parser)
     options = parser.parse_args()

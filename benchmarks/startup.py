@@ -1,4 +1,4 @@
-"""How long it takes until the first step: importing, loading, drawing.
+"""How long it takes until the first step: importing, loading, sampling.
 
 In fresh processes and in turn: one imports our pipeline, loads a full-size one with random weights from
 safetensors and takes its first step; one imports diffusers' DiffusionPipeline alone; one only reads the file

@@ -1,4 +1,4 @@
-"""diffusers' own U-Net with as many operations as a recipe of ours, and its way to draw with guidance."""
+"""diffusers' own U-Net with as many operations as a recipe of ours, and its guided prediction."""
 
 from collections.abc import Mapping
 from typing import Any

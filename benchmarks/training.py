@@ -1,9 +1,9 @@
 """What the training loop costs beside the network: shares of its time, and its pace against a plain loop.
 
-Two measurements on the demo's network and images. In the first, steps of a real run, with its log, TensorBoard, moving
-average and order of data, are taken apart by timing the calls of their parts. In the second, stretches of such steps
-alternate in the same process with stretches of a plain loop, which has the same network, loss, clipping, AdamW and
-moving average and no accelerate, no log, and none of the bookkeeping that makes a run repeatable. Times of different
+Two measurements on the demo's network and images. In the first, steps of a real run, with its log, TensorBoard, EMA
+and order of data, are taken apart by timing the calls of their parts. In the second, stretches of such steps
+alternate in the same process with stretches of a plain loop, which has the same network, loss, clipping, AdamW and EMA
+and no accelerate, no log, and none of the bookkeeping that makes a run repeatable. Times of different
 machines compare only as ratios. Prints tables and writes benchmarks/results/training-<processor>.json.
 """
 
@@ -23,10 +23,10 @@ from report import add_options, choose_sizes, results_dir, write_result
 from timing import Clock, alternate, ratios_to, seconds_of
 
 from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
-from imagenet64_diffusion.training.components import build_optimizer
+from imagenet64_diffusion.training.components import build_optimizer, image_batches
 from imagenet64_diffusion.training.interruption import StopRequest
 from imagenet64_diffusion.training.loop import Trainer
-from imagenet64_diffusion.training.loss import HybridLoss
+from imagenet64_diffusion.training.objectives import HybridLoss
 from imagenet64_diffusion.training.options import TrainOptions
 from imagenet64_diffusion.training.plan import make_plan
 from imagenet64_diffusion.utils.command_line import parse_options
@@ -57,27 +57,26 @@ def measure_shares(data: Path, folder: Path, steps: int, warmup: int) -> dict[st
     trainer = make_trainer(data, folder / "shares", steps + warmup)
     trainer._start_trackers()
     clock = Clock()
-    step = trainer.take_step
     clock.around(trainer.unet, "forward", "forward")
-    step.loss = _Timed(step.loss, clock)
+    trainer.objective = _Timed(trainer.objective, clock)
     clock.around(trainer.accelerator, "backward", "backward")
     clock.around(trainer.optimizer, "step", "optimizer")
     clock.around(trainer.optimizer, "zero_grad", "optimizer")
-    clock.around(step, "_clip_gradients", "clipping")
-    clock.around(trainer.ema, "step", "moving average")
+    clock.around(trainer.accelerator, "clip_grad_norm_", "clipping")
+    clock.around(trainer.ema, "step", "EMA")
     clock.around(trainer, "_log", "log")
 
     # all but the warm-up is measured; the checkpoint and the samples at the end are not steps
     begin = [0.0]
-    take_step = step.__call__
+    take_step = trainer.take_step
 
-    def count(number: int, batches: Iterator[Any]) -> Any:
-        if number == warmup:
+    def count(batches: Iterator[Any]) -> Any:
+        if trainer.global_step == warmup:
             clock.seconds.clear()
             begin[0] = time.perf_counter()
-        return take_step(number, batches)
+        return take_step(batches)
 
-    trainer.take_step = _Callable(count, step)
+    trainer.take_step = count
     end = [0.0]
     trainer._save_checkpoint = lambda: end.__setitem__(0, time.perf_counter())
     with StopRequest(trainer.accelerator) as stop_request:
@@ -90,25 +89,17 @@ def measure_shares(data: Path, folder: Path, steps: int, warmup: int) -> dict[st
 
 
 class _Timed:
-    """A loss whose calls are timed as part of the forward pass."""
+    """An objective whose calls are timed as part of the forward pass."""
 
-    def __init__(self, loss: HybridLoss, clock: Clock):
-        self._call, self.add_noise = loss.__call__, loss.add_noise
+    def __init__(self, objective: HybridLoss, clock: Clock):
+        self._objective, self._call = objective, objective.__call__
         clock.around(self, "_call", "forward")
 
     def __call__(self, *arguments: Any) -> Any:
         return self._call(*arguments)
 
-
-class _Callable:
-    """A function in the place of an object that has methods too."""
-
-    def __init__(self, function: Callable[..., Any], instead_of: Any):
-        self._function = function
-        self.batches = instead_of.batches
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
 
 
 def plain_steps(trainer: Trainer, images: PreparedImages) -> Callable[[], None]:
@@ -148,12 +139,11 @@ def measure_pace(data: Path, folder: Path, rounds: int, stretch: int) -> dict[st
             pass
 
     with StopRequest(trainer.accelerator) as stop_request:
-        batches = trainer.take_step.batches(0)
+        batches = image_batches(trainer.options, trainer.dataset, trainer.accelerator, 0)
 
         def ours() -> None:
-            outcome = trainer.take_step(trainer.global_step, batches)
-            trainer.global_step += 1
-            trainer.metrics.add(trainer.global_step, **vars(outcome))
+            outcome = trainer.take_step(batches)
+            trainer.metrics.add(trainer.global_step, **outcome._asdict())
             if trainer.global_step % trainer.options.logging_steps == 0:
                 trainer._log(Silent())
             stop_request.agreed()

@@ -1,12 +1,9 @@
-"""What a training step costs, ours against two others: images per second and memory.
+"""A training step: our network, with and without gradient checkpointing, against a stock diffusers U-Net.
 
-In one process and in turn, each with weights and AdamW of its own: our network, without and with gradient
-checkpointing; the plain composition of its layers (benchmarks/plain_unet.py); diffusers' own U-Net with as
-many operations (benchmarks/stock_unet.py). A step is the forward pass, the loss, which is the hybrid one for
-the first three and the error of the noise prediction for diffusers', the backward pass and AdamW, ours fused
-as our training has it and the others' as torch has it by default. The same in float32 and, where the device
-computes in bfloat16 at all, under autocast. The peak of the memory is that of a process of its own for each.
-Ratios compare between machines, times do not. Prints tables and writes
+All run in one process, in turn, each with its own weights and AdamW. A step is forward, loss, backward and AdamW: the
+hybrid loss and fused AdamW for ours, the error of the noise prediction and torch's default AdamW for the stock network
+of as many operations. In float32 and, where the device has instructions for it, bfloat16 autocast. Peak memory is
+that of a process of its own. Ratios compare between machines, times do not. Writes
 benchmarks/results/training_step-<recipe>-batch<size>-<processor>.json.
 """
 
@@ -24,22 +21,21 @@ from typing import Any
 import torch
 from ceilings import Ceilings
 from networks import make_scheduler, make_unet, recipe_config
-from plain_unet import PlainUNet
 from report import add_options, choose_sizes, results_dir, write_result
-from sampling import PLAIN, STOCK, count_branch_flops
+from sampling import STOCK, count_branch_flops, recipe_convolutions
 from stock_unet import count_stock_flops, make_stock_scheduler, make_stock_unet, matching_config
 from timing import alternate, ratios_to, rounded, seconds_of, spread, words_of
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.training.components import build_optimizer
 from imagenet64_diffusion.training.cost import estimate_cost
-from imagenet64_diffusion.training.loss import HybridLoss
+from imagenet64_diffusion.training.objectives import HybridLoss
 from imagenet64_diffusion.training.options import TrainOptions
 from imagenet64_diffusion.utils.memory import keep_freed_memory
 
 
 OURS, CHECKPOINTED = "ours", "ours, gradient checkpointing"
-NAMES = (OURS, CHECKPOINTED, PLAIN, STOCK)
+NAMES = (OURS, CHECKPOINTED, STOCK)
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast"}
 
 
@@ -77,10 +73,9 @@ def make_step(
         unet = make_stock_unet(stock_config).to(device).train()
         scheduler = make_stock_scheduler()
     else:
-        unet = make_unet(config)
-        unet = (PlainUNet(unet) if name == PLAIN else unet).to(device).train()
+        unet = make_unet(config).to(device).train()
         hybrid_loss = HybridLoss(make_scheduler(config), device=device)
-    if name in (OURS, CHECKPOINTED):
+    if name != STOCK:
         settings = TrainOptions(train_data_dir="", output_dir="")
         optimizer = build_optimizer(settings, unet.parameters(), torch.device(device))
     else:
@@ -97,8 +92,7 @@ def make_step(
             return torch.nn.functional.mse_loss(predicted.float(), batch.noise)
         noisy = hybrid_loss.add_noise(batch.images, batch.noise, batch.timesteps)
         with mixed or contextlib.nullcontext():
-            output = unet(noisy, batch.timesteps, batch.labels)
-        output = output if name == PLAIN else output.sample
+            output = unet(noisy, batch.timesteps, batch.labels).sample
         return hybrid_loss(output, batch.images, batch.noise, noisy, batch.timesteps).total.mean()
 
     def step(precision: str) -> None:
@@ -122,7 +116,7 @@ def training_flops(config: dict[str, Any], stock_config: dict[str, Any]) -> dict
         estimate_cost(config, gradient_checkpointing=checkpointed).training_flops for checkpointed in (False, True)
     )
     stock = count_stock_flops(stock_config, backward=True)
-    return {OURS: once, CHECKPOINTED: again, PLAIN: once, STOCK: stock}
+    return {OURS: once, CHECKPOINTED: again, STOCK: stock}
 
 
 def measure_pace(
@@ -135,7 +129,7 @@ def measure_pace(
     found = {}
     for precision in options.precision:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        ceilings = Ceilings(options.device, dtype, options.small)
+        ceilings = Ceilings(options.device, dtype, recipe_convolutions(config), options.batch_size, options.small)
         seconds = alternate(
             {
                 name: lambda step=step, precision=precision: seconds_of(lambda: step(precision), options.device)
@@ -149,7 +143,7 @@ def measure_pace(
                 name: spread(options.batch_size / value for value in values) for name, values in seconds.items()
             },
             "ratio_to_ours": ratios_to(OURS, seconds),
-            "share_of_matrix_products": {
+            "share_of_ceiling": {
                 name: ceilings.share(options.batch_size * flops[name], statistics.median(values))
                 for name, values in seconds.items()
             },
@@ -203,7 +197,7 @@ def print_precision(precision: str, figures: dict[str, Any]) -> None:
         ratio = figures["ratio_to_ours"].get(name)
         memory = figures["peak_bytes"].get(name)
         print(
-            f"  {name:30} {pace['median']:9.3g} {100 * figures['share_of_matrix_products'][name]:9.1f} %"
+            f"  {name:30} {pace['median']:9.3g} {100 * figures['share_of_ceiling'][name]:9.1f} %"
             f" {words_of(ratio) if ratio else '':>24} {f'{memory / 2**30:.2f} GiB' if memory else '':>10}"
         )
 

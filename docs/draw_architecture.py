@@ -1,4 +1,4 @@
-"""Draws the network of a recipe as it is: a pass through it is watched, and the picture shows what was seen.
+"""Plots the network of a recipe from a forward pass.
 
 Writes docs/images/architecture.png and .svg:
 
@@ -133,7 +133,7 @@ def _convolution(module: nn.Module) -> str:
 
 
 def label(step: Step) -> str:
-    """What the picture writes on a step, such as ``resnet  128 → 256``."""
+    """The label of a step, such as ``resnet  128 → 256``."""
     name = step.name.replace("_", " ")
     if step.in_channels == step.out_channels:
         return f"{name}  {step.out_channels}"
@@ -141,12 +141,12 @@ def label(step: Step) -> str:
 
 
 def draw(architecture: Architecture, config: dict, title: str) -> "Figure":
-    """The picture: down on the left, up on the right, what goes across between them.
+    """The figure: down on the left, up on the right, what goes across between them.
 
     Args:
-        architecture: What is drawn.
+        architecture: What is shown.
         config: Of the network, for the embeddings.
-        title: Above the picture.
+        title: Above the figure.
     """
     from matplotlib.figure import Figure
 
@@ -200,7 +200,7 @@ def draw(architecture: Architecture, config: dict, title: str) -> "Figure":
         # the skip comes second in the concatenation
         text = f"skip  {layers[-1].out_channels}\njoins {doubling.out_channels} as {up_layers[0].in_channels}"
         axes.text((left + _BLOCK_WIDTH + right) / 2, y + 0.07, text, ha="center", va="bottom", color=_INK)
-        # both toward the middle of the picture
+        # both toward the middle of the figure
         for x, side, step in ((left + 2.1, "left", halving), (right + 1.8, "right", doubling)):
             axes.text(x, row_bottom - _ROW_GAP / 2, label(step), ha=side, va="center", color=_LINE)
         above_left, above_right = row_bottom, row_bottom
@@ -283,7 +283,7 @@ def _size(step: Step) -> str:
 
 
 def draw_recipe(recipe: str) -> "Figure":
-    """The picture of a recipe; ``res`` and so on, as for train_imagenet64.py."""
+    """The figure of a recipe; ``res`` and so on, as for train_imagenet64.py."""
     import matplotlib as mpl
 
     config = {key: value for key, value in load_model_config(recipe).items() if not key.startswith("_")}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import performance_page
 import pytest
-import readme_figures
 from report import RESULTS, ROOT
 
 # its server of processes has imported what takes longer than the runs
@@ -21,10 +20,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 SCRIPTS = {
     "conversion": ["--threads", "1"],
     "data": [],
-    "demo_quality": [],
     "evaluation": [],
     "frechet": ["--rounds", "1"],
-    "quick_image": ["--config", "demo"],
     "samplers": [],
     "sampling": ["--config", "original/res_res_atn", "--repeats", "1"],
     "startup": [],
@@ -84,7 +81,7 @@ def test_small_run(script, prepared, tmp_path):
 def test_all_scripts_are_run():
     programs = {file.stem for file in (ROOT / "benchmarks").glob("*.py") if "def main()" in file.read_text()}
     # quality trains networks for hours
-    assert programs - {"performance_page", "readme_figures", "quality"} == {*SCRIPTS} == {*performance_page.SECTIONS}
+    assert programs - {"performance_page", "quality"} == {*SCRIPTS} == {*performance_page.SECTIONS}
 
 
 def test_the_page_shows_what_is_committed():
@@ -93,8 +90,8 @@ def test_the_page_shows_what_is_committed():
 
 
 def test_the_readme_shows_what_is_committed():
-    figures = readme_figures.parts(readme_figures.README.read_text(encoding="utf-8"))[1]
-    assert figures == readme_figures.make_figures(), "run python benchmarks/readme_figures.py"
+    figures = performance_page.split_readme(performance_page.README.read_text(encoding="utf-8"))[1]
+    assert figures == performance_page.readme_figures(), "run python benchmarks/performance_page.py"
 
 
 def test_results_without_a_section_are_named(tmp_path):
