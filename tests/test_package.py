@@ -72,7 +72,6 @@ def test_training_configs_are_options(file, prepared):
     [
         "models/unet_class_conditional",
         "pipelines/pipeline_class_conditional",
-        "schedulers/scheduling_ddpm_learned",
         "schedulers/scheduling_ddim_eta",
     ],
 )
@@ -89,3 +88,11 @@ def test_no_root_module_hides_a_library():
     installed = importlib.metadata.packages_distributions()
     ours = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert not (ours - {"imagenet64_diffusion"}) & {name.replace("-", "_").lower() for name in installed}
+
+
+def test_no_test_imports_from_a_top_level_tests():
+    """torch-fidelity, for one, installs a package of that name."""
+    wrong = re.compile(r"^\s*(?:from|import) tests\b|-m tests\.", re.MULTILINE)
+    listed = subprocess.run(["git", "ls-files", "*.py", "*.md", "Makefile"], cwd=ROOT, capture_output=True, text=True)
+    files = [ROOT / name for name in listed.stdout.split() if (ROOT / name).is_file()]
+    assert [file for file in files if wrong.search(file.read_text("utf-8"))] == []

@@ -333,7 +333,7 @@ class Parser(jsonargparse.ArgumentParser):
             names = f", or one of {', '.join(self.presets)}" if self.presets else ""
             text = f"YAML or JSON file of options{names}; the command line wins."
             # jsonargparse adds --print_config where it is told so, else beside the groups
-            group._print_config = "--print_config"
+            group._print_config = "--print_config"  # type: ignore[attr-defined]
             group.add_argument("--config", action=_ConfigFile, metavar="FILE", help=text)
             printing = self._option_string_actions["--print_config"]
             printing.help = "Print all options as a YAML file for --config, and end."
@@ -354,18 +354,18 @@ class Parser(jsonargparse.ArgumentParser):
         if found := re.search(r'(?:Parser key "|argument --)([\w.]+).*?(?:[Vv]alue: )(.*)$', message):
             name, value = found[1].rpartition(".")[2], found[2]
             if name in self.kinds:
-                value = value[1:-1] if value[:1] == "'" else value
+                value = value[1:-1] if value.startswith("'") else value
                 return f"{name} {self.kinds[name].refusal(value)}"
         if found := re.search(r"unrecognized arguments: (.*)|Option '([^']*)' is not accepted", message):
             words = (found[1] or f"--{found[2]}").split()
             name = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
-            names = [text for text in self._option_string_actions if text.startswith("--")]
-            near = perhaps("--" + name[2:].replace("-", "_"), names) if name else ""
+            spelled = [text for text in self._option_string_actions if text.startswith("--")]
+            near = perhaps("--" + name[2:].replace("-", "_"), spelled) if name else ""
             return f"unrecognized arguments: {' '.join(words)}{near}"
         if found := re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message):
             names = found[2].replace("'", "").split(", ")
-            near = nearest_name(found[1], names)
-            hint = f", perhaps {near}" if near else ""
+            nearest = nearest_name(found[1], names)
+            hint = f", perhaps {nearest}" if nearest else ""
             return f"there is no {found[1]!r}{hint}: take one of {', '.join(names)}"
         if found := re.search(r'expected "subcommand" to be one of \{(.*?)\}', message):
             return f"name a subcommand: one of {found[1].replace(',', ', ')}"

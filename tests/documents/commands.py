@@ -87,7 +87,11 @@ def follow(words: list[str], folder: Path, made_by_page: set[str]) -> None:
             if missing:
                 raise CommandError(f"there is no {missing[0]}")
         case ["python", "-m", module]:
-            text = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+            text = (
+                (ROOT / module.removeprefix("imagenet64_diffusion.").replace(".", "/"))
+                .with_suffix(".py")
+                .read_text(encoding="utf-8")
+            )
             if '__name__ == "__main__"' not in text:
                 raise CommandError(f"{module} does nothing when it is run")
         case ["python", script, *rest]:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 # these are written from measurements, and have no code that is not on another page
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# the language of a fenced block -> what is done with it
-_KINDS = {"python": "python", "bash": "shell", "diff": "diff"}
+# the language of a fenced block -> what is done with it; the figure is compared with the imports
+_KINDS = {"python": "python", "bash": "shell", "diff": "diff", "mermaid": "figure"}
 
 
 @dataclass(frozen=True)

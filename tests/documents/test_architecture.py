@@ -1,5 +1,6 @@
-"""The picture of the network shows the network."""
+"""The figures of the network and of the code show what is there."""
 
+import ast
 import html
 import importlib.util
 import re
@@ -9,7 +10,7 @@ import torch
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.tests.components import RECIPES
-from imagenet64_diffusion.tests.documents.pages import ROOT
+from imagenet64_diffusion.tests.documents.pages import ROOT, read_blocks
 from imagenet64_diffusion.training.components import load_model_config
 
 
@@ -77,3 +78,22 @@ def test_the_committed_picture_is_of_the_network_as_it_is(drawing):
     committed = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", svg)]
     assert sorted(committed) == sorted(line for text in drawn for line in text.split("\n"))
     assert (ROOT / "docs" / "images" / "architecture.png").is_file()
+
+
+def test_the_figure_of_the_code_has_the_arrows_of_the_imports():
+    """Which folders import which; utils, configs and pretrained may be imported everywhere."""
+    (figure,) = [block for block in read_blocks(ROOT / "docs" / "architecture.md") if block.kind == "figure"]
+    drawn = set(re.findall(r"(\w+) --> (\w+)", figure.text))
+    folders = {name for arrow in drawn for name in arrow} - {"commands"}
+    imported = set()
+    for file in [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).glob("*.py"))]:
+        origin = file.parent.name if file.parent != ROOT else "commands"
+        if file.name == "__init__.py" and origin == "commands":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                module = (node.module or "").removeprefix("imagenet64_diffusion.") if node.level != 1 else origin
+                target = module.split(".")[0]
+                if target in folders - {origin}:
+                    imported.add((origin, target))
+    assert drawn == imported

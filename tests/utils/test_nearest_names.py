@@ -4,13 +4,13 @@ import datasets
 import numpy as np
 import pytest
 
-from imagenet64_diffusion.conversion.components import build_empty_unet
 from imagenet64_diffusion.conversion.original_params import check_params
+from imagenet64_diffusion.conversion.original_weights import build_empty_unet
 from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.image_source import ImageDatasetSource
-from imagenet64_diffusion.evaluation.grids import sampler_grid
 from imagenet64_diffusion.evaluation.options import ReferenceOptions, ScoreOptions, SweepOptions
 from imagenet64_diffusion.evaluation.protocols import make_extractor
+from imagenet64_diffusion.evaluation.sweeping import sampler_grid
 from imagenet64_diffusion.pipelines.loading import load_pipeline, scheduler_class
 from imagenet64_diffusion.pretrained import DIGITS
 from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS
@@ -89,9 +89,9 @@ def test_what_is_measured(tmp_path):
 def test_what_is_converted():
     with pytest.raises(ValueError, match=r"time_embedding is 'original_sin', but .*; perhaps original_sine$"):
         build_empty_unet(SMALL_PARAMS, "original_sin", "params.json")
-    with pytest.raises(ValueError, match=r'beta_sched is "cosin", but must be one of .*; perhaps cosine$'):
+    with pytest.raises(ValueError, match=r"beta_sched is 'cosin', but must be one of .*; perhaps cosine$"):
         check_params({**SMALL_PARAMS, "beta_sched": "cosin"}, "params.json")
-    with pytest.raises(ValueError, match=r'blk_types names "resn", but must be made of .*; perhaps res$'):
+    with pytest.raises(ValueError, match=r"but must be made of .*, not 'resn'; perhaps res$"):
         check_params({**SMALL_PARAMS, "blk_types": ["resn"]}, "params.json")
 
 
