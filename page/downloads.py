@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..pipelines.generation import MANIFEST_NAME, class_caption, make_manifest
+from ..pipelines.generation import ANIMATION_NAME, GRID_NAME, MANIFEST_NAME, class_caption, make_manifest
 from ..pipelines.image_grid import image_grid, save_animation, to_image
 
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .generation import Generation
 
 
-GRID_NAME, ANIMATION_NAME, ARCHIVE_NAME = "grid.png", "denoising.gif", "everything.zip"
+ARCHIVE_NAME = "everything.zip"
 FILE_NAMES = (GRID_NAME, ANIMATION_NAME, MANIFEST_NAME, ARCHIVE_NAME)
 _MARGIN, _TITLE_HEIGHT = 12, 26
 
