@@ -7,7 +7,9 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,7 +19,17 @@ from typing import Any
 # Importing these takes longer than the runs. A server imports them once, and the processes are forked from it.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["imagenet64_diffusion.training.loop", "transformers", "matplotlib.figure", "datasets", "filelock", "tensorboard"]
+    [
+        "imagenet64_diffusion.training.loop",
+        "imagenet64_diffusion.evaluation.evaluating",
+        "transformers",
+        "matplotlib.figure",
+        "datasets",
+        "filelock",
+        "tensorboard",
+        "scipy.linalg",
+        "PIL.ImageDraw",
+    ]
 )
 
 
@@ -26,15 +38,14 @@ class CommandProcess:
 
     It leads a process group of its own.
 
-    Attributes:
-        program: The command's module.
-
     Args:
         arguments: Its command line.
         log: Where its output goes.
         environment: Further environment variables.
         largest_file: How many bytes a file may have that it writes; as on a full disk, writing more fails.
         directory: Where it runs.
+        program: The command's module, by default the class's.
+        error_log: Where its stderr goes, by default into ``log`` too.
     """
 
     program = "train_imagenet64"
@@ -46,12 +57,13 @@ class CommandProcess:
         environment: Mapping[str, str] | None = None,
         largest_file: int | None = None,
         directory: Path | None = None,
+        program: str | None = None,
+        error_log: Path | None = None,
     ):
         self.log = log
-        arguments = [str(argument) for argument in arguments]
-        self._process = _CONTEXT.Process(
-            target=_live, args=(self.program, arguments, log, dict(environment or {}), largest_file, directory)
-        )
+        words = [program or self.program, *map(str, arguments)]
+        logs = (log, error_log or log)
+        self._process = _CONTEXT.Process(target=_live, args=(words, logs, environment or {}, largest_file, directory))
         self._process.start()
 
     def send(self, number: signal.Signals, group: bool = False) -> None:
@@ -81,17 +93,27 @@ class CommandProcess:
         return [line for line in lines if line and not line.startswith("training:")]
 
 
+def run_command(program: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, in a process of its own; the options are those of `CommandProcess`."""
+    with tempfile.TemporaryDirectory() as folder:
+        logs = (Path(folder, "out"), Path(folder, "err"))
+        process = CommandProcess(arguments, logs[0], program=program, error_log=logs[1], **options)
+        code = process.end()
+        return subprocess.CompletedProcess([program, *arguments], code, *(log.read_text() for log in logs))
+
+
 def _live(
-    program: str,
-    arguments: list[str],
-    log: Path,
-    environment: dict[str, str],
+    words: list[str],
+    logs: tuple[Path, Path],
+    environment: Mapping[str, str],
     largest_file: int | None,
     directory: Path | None,
 ) -> None:
     import torch
 
+    program, *arguments = words
     main = importlib.import_module(f"imagenet64_diffusion.{program}").main
+    sys.argv = [f"{program}.py", *arguments]
     os.setsid()
     # where the tests run in the background of a shell, they are started with interrupts ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -101,9 +123,8 @@ def _live(
     os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment})
     if directory is not None:
         os.chdir(directory)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+    for stream, log in enumerate(logs, start=1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.exit(main(arguments))

@@ -30,8 +30,7 @@ from imagenet64_diffusion.tests.commands.evaluation_runs import (  # noqa: F401 
     to_arguments,
     together,
 )
-from imagenet64_diffusion.tests.commands.processes import snapshot, wait_until
-from imagenet64_diffusion.tests.commands.runs import run_script
+from imagenet64_diffusion.tests.commands.processes import run_command, snapshot, wait_until
 from imagenet64_diffusion.tests.components import make_pipeline, make_unet
 
 
@@ -630,6 +629,6 @@ def test_a_file_of_options(model, evaluated, tmp_path, capsys):
 
 
 def test_a_wrong_command_as_a_process(tmp_path):
-    finished = run_script("evaluate_models.py", "modle", cwd=tmp_path)
+    finished = run_command("evaluate_models", "modle", directory=tmp_path)
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: there is no 'modle', perhaps model: take one of reference, model")

@@ -11,7 +11,14 @@ from PIL import Image
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.generate_images import main
-from imagenet64_diffusion.tests.commands.processes import CommandProcess, distributed, free_port, snapshot, wait_until
+from imagenet64_diffusion.tests.commands.processes import (
+    CommandProcess,
+    distributed,
+    free_port,
+    run_command,
+    snapshot,
+    wait_until,
+)
 from imagenet64_diffusion.tests.commands.runs import run_script
 from imagenet64_diffusion.tests.components import make_pipeline
 
@@ -42,7 +49,8 @@ def manifest_of(folder):
 
 def test_everything_it_writes(model, tmp_path):
     arguments = ["--model", model, "--class_labels", "all", "--num_images_per_label", 2, "--num_inference_steps", 5]
-    finished = run_script("generate_images.py", *arguments, "--fps", 20, "--output_dir", "new/samples", cwd=tmp_path)
+    arguments += ["--fps", 20, "--output_dir", "new/samples"]
+    finished = run_command("generate_images", *arguments, directory=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "6 images, grid.png, denoising.gif and manifest.json are in new/samples" in finished.stdout
     assert "5/5" in finished.stderr

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from imagenet64_diffusion import ClassConditionalPipeline
-from imagenet64_diffusion.tests.commands.processes import CommandProcess
+from imagenet64_diffusion.tests.commands.processes import run_command
 from imagenet64_diffusion.tests.commands.runs import run_script
 from imagenet64_diffusion.tests.commands.training_runs import TINY
 from imagenet64_diffusion.train_imagenet64 import main
@@ -32,9 +31,7 @@ def train(tmp_path, prepared):
         ]
         if processes > 1:
             return run_script("train_imagenet64.py", *arguments, processes=processes), output_dir
-        process = CommandProcess(arguments, tmp_path / f"{name}.txt")
-        code = process.end()
-        return subprocess.CompletedProcess(arguments, code, process.output(), process.output()), output_dir
+        return run_command("train_imagenet64", *arguments), output_dir
 
     return run
 
