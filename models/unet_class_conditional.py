@@ -3,11 +3,9 @@
 The file imports torch and diffusers only, so that a repository on the Hub can carry it beside its weights.
 """
 
-import contextlib
 import itertools
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import nn
+from torch import Tensor, nn
 
 
 TIME_EMBEDDING_TYPES = ("sinusoidal", "original_interleaved", "original_sine", "original_alternating")
@@ -50,7 +48,7 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def _modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+def _modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """``hidden_states * scale + shift`` with one scale and one shift per image and channel."""
     scale = scale[:, :, None, None]
     if shift is None:
@@ -58,16 +56,42 @@ def _modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Ten
     return torch.addcmul(shift[:, :, None, None], hidden_states, scale)
 
 
-def _silu(hidden_states: torch.Tensor) -> torch.Tensor:
+def _silu(hidden_states: Tensor) -> Tensor:
     """SiLU of a tensor that nobody else needs: in its place where no gradient is asked for."""
     return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
 
 
-class ResnetLayer(nn.Module):
+class Layer(nn.Module):
+    """A layer type: made of (in_channels, out_channels, config), called with features and the two embeddings."""
+
+    changes_width = False  # whether out_channels may differ from in_channels
+    needs_classes = False
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose filters are brought to mean 0 and variance 1 before use.
+
+    Weight standardisation: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.
+    """
+
+    epsilon = 1e-5
+
+    def effective_weight(self) -> Tensor:
+        """What is convolved with, (out_channels, in_channels, height, width)."""
+        # in float32 whatever the dtype of the model: a filter's variance is often below what half precision holds;
+        # a layer norm without scale and shift is the formula of the paper, in one pass
+        filters = self.weight.float().flatten(1)
+        standardized = F.layer_norm(filters, filters.shape[1:], eps=self.epsilon)
+        return standardized.view(self.weight.shape).to(self.weight.dtype)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self._conv_forward(hidden_states, self.effective_weight(), self.bias)
+
+
+class ResnetLayer(Layer):
     """Two standardised convolutions with GroupNorm; time scales and class shifts what lies between them."""
 
     changes_width = True
-    needs_classes = False
 
     def __init__(self, in_channels: int, out_channels: int, config: LayerConfig):
         super().__init__()
@@ -81,11 +105,9 @@ class ResnetLayer(nn.Module):
         self.conv2 = StandardizedConv2d(out_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(second_groups, out_channels)
         self.dropout = nn.Dropout(config.dropout)
-        self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(
-        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
         scale = self.time_projection(F.silu(time_embedding))
         shift = self.class_projection(F.silu(class_embedding)) if self.class_projection is not None else None
 
@@ -96,31 +118,25 @@ class ResnetLayer(nn.Module):
         return hidden_states + residual
 
 
-class ConvNextLayer(nn.Module):
+class ConvNextLayer(Layer):
     """A ConvNeXt block (Liu et al. 2022, https://arxiv.org/abs/2201.03545) with GroupNorm, modulated."""
 
     changes_width = True
-    needs_classes = False
 
     def __init__(self, in_channels: int, out_channels: int, config: LayerConfig | None):
         super().__init__()
-        self.depthwise_conv = Conv2d(in_channels, in_channels, 7, padding=3, groups=in_channels)
+        self.depthwise_conv = nn.Conv2d(in_channels, in_channels, 7, padding=3, groups=in_channels)
         self.norm = _group_norm(in_channels)
-        self.expand_conv = Conv2d(in_channels, 2 * in_channels, 1)
-        self.project_conv = Conv2d(2 * in_channels, out_channels, 1)
-        self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.expand_conv = nn.Conv2d(in_channels, 2 * in_channels, 1)
+        self.project_conv = nn.Conv2d(2 * in_channels, out_channels, 1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.dropout = nn.Dropout(config.dropout if config else 0.0)
         # without a config the block is a plain one, as the original's output head uses it
         has_classes = config is not None and config.class_embed_dim is not None
         self.time_projection = nn.Linear(config.time_embed_dim, in_channels) if config else None
         self.class_projection = nn.Linear(config.class_embed_dim, in_channels) if has_classes else None
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        time_embedding: torch.Tensor | None = None,
-        class_embedding: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor | None, class_embedding: Tensor | None) -> Tensor:
         residual = self.shortcut(hidden_states)
         hidden_states = self.norm(self.depthwise_conv(hidden_states))
         if self.time_projection is not None:
@@ -130,7 +146,7 @@ class ConvNextLayer(nn.Module):
         return self.project_conv(hidden_states) + residual
 
 
-class ClassAttentionLayer(nn.Module):
+class ClassAttentionLayer(Layer):
     """Mixes the channels of an image by an attention matrix made from its class alone.
 
     Query and key have one entry per channel, A = softmax(key query^T / sqrt(channels)) has one row per input channel,
@@ -138,7 +154,6 @@ class ClassAttentionLayer(nn.Module):
     that is what the original program computes, which contracts A with itself alone.
     """
 
-    changes_width = False
     needs_classes = True
 
     def __init__(self, in_channels: int, out_channels: int, config: LayerConfig):
@@ -147,12 +162,10 @@ class ClassAttentionLayer(nn.Module):
         self.norm = _group_norm(in_channels)
         self.query = nn.Linear(config.class_embed_dim, in_channels) if attends else None
         self.key = nn.Linear(config.class_embed_dim, in_channels) if attends else None
-        self.out_conv = Conv2d(in_channels, in_channels, 1)
+        self.out_conv = nn.Conv2d(in_channels, in_channels, 1)
         self.out_norm = _group_norm(in_channels)
 
-    def forward(
-        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor) -> Tensor:
         residual = hidden_states
         hidden_states = self.norm(hidden_states)
         if self.query is not None:
@@ -166,7 +179,7 @@ class ClassAttentionLayer(nn.Module):
         return self.out_norm(self.out_conv(hidden_states)) + residual
 
 
-class SelfAttentionLayer(nn.Module):
+class SelfAttentionLayer(Layer):
     """Dot-product attention among the positions inside square patches, scaled by 1 / sqrt(patch size).
 
     A map not larger than the patch is one patch. A larger one is cut into P patches of r x r, whose (channels,
@@ -175,55 +188,38 @@ class SelfAttentionLayer(nn.Module):
     the original's checkpoints need exactly this one.
     """
 
-    changes_width = False
-    needs_classes = False
-
     def __init__(self, in_channels: int, out_channels: int, config: LayerConfig):
         super().__init__()
         self.patch_size = config.attention_patch_size
         self.norm = _group_norm(in_channels)
-        self.key_query_value = Conv2d(in_channels, 3 * in_channels, 1)
-        self.out_conv = Conv2d(in_channels, in_channels, 1)
+        self.key_query_value = nn.Conv2d(in_channels, 3 * in_channels, 1)
+        self.out_conv = nn.Conv2d(in_channels, in_channels, 1)
 
-    def forward(
-        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
         height, width = hidden_states.shape[2:]
+        patch = (height, width) if self.patch_size >= max(height, width) else (self.patch_size, self.patch_size)
+        if height % patch[0] or width % patch[1]:
+            raise ValueError(
+                f"attention_patch_size {self.patch_size} does not divide a feature map of {height}x{width}"
+            )
         key, query, value = (
-            self._to_tokens(part) for part in self.key_query_value(self.norm(hidden_states)).chunk(3, dim=1)
+            self._to_tokens(part, *patch) for part in self.key_query_value(self.norm(hidden_states)).chunk(3, dim=1)
         )  # each (batch, patches, positions, channels)
         attended = F.scaled_dot_product_attention(query, key, value, scale=self.patch_size**-0.5)
-        return self.out_conv(self._from_tokens(attended, height, width)) + hidden_states
+        # the tokens fill the image in memory order, as the original does
+        return self.out_conv(attended.transpose(2, 3).reshape(hidden_states.shape)) + hidden_states
 
-    def _patch_of(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of one patch in a map of this size."""
-        patch = self.patch_size
-        if patch >= max(height, width):
-            return height, width
-        if height % patch or width % patch:
-            raise ValueError(f"attention_patch_size {patch} does not divide a feature map of {height}x{width}")
-        return patch, patch
-
-    def _to_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _to_tokens(hidden_states: Tensor, rows: int, columns: int) -> Tensor:
         batch, channels, height, width = hidden_states.shape
-        rows, columns = self._patch_of(height, width)
-        patches = (height // rows) * (width // columns)
         cut = hidden_states.reshape(batch, channels, height // rows, rows, width // columns, columns)
         cut = cut.transpose(3, 4)  # (batch, channels, patch rows, patch columns, rows, columns)
         # read (channels, patches) as (patches, channels): see the docstring of the class
-        return cut.reshape(batch, patches, channels, rows * columns).transpose(2, 3)
-
-    def _from_tokens(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """The image that the tokens fill in memory order, (batch, channels, height, width), as the original does."""
-        batch, _, _, channels = tokens.shape
-        return tokens.transpose(2, 3).reshape(batch, channels, height, width)
+        return cut.reshape(batch, -1, channels, rows * columns).transpose(2, 3)
 
 
-class ChannelAttentionLayer(nn.Module):
+class ChannelAttentionLayer(Layer):
     """Efficient channel attention: Wang et al. 2020, https://arxiv.org/abs/1910.03151, equations 5 and 12."""
-
-    changes_width = False
-    needs_classes = False
 
     def __init__(self, in_channels: int, out_channels: int, config: LayerConfig | None = None):
         super().__init__()
@@ -231,19 +227,14 @@ class ChannelAttentionLayer(nn.Module):
         kernel_size += 1 - kernel_size % 2
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        time_embedding: torch.Tensor | None = None,
-        class_embedding: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor | None, class_embedding: Tensor | None) -> Tensor:
         pooled = hidden_states.mean(dim=(2, 3))  # (batch, channels)
         weight = self.conv(pooled[:, None, :]).sigmoid().transpose(1, 2)  # (batch, channels, 1)
         return hidden_states * weight[..., None]
 
 
-# A layer type is a class with the signature of these. Adding one: write the class, name it here.
-LAYER_TYPES: dict[str, type[nn.Module]] = {
+# Adding a layer type: write the class, name it here.
+LAYER_TYPES: dict[str, type[Layer]] = {
     "resnet": ResnetLayer,
     "convnext": ConvNextLayer,
     "class_attention": ClassAttentionLayer,
@@ -264,16 +255,13 @@ class LayerStack(nn.Module):
         )
         self.gradient_checkpointing = False
 
-    def forward(
-        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
         for layer in self.layers:
+            arguments = (hidden_states, time_embedding, class_embedding)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(
-                    layer, hidden_states, time_embedding, class_embedding
-                )
+                hidden_states = self._gradient_checkpointing_func(layer, *arguments)
             else:
-                hidden_states = layer(hidden_states, time_embedding, class_embedding)
+                hidden_states = layer(*arguments)
         return hidden_states
 
 
@@ -283,11 +271,11 @@ class DownBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, layer_types: Sequence[str], config: LayerConfig):
         super().__init__()
         self.stack = LayerStack(in_channels, out_channels, layer_types, config)
-        self.downsample = Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        self.downsample = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
 
     def forward(
-        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         skip = self.stack(hidden_states, time_embedding, class_embedding)
         return self.downsample(skip), skip
 
@@ -301,11 +289,9 @@ class MidBlock(nn.Module):
         self.channel_attention = ChannelAttentionLayer(channels, channels)
         self.stack2 = LayerStack(channels, channels, layer_types, config)
 
-    def forward(
-        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
         hidden_states = self.stack1(hidden_states, time_embedding, class_embedding)
-        hidden_states = self.channel_attention(hidden_states)
+        hidden_states = self.channel_attention(hidden_states, time_embedding, class_embedding)
         return self.stack2(hidden_states, time_embedding, class_embedding)
 
 
@@ -314,16 +300,12 @@ class UpBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, layer_types: Sequence[str], config: LayerConfig):
         super().__init__()
-        self.upsample = ConvTranspose2d(in_channels, in_channels)
+        self.upsample = nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1)
         self.stack = LayerStack(2 * in_channels, out_channels, layer_types, config)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        skip: torch.Tensor,
-        time_embedding: torch.Tensor,
-        class_embedding: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, hidden_states: Tensor, skip: Tensor, time_embedding: Tensor, class_embedding: Tensor | None
+    ) -> Tensor:
         hidden_states = torch.cat([self.upsample(hidden_states), skip], dim=1)
         return self.stack(hidden_states, time_embedding, class_embedding)
 
@@ -335,11 +317,9 @@ class ConvHead(nn.Module):
         super().__init__()
         self.stack = LayerStack(channels, channels, layer_types, config)
         self.norm = _group_norm(channels)
-        self.conv = Conv2d(channels, 2 * image_channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, 2 * image_channels, 3, padding=1)
 
-    def forward(
-        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
         hidden_states = self.stack(hidden_states, time_embedding, class_embedding)
         return self.conv(_silu(self.norm(hidden_states)))
 
@@ -355,17 +335,16 @@ class OriginalHead(nn.Module):
         super().__init__()
         self.stack1 = LayerStack(channels, channels, layer_types, config)
         self.stack2 = LayerStack(channels, 2 * image_channels, layer_types, config)
-        self.conv = Conv2d(2 * image_channels, 2 * image_channels, 7, padding=3)
+        self.conv = nn.Conv2d(2 * image_channels, 2 * image_channels, 7, padding=3)
         self.noise_layer = ConvNextLayer(image_channels, image_channels, None)
         self.variance_layer = ConvNextLayer(image_channels, image_channels, None)
 
-    def forward(
-        self, hidden_states: torch.Tensor, time_embedding: torch.Tensor, class_embedding: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
         hidden_states = self.stack1(hidden_states, time_embedding, class_embedding)
         hidden_states = self.stack2(hidden_states, time_embedding, class_embedding)
         variance, noise = self.conv(hidden_states).chunk(2, dim=1)
-        return torch.cat([self.noise_layer(noise), 2 * self.variance_layer(variance) - 1], dim=1)
+        noise = self.noise_layer(noise, None, None)
+        return torch.cat([noise, 2 * self.variance_layer(variance, None, None) - 1], dim=1)
 
 
 class OriginalTimesteps(nn.Module):
@@ -382,17 +361,14 @@ class OriginalTimesteps(nn.Module):
         self.kind = kind
         frequencies = 10000.0 ** (2 * torch.arange(dim, dtype=torch.float32) / dim)
         phases = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32)[:, None] * frequencies
+        tables = [phases.sin(), phases.cos()][: 1 if kind == "original_sine" else 2]
         if kind == "original_interleaved":
-            tables = [torch.where(torch.arange(dim) % 2 == 0, phases.sin(), phases.cos())]
-        elif kind == "original_sine":
-            tables = [phases.sin()]
-        else:
-            tables = [phases.sin(), phases.cos()]
+            tables = [torch.where(torch.arange(dim) % 2 == 0, *tables)]
         # Kept as bit patterns: a module cast to half precision and back must not lose digits of its tables.
         table = torch.stack(tables).view(torch.int32)  # (1 or 2, timesteps, dim)
         self.register_buffer("table", table, persistent=False)
 
-    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+    def forward(self, timestep: Tensor) -> Tensor:
         """(batch,) timesteps counted from 0, rounded to whole ones -> (batch, dim) float32."""
         index = timestep.round().long() if timestep.is_floating_point() else timestep.long()
         encodings = self.table.view(torch.float32)[:, index]  # (1 or 2, batch, dim)
@@ -455,35 +431,25 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
-        self._cache_users: _CacheUsers | None = None
         layer_types = tuple(LAYER_TYPE_ALIASES.get(name, name) for name in layer_types)
         self.register_to_config(layer_types=layer_types, block_out_channels=tuple(block_out_channels))
         self._check_config()
 
-        config = LayerConfig(
-            time_embed_dim=time_embed_dim,
-            class_embed_dim=class_embed_dim if num_class_embeds is not None else None,
-            attention_patch_size=attention_patch_size,
-            dropout=dropout,
-            class_attention_type=class_attention_type,
-        )
+        class_width = class_embed_dim if num_class_embeds is not None else None
+        config = LayerConfig(time_embed_dim, class_width, attention_patch_size, dropout, class_attention_type)
 
-        self.time_encoding = (
-            None
-            if time_embedding_type == "sinusoidal"
-            else OriginalTimesteps(time_embed_dim, num_train_timesteps, time_embedding_type)
-        )
+        self.time_encoding = None
+        if time_embedding_type != "sinusoidal":
+            self.time_encoding = OriginalTimesteps(time_embed_dim, num_train_timesteps, time_embedding_type)
         self.time_embedding = TimestepEmbedding(time_embed_dim, time_embed_dim, act_fn="gelu")
-        # the last row is the null class: zero, and kept so because padding_idx gets no gradient
-        self.class_embedding = (
-            nn.Embedding(num_class_embeds + 1, class_embed_dim, padding_idx=num_class_embeds)
-            if num_class_embeds is not None
-            else None
-        )
+        self.class_embedding = None
+        if num_class_embeds is not None:
+            # the last row is the null class: zero, and kept so because padding_idx gets no gradient
+            self.class_embedding = nn.Embedding(num_class_embeds + 1, class_embed_dim, padding_idx=num_class_embeds)
 
         widths = [stem_channels, *block_out_channels]
         levels = list(itertools.pairwise(widths))
-        self.conv_in = Conv2d(in_channels, stem_channels, 7, padding=3)
+        self.conv_in = nn.Conv2d(in_channels, stem_channels, 7, padding=3)
         self.down_blocks = nn.ModuleList(DownBlock(lower, upper, layer_types, config) for lower, upper in levels)
         self.mid_block = MidBlock(widths[-1], layer_types, config)
         self.up_blocks = nn.ModuleList(UpBlock(upper, lower, layer_types, config) for lower, upper in reversed(levels))
@@ -524,15 +490,14 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
                 )
             if LAYER_TYPES[name].needs_classes and config.num_class_embeds is None:
                 raise ValueError(f"layer_types names {name!r}, which needs classes, but num_class_embeds is None")
-        first = config.layer_types[0]
-        if not LAYER_TYPES[first].changes_width:
+        if not LAYER_TYPES[config.layer_types[0]].changes_width:
             able = " or ".join(name for name, layer in LAYER_TYPES.items() if layer.changes_width)
+            first = config.layer_types[0]
             raise ValueError(f"layer_types begins with {first!r}, which cannot change the width: begin with {able}")
-        counts = {f"block_out_channels[{i}]": width for i, width in enumerate(config.block_out_channels)}
-        for option in ("in_channels", "stem_channels", "time_embed_dim", "class_embed_dim", "attention_patch_size"):
-            counts[option] = config[option]
-        if config.num_class_embeds is not None:
-            counts["num_class_embeds"] = config.num_class_embeds
+        options = ["in_channels", "stem_channels", "time_embed_dim", "class_embed_dim", "attention_patch_size"]
+        counts = {option: config[option] for option in options}
+        counts |= {f"block_out_channels[{i}]": width for i, width in enumerate(config.block_out_channels)}
+        counts["num_class_embeds"] = 1 if config.num_class_embeds is None else config.num_class_embeds
         for option, count in counts.items():
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{option} is {count!r}, but must be a whole number of at least 1")
@@ -542,15 +507,14 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self._check_size(height, width, "sample_size")
-        if "self_attention" in config.layer_types:
-            patch = config.attention_patch_size
-            for level in range(len(config.block_out_channels) + 1):
-                rows, columns = height >> level, width >> level
-                if patch < max(rows, columns) and (rows % patch or columns % patch):
-                    raise ValueError(
-                        f"attention_patch_size is {patch}, which does not divide the feature map of {rows}x{columns}"
-                        f" that sample_size {size} gives at level {level}: take one that does, or a larger one"
-                    )
+        patch = config.attention_patch_size
+        for level in range(len(config.block_out_channels) + 1) if "self_attention" in config.layer_types else ():
+            rows, columns = height >> level, width >> level
+            if patch < max(rows, columns) and (rows % patch or columns % patch):
+                raise ValueError(
+                    f"attention_patch_size is {patch}, which does not divide the feature map of {rows}x{columns} that"
+                    f" sample_size {size} gives at level {level}: take one that does, or a larger one"
+                )
 
     def _check_size(self, height: int, width: int, what: str) -> None:
         levels = len(self.config.block_out_channels)
@@ -563,11 +527,11 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
 
     def forward(
         self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        class_labels: torch.Tensor | None = None,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
         return_dict: bool = True,
-    ) -> UNet2DOutput | tuple[torch.Tensor]:
+    ) -> UNet2DOutput | tuple[Tensor]:
         """Predicts noise (or what the network was trained to predict) and variance of the noisy images.
 
         Args:
@@ -608,38 +572,24 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         hidden_states = self.mid_block(hidden_states, time_embedding, class_embedding)
         for block in self.up_blocks:
             hidden_states = block(hidden_states, skips.pop(), time_embedding, class_embedding)
-        prediction = self.head(
-            hidden_states, time_embedding, class_embedding
-        ).contiguous()  # (batch, 2 * in_channels, height, width)
-
+        prediction = self.head(hidden_states, time_embedding, class_embedding).contiguous()
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
-    def cached_weights(self) -> contextlib.AbstractContextManager[None]:
-        """A time in which what depends on the weights alone is computed once instead of at every call.
-
-        For loops that call the network many times without gradients, as `ClassConditionalPipeline` does; on a CPU it
-        takes as much memory as the convolutions' weights once more. Weights may be changed or moved meanwhile, but not
-        through ``weight.data`` (as diffusers' ``EMAModel.copy_to`` does): such changes would go unnoticed. Calls may
-        be nested and overlap.
-        """
-        return _cached_weights(self)
-
-    def _embed_timestep(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+    def _embed_timestep(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         timestep = torch.as_tensor(timestep, device=sample.device)
         if timestep.numel() not in (1, len(sample)):
             raise ValueError(
                 f"timestep has {timestep.numel()} entries, but must be one, or one for each of {len(sample)} images"
             )
         timestep = timestep.reshape(-1).expand(len(sample))
-        if self.time_encoding is None:
-            encoding = get_timestep_embedding(
-                timestep, self.config.time_embed_dim, flip_sin_to_cos=True, downscale_freq_shift=0
-            )
-        else:
+        if self.time_encoding is not None:
             encoding = self.time_encoding(timestep)
+        else:
+            width = self.config.time_embed_dim
+            encoding = get_timestep_embedding(timestep, width, flip_sin_to_cos=True, downscale_freq_shift=0)
         return self.time_embedding(encoding.to(sample.dtype))
 
-    def _embed_class(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor | None:
+    def _embed_class(self, class_labels: Tensor | None, sample: Tensor) -> Tensor | None:
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given, but the network has no classes: num_class_embeds is None")
@@ -649,188 +599,3 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         elif class_labels.shape != (len(sample),):
             raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, but must be ({len(sample)},)")
         return self.class_embedding(class_labels)
-
-
-# ------------------------------------------------------------------ convolutions
-#
-# What they compute is the plain convolution. The rest is only speed: inside `cached_weights`, weights are standardised
-# once, and on a CPU brought once to the layout that oneDNN computes with.
-
-
-class Conv2d(nn.Conv2d):
-    """A convolution that prepares its weight once where it can, see [`CachedWeights`]."""
-
-    cached: "CachedWeights | None" = None
-
-    def used_weight(self) -> torch.Tensor:
-        """What is convolved with, (out_channels, in_channels / groups, height, width)."""
-        return self.weight
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _may_cache() or (cached := self.cached) is None:
-            return self._conv_forward(hidden_states, self.used_weight(), self.bias)
-        (weight,) = cached.of(self, hidden_states.shape)
-        if weight.is_mkldnn:
-            return _convolve_packed(hidden_states, weight, self.bias, self.padding, self.stride, self.groups)
-        return self._conv_forward(hidden_states, weight, self.bias)
-
-    def prepare_weights(self, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        weight = self.used_weight()
-        if _onednn_takes(weight):
-            weight = _pack(weight, input_shape, self.padding, self.stride, self.groups)
-        return (weight,)
-
-
-class StandardizedConv2d(Conv2d):
-    """A convolution whose filters are brought to mean 0 and variance 1 before use.
-
-    Weight standardisation: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.
-    """
-
-    epsilon = 1e-5
-
-    def used_weight(self) -> torch.Tensor:
-        # in float32 whatever the dtype of the model: a filter's variance is often below what half precision holds;
-        # a layer norm without scale and shift is the formula of the paper, in one pass
-        filters = self.weight.float().flatten(1)  # (out_channels, in_channels * height * width)
-        standardized = F.layer_norm(filters, filters.shape[1:], eps=self.epsilon)
-        return standardized.view(self.weight.shape).to(self.weight.dtype)
-
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """The transposed 4x4 convolution that doubles the resolution.
-
-    Row 2 i of what it gives is made of the rows i - 1 and i of the image, row 2 i + 1 of i and i + 1, and columns
-    likewise, so that it is four ordinary 2x2 convolutions whose results interleave. With cached weights that is how it
-    is computed on a CPU, where oneDNN's transposed convolutions take twice as long.
-    """
-
-    cached: "CachedWeights | None" = None
-    # for even and odd rows (columns): which of the four of the filter meet the earlier and the later row
-    _taps = ((3, 1), (2, 0))
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 4, stride=2, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _may_cache() or (cached := self.cached) is None:
-            return super().forward(hidden_states)
-        weights = cached.of(self, hidden_states.shape)
-        if len(weights) == 1:
-            return super().forward(hidden_states)
-        batch, _, height, width = hidden_states.shape
-        padded = F.pad(hidden_states, (1, 1, 1, 1))
-        doubled = padded.new_empty((batch, self.out_channels, 2 * height, 2 * width))
-        doubled = doubled.contiguous(memory_format=torch.channels_last)
-        for number, weight in enumerate(weights):
-            row, column = divmod(
-                number, 2
-            )  # of rows i - 1 to i + 1 the even ones need no later, the odd ones no earlier
-            part = padded[:, :, row : row + height + 1, column : column + width + 1]
-            doubled[:, :, row::2, column::2] = _convolve_packed(
-                part.contiguous(memory_format=torch.channels_last), weight, self.bias, [0, 0], [1, 1], 1
-            )
-        return doubled
-
-    def prepare_weights(self, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        if not _onednn_takes(self.weight):
-            return (self.weight,)
-        padded = [*input_shape[:2], input_shape[2] + 1, input_shape[3] + 1]
-        filters = self.weight.transpose(0, 1)  # (out_channels, in_channels, 4, 4)
-        return tuple(
-            _pack(filters[:, :, rows][:, :, :, columns], padded, [0, 0], [1, 1], 1)
-            for rows in self._taps
-            for columns in self._taps
-        )
-
-
-class CachedWeights:
-    """The prepared weights of a convolution, made anew when its weights were written to, replaced, or moved."""
-
-    def __init__(self) -> None:
-        # what they were made of, and they: one assignment, as threads may share a network
-        self._kept: tuple[tuple, tuple[torch.Tensor, ...]] = ((), ())
-
-    @property
-    def weights(self) -> tuple[torch.Tensor, ...]:
-        """Those made last; none before the first call."""
-        return self._kept[1]
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # a copy of the network has None: the end of this one's time would not be the end of its
-
-    def of(self, conv: Conv2d | ConvTranspose2d, input_shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        """Those for images of this shape."""
-        weight = conv.weight
-        # tensors made in inference mode have no version, but cannot be written to outside of it either
-        version = 0 if weight.is_inference() else weight._version
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        source = (weight.data_ptr(), version, weight.dtype, weight.device, input_shape, autocast)
-        kept = self._kept
-        if source != kept[0]:
-            kept = self._kept = (source, conv.prepare_weights(input_shape))
-        return kept[1]
-
-
-class _CacheUsers:
-    """How many callers are inside `cached_weights`; copies of a network have None, as nobody is inside of theirs."""
-
-    count = 0
-    lock = threading.Lock()  # networks may be shared by threads
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
-
-
-@contextlib.contextmanager
-def _cached_weights(unet: ClassConditionalUNet2DModel) -> Iterator[None]:
-    convolutions = [module for module in unet.modules() if isinstance(module, (Conv2d, ConvTranspose2d))]
-    with _CacheUsers.lock:
-        if unet._cache_users is None:
-            unet._cache_users = _CacheUsers()
-            for module in convolutions:
-                module.cached = CachedWeights()
-        unet._cache_users.count += 1
-    try:
-        yield
-    finally:
-        with _CacheUsers.lock:
-            unet._cache_users.count -= 1
-            if unet._cache_users.count == 0:
-                unet._cache_users = None
-                for module in convolutions:
-                    module.cached = None
-
-
-def _may_cache() -> bool:
-    # before anything that torch.compile would have to watch
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-
-
-def _onednn_takes(weight: torch.Tensor) -> bool:
-    """Whether oneDNN computes with this weight."""
-    onednn = torch.backends.mkldnn
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and onednn.is_available() and onednn.enabled and not torch.is_autocast_enabled("cpu")
-
-
-def _pack(
-    weight: torch.Tensor, input_shape: Sequence[int], padding: Sequence[int], stride: Sequence[int], groups: int
-) -> torch.Tensor:
-    """A weight in the layout that oneDNN wants for images of this shape, which it would bring it to at every call."""
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(
-        weight.contiguous().to_mkldnn(), padding, stride, [1, 1], groups, list(input_shape)
-    )
-
-
-def _convolve_packed(
-    images: torch.Tensor,
-    packed: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: Sequence[int],
-    stride: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(
-        images, packed, bias, padding, stride, [1, 1], groups, "none", [], ""
-    )

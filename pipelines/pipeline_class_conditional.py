@@ -1,9 +1,8 @@
 """Class-conditional image generation in pixel space, with classifier-free guidance and any diffusers scheduler.
 
-The file imports torch and diffusers only, so that a repository on the Hub can carry it beside its weights.
+The file imports torch, diffusers and the file of `cached_weights` only: a repository on the Hub carries both files.
 """
 
-import contextlib
 import difflib
 import importlib
 import importlib.machinery
@@ -26,7 +25,10 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
+
+from .cached_weights import cached_weights
 
 
 logger = logging.get_logger(__name__)
@@ -179,12 +181,6 @@ def _package_module(name: str) -> types.ModuleType | None:
 
 def _unwrap_compiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
-
-
-def _cached_weights(unet: Any) -> contextlib.AbstractContextManager[None]:
-    """The time in which a network may keep what depends on its weights alone, for networks that know of such."""
-    unet = _unwrap_compiled(unet)
-    return unet.cached_weights() if hasattr(unet, "cached_weights") else contextlib.nullcontext()
 
 
 def _seeds_from(generator: torch.Generator | Sequence[torch.Generator] | None) -> Any:
@@ -382,7 +378,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             labels_of_both = torch.cat([torch.full_like(labels, num_classes), labels])
 
         # 5. denoise
-        with _cached_weights(self.unet), self.progress_bar(total=self.num_timesteps) as progress_bar:
+        with cached_weights(self.unet), self.progress_bar(total=self.num_timesteps) as progress_bar:
             for step, timestep in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
@@ -587,7 +583,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @staticmethod
     def _carry_source(component_class: type, folder: Path) -> list[str]:
-        """Copies the file that defines a class; what model_index.json then says of it."""
+        """Copies the file that defines a class and those beside it that it needs; what model_index.json says of it."""
         try:
             source = Path(inspect.getfile(component_class))
         except (TypeError, OSError) as error:
@@ -595,8 +591,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"{component_class.__name__} is defined in no file that could be saved with the pipeline: move it to a"
                 " module of its own"
             ) from error
-        if source.resolve() != (folder / source.name).resolve():
-            shutil.copyfile(source, folder / source.name)
+        for file in (source, *map(Path, get_relative_import_files(source))):
+            if file.resolve() != (folder / file.name).resolve():
+                shutil.copyfile(file, folder / file.name)
         return [source.stem, component_class.__name__]
 
     @classmethod

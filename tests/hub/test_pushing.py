@@ -19,6 +19,7 @@ from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN, Blob, Repository
 WHOLE = [
     ".gitattributes",
     "README.md",
+    "cached_weights.py",
     "model_index.json",
     "pipeline_class_conditional.py",
     "scheduler/scheduler_config.json",

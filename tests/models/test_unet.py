@@ -204,3 +204,21 @@ class TestWrongOptions:
     def test_labels_out_of_range(self):
         with pytest.raises(IndexError):
             make_unet()(torch.zeros(1, 1, 16, 16), 0, torch.tensor([4]))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+@pytest.mark.parametrize("layers", [("resnet",), ("resnet", "convnext"), ("resnet", "resnet", "self_attention")])
+def test_half_precision(dtype, bound, layers):
+    """The relative error on random networks, which is about that of trained ones."""
+    unet = make_unet(
+        stem_channels=32,
+        block_out_channels=(64, 128),
+        layer_types=(*layers, "class_attention", "channel_attention"),
+        attention_patch_size=16,
+    )
+    sample, *others = inputs()
+    with torch.no_grad():
+        expected = unet.double()(sample.double(), *others).sample
+        output = unet.to(dtype)(sample.to(dtype), *others).sample
+    for part, reference in zip(output.chunk(2, dim=1), expected.chunk(2, dim=1), strict=True):
+        assert (part.double() - reference).norm() / reference.norm() < bound

@@ -20,6 +20,7 @@ def folder(tmp_path):
 def test_what_the_folder_holds(folder):
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert files == [
+        "cached_weights.py",
         "model_index.json",
         "pipeline_class_conditional.py",
         "scheduler/scheduler_config.json",

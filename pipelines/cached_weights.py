@@ -1,0 +1,174 @@
+"""Faster sampling on a CPU: what depends on a network's weights alone is computed once, not at every denoising step.
+
+Only speed is here; results stay those of the network. The file imports torch only, and a repository on the Hub carries
+it beside the pipeline's.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# How many callers are inside `cached_weights`, for each network; threads may share one.
+_users: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def cached_weights(network: nn.Module) -> Iterator[None]:
+    """A time in which the convolutions of a network prepare their weights once instead of at every call.
+
+    For loops that call a network many times without gradients. Weights are standardised once, and on a CPU they are
+    brought once to the layout that oneDNN computes with, which takes as much memory as the convolutions' weights once
+    more. They may be changed or moved meanwhile, but not through ``weight.data`` (as diffusers' ``EMAModel.copy_to``
+    does): such changes would go unnoticed. Calls may nest and overlap. A compiled network stays as it is.
+
+    Args:
+        network: Any network. Its ``nn.Conv2d``, and its ``nn.ConvTranspose2d`` that double the resolution, become
+            faster. A convolution of another class takes part if its method ``effective_weight()`` gives what it
+            convolves with.
+    """
+    with _lock:
+        _users[network] = _users.get(network, 0) + 1
+        if _users[network] == 1:
+            _attach(network)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users[network] -= 1
+            if not _users[network]:
+                del _users[network]
+                for module in network.modules():
+                    if isinstance(vars(module).get("forward"), _CachedConvolution):
+                        del module.forward
+
+
+def _attach(network: nn.Module) -> None:
+    modules = list(network.modules())
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
+        return
+    for module in modules:
+        # where the instance has a forward of its own, somebody else (offloading, quantisation) has wrapped it
+        if "forward" not in vars(module) and (_doubles(module) or _is_plain(module)):
+            module.forward = _CachedConvolution(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is not nn.Conv2d and not (isinstance(module, nn.Conv2d) and hasattr(module, "effective_weight")):
+        return False
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _doubles(module: nn.Module) -> bool:
+    """Whether it is the transposed 4x4 convolution that doubles the resolution."""
+    if type(module) is not nn.ConvTranspose2d:
+        return False
+    options = (module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation)
+    return options == ((4, 4), (2, 2), (1, 1), (0, 0), (1, 1)) and module.groups == 1
+
+
+class _CachedConvolution:
+    """The forward of a convolution whose prepared weights are kept until its weight is written to or replaced."""
+
+    # for even and odd rows (columns): which of the four of a transposed filter meet the earlier and the later row
+    _taps = ((3, 1), (2, 0))
+
+    def __init__(self, conv: Any):
+        self.conv = conv
+        # what the weights were made of, and they: one assignment, as threads may share a network
+        self.kept: tuple[tuple, tuple[torch.Tensor, ...]] = ((), ())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.conv,)  # a copy of the network makes its own
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        conv = self.conv
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return type(conv).forward(conv, images)
+        weights = self._weights(images.shape)
+        if len(weights) == 4:
+            return self._double(images, weights)
+        if weights[0].is_mkldnn:
+            return _convolve(images, weights[0], conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+        if isinstance(conv, nn.ConvTranspose2d):
+            return type(conv).forward(conv, images)
+        return conv._conv_forward(images, weights[0], conv.bias)
+
+    def _weights(self, shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        weight = self.conv.weight
+        # tensors made in inference mode have no version, but cannot be written to outside of it either
+        version = 0 if weight.is_inference() else weight._version
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        source = (weight.data_ptr(), version, weight.dtype, weight.device, shape, autocast)
+        kept = self.kept
+        if source != kept[0]:
+            kept = self.kept = (source, self._prepare(shape))
+        return kept[1]
+
+    def _prepare(self, shape: torch.Size) -> tuple[torch.Tensor, ...]:
+        conv = self.conv
+        weight = conv.effective_weight() if hasattr(conv, "effective_weight") else conv.weight
+        onednn = torch.backends.mkldnn
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+        if not (on_cpu and onednn.is_available() and onednn.enabled and not torch.is_autocast_enabled("cpu")):
+            return (weight,)
+        if isinstance(conv, nn.ConvTranspose2d):
+            padded = [*shape[:2], shape[2] + 1, shape[3] + 1]
+            filters = weight.transpose(0, 1)  # (out_channels, in_channels, 4, 4)
+            return tuple(
+                _pack(filters[:, :, rows][:, :, :, columns], padded) for rows in self._taps for columns in self._taps
+            )
+        return (_pack(weight, shape, conv.padding, conv.stride, conv.dilation, conv.groups),)
+
+    def _double(self, images: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The transposed convolution as four ordinary ones, in half the time of oneDNN's.
+
+        Row 2 i of the result is made of the rows i - 1 and i of the images, row 2 i + 1 of i and i + 1, and columns
+        likewise: four 2x2 convolutions whose results interleave.
+        """
+        batch, _, height, width = images.shape
+        padded = F.pad(images, (1, 1, 1, 1))
+        doubled = padded.new_empty((batch, self.conv.out_channels, 2 * height, 2 * width))
+        doubled = doubled.contiguous(memory_format=torch.channels_last)
+        for number, weight in enumerate(weights):
+            # of rows i - 1 to i + 1 the even ones need no later, the odd ones no earlier
+            row, column = divmod(number, 2)
+            part = padded[:, :, row : row + height + 1, column : column + width + 1]
+            doubled[:, :, row::2, column::2] = _convolve(part, weight, self.conv.bias)
+        return doubled
+
+
+def _pack(
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    padding: Sequence[int] = (0, 0),
+    stride: Sequence[int] = (1, 1),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> torch.Tensor:
+    """A weight in the layout that oneDNN wants for images of this shape, which it would bring it to at every call."""
+    packed = weight.contiguous().to_mkldnn()
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(packed, padding, stride, dilation, groups, list(shape))
+
+
+def _convolve(
+    images: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: Sequence[int] = (0, 0),
+    stride: Sequence[int] = (1, 1),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> torch.Tensor:
+    # the layout that oneDNN is fastest with
+    images = images.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise(
+        images, packed, bias, padding, stride, dilation, groups, "none", [], ""
+    )
