@@ -592,7 +592,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 " module of its own"
             ) from error
         for file in (source, *map(Path, get_relative_import_files(source))):
-            if file.resolve() != (folder / file.name).resolve():
+            if file.is_file() and file.resolve() != (folder / file.name).resolve():
                 shutil.copyfile(file, folder / file.name)
         return [source.stem, component_class.__name__]
 
