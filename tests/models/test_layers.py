@@ -43,21 +43,14 @@ class LayerContract:
             torch.randn(batch, 5, generator=generator),
         )
 
-    @pytest.mark.parametrize("channels", [1, 2, 3, 6, 7, 12, 24])
-    def test_any_number_of_channels(self, channels):
-        inputs = self.inputs(channels=channels)
-        output = self.make(channels, channels)(*inputs)
-        assert output.shape == inputs[0].shape
-        assert output.isfinite().all()
-
-    def test_changes_the_width_where_it_says_so(self):
-        layer_class = LAYER_TYPES[self.layer_type]
-        if not layer_class.changes_width:
-            return
-        for in_channels, out_channels in ((8, 16), (16, 8), (8, 6), (3, 8)):
-            inputs = self.inputs(channels=in_channels)
-            output = self.make(in_channels, out_channels)(*inputs)
+    def test_any_number_of_channels(self):
+        widths = [(channels, channels) for channels in (1, 2, 3, 6, 7, 12, 24)]
+        if LAYER_TYPES[self.layer_type].changes_width:
+            widths += [(8, 16), (16, 8), (8, 6), (3, 8)]
+        for in_channels, out_channels in widths:
+            output = self.make(in_channels, out_channels)(*self.inputs(channels=in_channels))
             assert output.shape == (3, out_channels, 8, 8)
+            assert output.isfinite().all()
 
     def test_images_do_not_see_one_another(self):
         inputs = self.inputs()
@@ -190,12 +183,21 @@ class TestChannelAttention(LayerContract):
         kernel = layer.conv.weight.detach()[0, 0]
         means = torch.nn.functional.pad(sample.mean(dim=(2, 3)), (1, 1))
         logits = sum(kernel[offset] * means[:, offset : offset + 8] for offset in range(3))
-        torch.testing.assert_close(layer(sample), sample * logits.sigmoid()[:, :, None, None])
+        torch.testing.assert_close(layer(sample, None, None), sample * logits.sigmoid()[:, :, None, None])
 
 
 def test_all_layer_types_have_a_contract():
     tested = {test.layer_type for test in LayerContract.__subclasses__()}
     assert tested == set(LAYER_TYPES)
+
+
+def test_channel_attention_kernel_sizes():
+    """k = int(|log2(C) / 2 + 1 / 2|), made odd by adding one."""
+    layer = LAYER_TYPES["channel_attention"]
+    sizes = {
+        channels: layer(channels, channels, config()).conv.kernel_size[0] for channels in (2, 6, 8, 64, 128, 1024)
+    }
+    assert sizes == {2: 1, 6: 1, 8: 3, 64: 3, 128: 5, 1024: 5}
 
 
 def test_standardized_convolution():
@@ -204,22 +206,14 @@ def test_standardized_convolution():
     with torch.no_grad():
         conv.weight.mul_(100).add_(5)
     weight = conv.weight.double()
-    weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / (
-        weight.var((1, 2, 3), correction=0, keepdim=True) + 1e-5
-    ).sqrt()
-    sample = torch.randn(2, 3, 8, 8)
-    expected = torch.nn.functional.conv2d(sample.double(), weight, conv.bias.double())
-    torch.testing.assert_close(conv(sample).double(), expected, atol=1e-5, rtol=1e-5)
+    variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+    sample = torch.randn(2, 3, 8, 8).double()
+    weight = (weight - mean) / (variance + 1e-5).sqrt()
+    expected = torch.nn.functional.conv2d(sample, weight, conv.bias.double())
+    torch.testing.assert_close(conv(sample.float()).double(), expected, atol=1e-5, rtol=1e-5)
 
-
-def test_standardized_convolution_in_half_precision():
-    """A filter whose variance float16 cannot hold is standardised all the same."""
-    torch.manual_seed(0)
-    conv = StandardizedConv2d(3, 4, 3)
+    # a filter whose variance half precision cannot hold is standardised all the same
     with torch.no_grad():
-        conv.weight.mul_(0.05)
-    half = StandardizedConv2d(3, 4, 3).to(torch.bfloat16)
-    half.load_state_dict(conv.state_dict())
-    sample = torch.randn(2, 3, 8, 8)
-    difference = half(sample.bfloat16()).float() - conv(sample)
-    assert difference.abs().max() < 0.05 * conv(sample).abs().max()
+        conv.weight.mul_(5e-4)
+    expected, half = conv(sample.float()), conv.bfloat16()
+    assert (half(sample.bfloat16()) - expected).abs().max() < 0.05 * expected.abs().max()

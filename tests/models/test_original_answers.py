@@ -82,17 +82,3 @@ def test_time_encodings_follow_their_formula():
         # fractions round to the nearest, and a trip through half precision changes nothing
         unet = unet.half().float()
         torch.testing.assert_close(unet.time_encoding(timesteps + 0.4).double(), values, atol=1e-6, rtol=0)
-
-
-def test_channel_attention_kernel_sizes():
-    """k = int(|log2(C) / 2 + 1 / 2|), made odd by adding one."""
-    sizes = {2: 1, 6: 1, 8: 3, 64: 3, 128: 5, 256: 5, 512: 5, 1024: 5}
-    for channels, size in sizes.items():
-        unet = ClassConditionalUNet2DModel(
-            stem_channels=channels,
-            block_out_channels=(channels,),
-            layer_types=("resnet", "channel_attention"),
-            num_class_embeds=None,
-            time_embed_dim=4,
-        )
-        assert unet.mid_block.channel_attention.conv.kernel_size == (size,), channels
