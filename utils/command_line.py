@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
@@ -113,16 +113,8 @@ def version_line() -> str:
     return f"imagenet64-diffusion {__version__} ({', '.join(versions)}, Python {platform.python_version()})"
 
 
-@dataclasses.dataclass(frozen=True)
-class SubCommand:
-    """One of the things that a command does.
-
-    Attributes:
-        options_class: Dataclass of its options.
-        command: The function behind it.
-        description: What it does; its first sentence stands in the list of subcommands.
-        example: Arguments that it might be called with; each line after the first continues it.
-    """
+class SubCommand(NamedTuple):
+    """One of the things that a command does: its options, its function, what it does, and an example."""
 
     options_class: type
     command: Callable[[Any], Any]
@@ -161,18 +153,23 @@ def run_command(
 
 def run_sub_commands(commands: Mapping[str, SubCommand], description: str, argv: Sequence[str] | None = None) -> int:
     """`run_command` for a command line whose first word says which of several things to do."""
+    program = Path(sys.argv[0]).name
 
     def parse(words: list[str]) -> tuple[Callable[[Any], Any], Any]:
-        program = Path(sys.argv[0]).name
+        if words and words[0] in commands and "--print_shtab" not in words:
+            entry = commands[words[0]]
+            named = f"{program} {words[0]}"
+            return entry.command, parse_options(
+                entry.options_class, entry.description, words[1:], entry.example, program=named
+            )
+        # only to print something, or to refuse what was said: parse_args does not return
         parser = Parser(prog=program, usage=f"{program} {{{','.join(commands)}}} [options]", description=description)
         parser.add_general_options()
         added = parser.add_subcommands(dest="subcommand", title="subcommands")
         for name, entry in commands.items():
             sub_parser = Parser.of(entry.options_class, f"{program} {name}", entry.description, entry.example)
             added.add_subcommand(name, sub_parser, help=entry.description.split(". ")[0].rstrip(".") + ".")
-        parsed = parser.parse_args([*words[:1], *_config_first(words[1:])])
-        entry = commands[parsed.subcommand]
-        return entry.command, _build(entry.options_class, parsed[parsed.subcommand])
+        return parser.error, parser.parse_args(words)
 
     return _run(parse, argv)
 
@@ -183,13 +180,22 @@ def parse_options(
     argv: Sequence[str] | None = None,
     example: str = "",
     presets: Path | None = None,
+    program: str | None = None,
 ) -> OptionsType:
     """The options from the command line and from the file that ``--config`` names; the command line wins.
 
     The arguments are those of `run_command`. Raises ValueError if there is something wrong with one of them.
     """
-    parser = Parser.of(options_class, Path(sys.argv[0]).name, description, example, presets)
-    return _build(options_class, parser.parse_args(_config_first(sys.argv[1:] if argv is None else argv)))
+    parser = Parser.of(options_class, program or Path(sys.argv[0]).name, description, example, presets)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", nargs="?")
+    words = sys.argv[1:] if argv is None else list(argv)
+    found, others = finder.parse_known_args(words)
+    if found.config is not None:
+        parser.set_defaults(_read_config(found.config, parser.kinds, presets))
+        words = others
+    values = parser.parse_args(words)
+    return options_class(**{name: values[name] for name in parser.kinds})
 
 
 def call_command(command: Callable[[Any], Any], options: Any) -> None:
@@ -220,17 +226,30 @@ def _run(parse: Callable[[list[str]], tuple[Callable[[Any], Any], Any]], argv: S
     return 0
 
 
-def _config_first(words: Sequence[str]) -> list[str]:
-    """The arguments with ``--config`` before the others, so that these win."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", nargs="?")
-    found, others = finder.parse_known_args(list(words))
-    return list(words) if found.config is None else ["--config", found.config, *others]
-
-
-def _build(options_class: type[OptionsType], values: Any) -> OptionsType:
-    names = [item.name for item in dataclasses.fields(options_class)]  # type: ignore[arg-type]
-    return options_class(**{name: values[name] for name in names})
+def _read_config(name: str, kinds: Mapping[str, "_Kind"], presets: Path | None) -> dict[str, Any]:
+    """The options in the file, or of the preset, that ``--config`` names."""
+    file, known = Path(name), {path.stem: path for path in sorted(presets.glob("*.yaml"))} if presets else {}
+    if not file.is_file():
+        if name not in known:
+            hint = f", and it is none of {', '.join(known)}{perhaps(name, known)}" if known else ""
+            raise ValueError(f"--config is {name}, but there is no such file{hint}")
+        file = known[name]
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML too
+        if not isinstance(entries, dict):
+            found = "nothing" if entries is None else f"a {type(entries).__name__}"
+            raise ValueError(f"holds {found}, but must hold options and their values")
+        for option_name, value in entries.items():
+            if option_name not in kinds:
+                raise ValueError(f"names {option_name!r}, which is not an option{perhaps(option_name, kinds)}")
+            entries[option_name] = kinds[option_name].from_file(value, option_name)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {file} is not text: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {file} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"--config {file}: {error}") from error
+    return entries
 
 
 class _Kind:
@@ -255,19 +274,24 @@ class _Kind:
         shown = repr(value) if isinstance(value, str) else text
         return f"is {shown if len(shown) <= 80 else shown[:80] + '...'}, but must be {kind}"
 
-    def from_file(self, value: Any) -> Any:
-        """A value of a file: one does as a list of one, and a whole number as text."""
+    def from_file(self, value: Any, name: str) -> Any:
+        """A value of a file: one does as a list of one, a whole number as text, and text as a number."""
         if value is None and self.optional:
             return None
-        values = value if isinstance(value, list) else [value]
-        values = [str(entry) if self.value is str and type(entry) is int else entry for entry in values]
-        is_list = isinstance(value, list)
-        wrong_count = not values or self.count not in ("+", None, len(values)) or (is_list and not self.several)
-        no_text = self.value is str and not all(isinstance(entry, str) for entry in values)
-        wrong_bool = any((type(entry) is bool) != (self.value is bool) for entry in values)
-        if wrong_count or no_text or wrong_bool or None in values:
-            quotes = ": put it in quotes" if no_text and not isinstance(value, (list, dict)) else ""
-            raise ValueError(f"{self.refusal(value)}{quotes}")
+        values = list(value) if isinstance(value, list) else [value]
+        right = bool(values) and self.count in ("+", None, len(values)) and (self.several or values == [value])
+        for i, entry in enumerate(values):
+            try:
+                # YAML takes 5e-3 for text
+                if type(entry) in {float: (int, str), str: (int,)}.get(self.value, ()):
+                    values[i] = self.value(entry)
+            except ValueError:
+                raise ValueError(f"{name} {self.refusal(entry)}") from None
+            if type(values[i]) is not self.value or values[i] not in (self.choices or values):
+                right = False
+        if not right:
+            quotes = ": put it in quotes" if self.value is str and not isinstance(value, (list, dict)) else ""
+            raise ValueError(f"{name} {self.refusal(value)}{'' if self.choices else quotes}")
         return values if self.several else values[0]
 
 
@@ -277,7 +301,6 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(formatter_class=_HelpFormatter, add_help=False, allow_abbrev=False, **options)
         self.kinds: dict[str, _Kind] = {}
-        self.presets: dict[str, Path] = {}
 
     @classmethod
     def of(
@@ -287,8 +310,6 @@ class Parser(jsonargparse.ArgumentParser):
         hints = typing.get_type_hints(options_class)
         epilog = f"Example:\n\n{_example(program, example)}\n\n{EXIT_CODES}" if example else EXIT_CODES
         parser = cls(prog=program, description=description, epilog=epilog)
-        if presets is not None:
-            parser.presets = {file.stem: file for file in sorted(presets.glob("*.yaml"))}
         fields = dataclasses.fields(options_class)
         required = {f.name for f in fields if f.default is f.default_factory}
         groups: dict[str, Any] = {}
@@ -299,15 +320,17 @@ class Parser(jsonargparse.ArgumentParser):
             title = item.metadata.get("group", "options")
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
-            kind = parser._add_option(groups[title], item, hints[item.name], item.name in required)
+            kind = parser.kinds[item.name] = _Kind(hints[item.name], item.metadata)
+            parser._add_option(groups[title], item, kind, item.name in required)
             if item.name in required:
                 usage.append(f"--{item.name} {item.metadata.get('metavar', _METAVARS[kind.value])}")
         parser.usage = _wrapped([*usage, "[options]"]).replace("%", "%%")
-        parser.add_general_options(config=True)
+        known = "".join(f", {path.stem}" for path in sorted(presets.glob("*.yaml"))) if presets else ""
+        parser.add_general_options(config=f"YAML or JSON file of options{known and ', or one of ' + known[2:]}")
         return parser
 
-    def _add_option(self, group: Any, item: Any, hint: Any, required: bool) -> _Kind:
-        kind = self.kinds[item.name] = _Kind(hint, item.metadata)
+    @staticmethod
+    def _add_option(group: Any, item: Any, kind: _Kind, required: bool) -> None:
         has_factory = item.default_factory is not dataclasses.MISSING
         described: dict[str, Any] = {"help": item.metadata.get("help", ""), "required": required}
         described["default"] = None if required else item.default_factory() if has_factory else item.default
@@ -320,21 +343,18 @@ class Parser(jsonargparse.ArgumentParser):
             described["metavar"] = item.metadata.get("metavar", default_metavar)
             described |= {"nargs": kind.count} if kind.several else {}
         group.add_argument(f"--{item.name}", **described)
-        return kind
 
-    def add_general_options(self, config: bool = False) -> None:
-        """``--help`` and the other options that every command has."""
+    def add_general_options(self, config: str = "") -> None:
+        """``--help`` and the other options that every command has; ``--config`` if there is a text for it."""
         group = self.add_argument_group("general")
         group.add_argument("-h", "--help", action="help", help="Show this text and end.")
-        group.add_argument(
-            "--version", action="version", help="Show the versions of this program and its libraries.", version=""
-        )
+        version = "Show the versions of this program and its libraries."
+        group.add_argument("--version", action="version", help=version, version="")
         if config:
-            names = f", or one of {', '.join(self.presets)}" if self.presets else ""
-            text = f"YAML or JSON file of options{names}; the command line wins."
             # jsonargparse adds --print_config where it is told so, else beside the groups
             group._print_config = "--print_config"  # type: ignore[attr-defined]
-            group.add_argument("--config", action=_ConfigFile, metavar="FILE", help=text)
+            config_help = f"{config}; the command line wins."
+            group.add_argument("--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help=config_help)
             printing = self._option_string_actions["--print_config"]
             printing.help = "Print all options as a YAML file for --config, and end."
         group.add_argument(
@@ -351,11 +371,9 @@ class Parser(jsonargparse.ArgumentParser):
         raise ValueError(self._sentence(" ".join(str(message).split()))) from ex
 
     def _sentence(self, message: str) -> str:
-        if found := re.search(r'(?:Parser key "|argument --)([\w.]+).*?(?:[Vv]alue: )(.*)$', message):
-            name, value = found[1].rpartition(".")[2], found[2]
-            if name in self.kinds:
-                value = value[1:-1] if value.startswith("'") else value
-                return f"{name} {self.kinds[name].refusal(value)}"
+        if found := re.search(r'(?:Parser key "|argument --)(\w+).*?[Vv]alue: (.*)$', message):
+            name, value = found.groups()
+            return f"{name} {self.kinds[name].refusal(value[1:-1] if value.startswith(chr(39)) else value)}"
         if found := re.search(r"unrecognized arguments: (.*)|Option '([^']*)' is not accepted", message):
             words = (found[1] or f"--{found[2]}").split()
             name = next((word.partition("=")[0] for word in words if word.startswith("--")), "")
@@ -370,44 +388,8 @@ class Parser(jsonargparse.ArgumentParser):
         if found := re.search(r'expected "subcommand" to be one of \{(.*?)\}', message):
             return f"name a subcommand: one of {found[1].replace(',', ', ')}"
         if found := re.search(r"the following arguments are required: (.*)", message):
-            names = [f"--{name.rpartition('.')[2]}" for name in found[1].split(", ")]
-            return f"the following arguments are required: {', '.join(names)}"
+            return f"the following arguments are required: --{found[1].replace(', ', ', --')}"
         return re.sub(r"^argument (--\w+)\S*:", r"\1:", message)
-
-
-class _ConfigFile(jsonargparse.ActionConfigFile):
-    """``--config``: a file of options, or the name of a preset."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        file = Path(values)
-        if not file.is_file():
-            if values not in parser.presets:
-                names = list(parser.presets)
-                known = f", and it is none of {', '.join(names)}{perhaps(values, names)}" if names else ""
-                raise ValueError(f"--config is {values}, but there is no such file{known}")
-            file = parser.presets[values]
-        try:
-            # JSON is YAML too
-            entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if not isinstance(entries, dict):
-                found = "nothing" if entries is None else f"a {type(entries).__name__}"
-                raise ValueError(f"holds {found}, but must hold options and their values")
-            for name, value in entries.items():
-                if name not in parser.kinds:
-                    raise ValueError(f"names {name!r}, which is not an option{perhaps(name, parser.kinds)}")
-                try:
-                    entries[name] = parser.kinds[name].from_file(value)
-                except ValueError as error:
-                    raise ValueError(f"{name} {error}") from error
-            self.apply_config(parser, cfg, self.dest, yaml.safe_dump(entries))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--config {file} is not text: {error}") from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config {file} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
-        except (TypeError, ValueError) as error:
-            # jsonargparse reports what it refuses in a config as an error of the option that names the config
-            message = str(error).removeprefix('Parser key "config": ')
-            raise ValueError(f"--config {file}: {message}") from error
 
 
 class _PrintCompletion(argparse.Action):

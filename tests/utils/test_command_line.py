@@ -140,7 +140,7 @@ def test_values_of_a_file(from_yaml, text, name, value):
         ("number: true", "number is true, but must be a number"),
         ("number: null", "number is null, but must be a number"),
         ("number: [0.1]", "number is [0.1], but must be a number"),
-        ("whole: 3.5", "whole is '3.5', but must be a whole number"),
+        ("whole: 3.5", "whole is 3.5, but must be a whole number"),
         ("maybe: x", "maybe is 'x', but must be a whole number"),
         ("text: no", "text is false, but must be text: put it in quotes"),
         ("text: {a: b}", "text is {a: b}, but must be text"),
