@@ -3,40 +3,22 @@
 Everything public is importable from here and loaded on first use, so that ``import imagenet64_diffusion`` is quick.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .utils.lazy_exports import lazy_exports
 from .version import __version__
 
 
-# public name -> module that defines it
-_EXPORTS = {
+_MODULES = {
     "ClassConditionalPipeline": "pipelines.pipeline_class_conditional",
     "ClassConditionalUNet2DModel": "models.unet_class_conditional",
     "EtaDDIMScheduler": "schedulers.scheduling_ddim_eta",
     "LearnedVarianceDDPMScheduler": "schedulers.scheduling_ddpm_learned",
     "swap_scheduler": "pipelines.loading",
+    "__version__": "version",
 }
-
-__all__ = [
-    "ClassConditionalPipeline",
-    "ClassConditionalUNet2DModel",
-    "EtaDDIMScheduler",
-    "LearnedVarianceDDPMScheduler",
-    "__version__",
-    "swap_scheduler",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
+__all__ = list(_MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
 
 if TYPE_CHECKING:
     from .models.unet_class_conditional import ClassConditionalUNet2DModel

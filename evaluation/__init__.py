@@ -3,12 +3,12 @@
 These names are loaded on first use, so that a command line can print its help without torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..utils.lazy_exports import lazy_exports
 
 
-# public name -> module that defines it
-_EXPORTS = {
+_MODULES = {
     "FeatureStatistics": "statistics",
     "density_and_coverage": "feature_metrics",
     "frechet_distance": "frechet",
@@ -16,26 +16,8 @@ _EXPORTS = {
     "kernel_distance": "feature_metrics",
     "precision_and_recall": "feature_metrics",
 }
-
-__all__ = [
-    "FeatureStatistics",
-    "density_and_coverage",
-    "frechet_distance",
-    "inception_score",
-    "kernel_distance",
-    "precision_and_recall",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
+__all__ = list(_MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
 
 if TYPE_CHECKING:
     from .feature_metrics import density_and_coverage, inception_score, kernel_distance, precision_and_recall
