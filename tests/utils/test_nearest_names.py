@@ -73,7 +73,7 @@ def test_trackers(prepared, tmp_path):
 
 
 def test_what_is_measured(tmp_path):
-    with pytest.raises(ValueError, match=r"metrics names 'FDI', but must be .*; perhaps fid$"):
+    with pytest.raises(ValueError, match=r"metrics is 'FDI', but must be .*; perhaps fid$"):
         ScoreOptions(reference="a", model="b", metrics=["FDI"])
     with pytest.raises(ValueError, match=r"protocol is 'dinov', but must be one of .*; perhaps dinov2$"):
         ReferenceOptions(output_dir="a", source="b", protocol="dinov")
