@@ -1,14 +1,13 @@
 """The table of a sweep as charts: FID over the training, its minima, and what guidance and steps do to the metrics."""
 
 import collections
-import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from ..utils.chart_style import COLOURS, DPI, finish_axes, save_figure
+from ..utils.chart_style import BLUE, COLOURS, DPI, finish_axes, save_figure
 from .metrics import METRICS
 from .options import SAMPLER_NAMES
 
@@ -18,17 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-"""An entry of the table: column -> value, where a metric that was not computed is missing or None."""
-Looks = Mapping[str, dict[str, str]]
+"""An entry of the table: column -> value, without the metrics that were not computed."""
 Panel = tuple[str, str, str, Mapping[str, list[Row]]]
-"""Title, columns of x and y, and lines by their names, of which the part before a colon says how they look."""
+"""Title, columns of x and y, and lines by their names."""
 
 _SETTINGS = {
     "guidance_scale": "guidance scale (1: none)",
     "num_inference_steps": "denoising steps",
     "step_size": "step size",
 }
-_LABELS = {**_SETTINGS, "step": "training (optimizer steps)", "recall": "recall, along the lines of the panel before"}
+_LABELS = {**_SETTINGS, "step": "training (optimizer steps)", "recall": "recall, along the same lines"}
 # text in an SVG can be searched, the same rows make the same file, and names are no formulas
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "text.parse_math": False}
 
@@ -44,19 +42,19 @@ def make_sweep_charts(rows: list[Row], folder: Path) -> list[Path]:
         rows: Entries of the table that `sweeping.sweep` writes. Those without a finite ``fid`` are passed over.
         folder: Where the charts go.
     """
-    rows = [row for row in rows if _is_number(row.get("fid"))]
+    rows = [row for row in rows if _has(row, "fid")]
     if not rows:
         return []
     # importing it takes a second
     import matplotlib
 
-    # a sampler looks the same in every chart; the first 84 differ
-    styles = zip(itertools.cycle(COLOURS), itertools.cycle("os^DvPX<>p*h"), strict=False)
-    looks: Looks = collections.defaultdict(lambda: dict(zip(("color", "marker"), next(styles), strict=True)))
+    # line k looks the same in every chart, and the first 28 differ
+    dashes = matplotlib.cycler(linestyle=["-", "--", ":", "-."])
+    looks = dashes * matplotlib.cycler(color=COLOURS, marker=list("os^DvPX"))
     figures: dict[str, Figure] = {}
     panels: list[Panel] = []
     names = short_names([row["family"] for row in rows])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": looks}):
         for family, name in names.items():
             mine = [row for row in rows if row["family"] == family]
             panels += trade_offs(mine, name)
@@ -66,11 +64,11 @@ def make_sweep_charts(rows: list[Row], folder: Path) -> list[Path]:
                 # some file systems do not tell capitals from small letters
                 chart += f"-{len(figures) + 1}" if chart.lower() in map(str.lower, figures) else ""
                 panel = ("sampler: lowest FID at step", "step", "fid", over_steps(trained))
-                figures[chart] = _plot(f"{name}: FID over the training", trained, [panel], looks)
+                figures[chart] = _plot(f"{name}: FID over the training", trained, [panel])
         if len(best(rows, "family", "sampler")) > 1:
-            figures["fid_minima"] = _plot_minima(rows, names, looks)
+            figures["fid_minima"] = _plot_minima(rows, names)
         if panels:
-            figures["trade_offs"] = _plot("What guidance and denoising steps change", rows, panels, looks)
+            figures["trade_offs"] = _plot("What guidance and denoising steps change", rows, panels)
         for chart, figure in figures.items():
             for ending in ("svg", "png"):
                 save_figure(figure, folder / f"{chart}.{ending}")
@@ -88,9 +86,10 @@ def best(rows: Iterable[Row], *columns: str) -> dict[tuple[Any, ...], Row]:
 def over_steps(rows: list[Row]) -> dict[str, list[Row]]:
     """Each sampler with its lowest FID -> the row of the lowest FID at each of its steps, in their order."""
     lines = {}
-    for (sampler,), lowest in best(rows, "sampler").items():
-        line = best((row for row in rows if row["sampler"] == sampler), "step").values()
-        lines[f"{sampler}: {lowest['fid']:.4g} at {lowest['step']:,}"] = sorted(line, key=lambda row: row["step"])
+    for sampler in dict.fromkeys(row["sampler"] for row in rows):
+        line = list(best((row for row in rows if row["sampler"] == sampler), "step").values())
+        name = f"{sampler}: {line[0]['fid']:.4g} at {line[0]['step']:,}"
+        lines[name] = sorted(line, key=lambda row: row["step"])
     return lines
 
 
@@ -101,16 +100,16 @@ def trade_offs(rows: list[Row], family: str) -> list[Panel]:
         panels: list[Panel] = []
         for setting in _SETTINGS:
             lines = _lines([row for row in rows if row["model"] == model], setting)
-            every = [row for line in lines.values() for row in line]
-            has = {name for name in METRICS if every and all(_is_number(row.get(name)) for row in every)}
-            panels += [(title, setting, "fid", lines)] if has else []
-            if {"precision", "recall"} <= has:
-                panels.append((title, "recall", "precision", lines))
-            elif "class_accuracy" in has:
-                panels.append((title, setting, "class_accuracy", lines))
+            for x, y in ((setting, "fid"), ("recall", "precision"), (setting, "class_accuracy")):
+                if lines and all(_has(row, x) and _has(row, y) for line in lines.values() for row in line):
+                    panels.append((title, x, y, lines))
         if panels:
             return panels
     return []
+
+
+def _has(row: Row, name: str) -> bool:
+    return math.isfinite(row.get(name, math.nan))
 
 
 def _lines(rows: list[Row], setting: str) -> dict[str, list[Row]]:
@@ -134,14 +133,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     parts = {name: PurePath(name).parts or (name,) for name in names}
     found = {}
     for name, mine in parts.items():
-        lengths = range(1, len(mine))
-        unique = (n for n in lengths if sum(other[-n:] == mine[-n:] for other in parts.values()) == 1)
-        found[name] = "/".join(mine[-next(unique, len(mine)) :])
+        length = 1
+        while length < len(mine) and sum(other[-length:] == mine[-length:] for other in parts.values()) > 1:
+            length += 1
+        found[name] = "/".join(mine[-length:])
     return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _figure(title: str, rows: list[Row], height: float, count: int = 1) -> "tuple[Figure, list[Axes]]":
@@ -157,13 +153,13 @@ def _figure(title: str, rows: list[Row], height: float, count: int = 1) -> "tupl
     return figure, [figure.add_subplot(math.ceil(count / columns), columns, place + 1) for place in range(count)]
 
 
-def _plot(title: str, rows: list[Row], panels: list[Panel], looks: Looks) -> "Figure":
+def _plot(title: str, rows: list[Row], panels: list[Panel]) -> "Figure":
     figure, all_axes = _figure(title, rows, 1.5 + 5 * math.ceil(len(panels) / 2), len(panels))
     for axes, (subtitle, x, y, lines) in zip(all_axes, panels, strict=True):
         values = [row[y] for line in lines.values() for row in line]
         finish_axes(axes, METRICS[y].direction, (min(values), max(values)), may_be_logarithmic=y == "fid")
         for name, line in lines.items():
-            axes.plot([row[x] for row in line], [row[y] for row in line], **looks[name.split(":")[0]], label=name)
+            axes.plot([row[x] for row in line], [row[y] for row in line], label=name)
         axes.set_xlabel(_LABELS[x], fontsize=12)
         if x == "step":
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -172,13 +168,13 @@ def _plot(title: str, rows: list[Row], panels: list[Panel], looks: Looks) -> "Fi
     return figure
 
 
-def _plot_minima(rows: list[Row], names: Mapping[str, str], looks: Looks) -> "Figure":
+def _plot_minima(rows: list[Row], names: Mapping[str, str]) -> "Figure":
     minima = best(rows, "family", "sampler").values()
     figure, (axes,) = _figure("Lowest FID by model and sampler", rows, 1.8 + 0.3 * len(minima))
     finish_axes(axes, "", None)
     axes.grid(visible=False)
     values = [row["fid"] for row in minima]
-    bars = axes.barh(range(len(minima)), values, color=[looks[row["sampler"]]["color"] for row in minima])
+    bars = axes.barh(range(len(minima)), values, color=BLUE)
     steps = ["" if row["step"] is None else f" at step {row['step']:,}" for row in minima]
     axes.bar_label(bars, [f"{value:.4g}{step}" for value, step in zip(values, steps, strict=True)], padding=4)
     axes.set_yticks(range(len(minima)), [f"{names[row['family']]}: {row['sampler']}" for row in minima])

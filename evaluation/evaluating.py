@@ -144,15 +144,15 @@ def evaluate_reference(options: ReferenceOptions) -> Path:
     """Evaluates real images and returns the folder.
 
     Raises:
-        ValueError: If the images cannot be read, or do not fit the protocol, or the folder holds something else.
+        ValueError: If options and images do not fit each other or the protocol, or the folder holds something else.
         OSError: If something cannot be read or written, or another process evaluates into the same folder.
     """
     with distributed_state(options.device) as state:
         images = on_every_process(
             state, lambda: open_images(options.source, options.split, options.resolution, options.color_mode)
         )
-        is_cut = options.max_images is not None and options.max_images < len(images)
-        chosen = _EvenlySpread(images, options.max_images) if is_cut else images
+        count = min(options.max_images or len(images), len(images))
+        chosen = images if count == len(images) else _EvenlySpread(images, count)
         facts = {
             "source": options.source,
             "split": options.split,
@@ -162,7 +162,7 @@ def evaluate_reference(options: ReferenceOptions) -> Path:
             "fingerprint": on_main_process(state, lambda: images.fingerprint),
             "image_size": list(images.image_size),
             "of": len(images),
-            "num_images": len(chosen),
+            "num_images": count,
         }
         return _evaluate(chosen, facts, options, state)
 
@@ -174,7 +174,7 @@ def evaluate_model(
     quiet: bool = False,
     revision: str | None = None,
 ) -> Path:
-    """Generates images with a model, evaluates them and returns the folder.
+    """Generates images with a model, evaluates them and returns the folder; raises as `evaluate_reference`.
 
     Args:
         options: What to generate and to evaluate, and how.
@@ -182,9 +182,6 @@ def evaluate_model(
         extractor: That of the options, if it has been made already.
         quiet: Whether to print nothing at the end.
         revision: Commit of the Hub repository; by default the latest one.
-
-    Raises:
-        ValueError, OSError: As `evaluate_reference`; and if the settings do not fit the model.
     """
     if state is None:
         with distributed_state(options.device) as state:
@@ -305,7 +302,9 @@ def extract_parts(
                     features, probabilities = extractor(pixels)
                     found = {"features": features.float(), "probabilities": probabilities, "labels": labels}
                     found["pixels"] = pixels if keep_pixels else None
-                    arrays = {name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None}
+                    arrays: dict[str, Any] = {
+                        name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None
+                    }
                     with atomic_file(parts / f"{start:09d}-{stop:09d}.npz") as writing:
                         np.savez(writing, **arrays)
                 except Exception as error:
@@ -364,20 +363,21 @@ def prepare_folder(folder: Path, header: Mapping[str, Any]) -> bool:
         write_json(settings, header)
         return False
     # what decides the numbers, beside names, places, devices and versions; parts have the features of all images
+    header = json.loads(json.dumps(header))
     entries = [("protocol", entry) for entry in COMPARED_ENTRIES]
     entries += [("images", entry) for entry in sorted({*before["images"], *header["images"]} - _NOT_COMPARED)]
     kept, asked = before.get("kept", {}), header["kept"]
     entries += [("kept", "features")] if is_done and asked["features"] > kept.get("features", 0) else []
     entries += [("kept", "images")] if asked["images"] is not None else []
     for part, entry in entries:
-        one, other = (json.dumps(each.get(part, {}).get(entry), sort_keys=True) for each in (before, header))
+        one, other = (each.get(part, {}).get(entry) for each in (before, header))
         if one != other:
             what = "an evaluation" if is_done else "an unfinished evaluation"
             of = before["images"].get("source", before["images"].get("model"))
             name = f"{part} {entry}" if part == "kept" else entry
             raise ValueError(
-                f"{folder} has {what} of {of} with {name} {one[:200]}, not {other[:200]}: give another output_dir, or"
-                " remove it"
+                f"{folder} has {what} of {of} with {name} {json.dumps(one)[:200]}, not {json.dumps(other)[:200]}:"
+                " give another output_dir, or remove it"
             )
     if is_done:
         # left by a call that was killed at its very end
@@ -421,7 +421,7 @@ def write_evaluation(
         if keep_images is not None:
             images["arr_0"].append(part["pixels"].transpose(0, 2, 3, 1))
             images["arr_1"] += [part["labels"]] if "labels" in part else []
-    arrays = {name: np.concatenate(found) for name, found in images.items() if found}
+    arrays: dict[str, Any] = {name: np.concatenate(found) for name, found in images.items() if found}
     if keep_images == "npz":
         with atomic_file(folder / "images.npz") as writing:
             np.savez(writing, **arrays)

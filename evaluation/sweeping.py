@@ -58,19 +58,17 @@ class Entry:
 def sweep(options: SweepOptions) -> Path:
     """Evaluates every model under every sampler, and scores them against one reference.
 
-    Every finished entry is a file in ``cells``, from which ``results.csv`` and the charts are made anew each time. The
-    table has what is asked for now; entries of other calls stay in their files. Charts of earlier calls that this one
-    does not make go, unless someone has changed them. A model whose folder has changed, or whose Hub repository has
-    another commit, is evaluated anew. An entry that fails is a row with its reason in the column ``error``, the others
-    go on, and the next call tries it again.
+    Every finished entry is a file in ``cells``, from which ``results.csv`` and the charts are made anew each time.
+    They have what is asked for now; entries of other calls stay in their files. Charts that are not made any more go,
+    unless someone has changed them. A model whose folder has changed, or whose Hub repository has another commit, is
+    evaluated anew. An entry that fails is a row with its reason as ``error``, and the next call tries it again.
 
     Returns:
         ``results.csv``.
 
     Raises:
         ValueError: If a setting does not fit; or, at the end, if entries failed.
-        OSError: If something cannot be written, another run sweeps into the same folder, or a Hub repository cannot
-            be reached.
+        OSError: If something cannot be read or written, or another run sweeps into the same folder.
     """
     folder = Path(options.output_dir)
     with distributed_state(options.device) as state, contextlib.ExitStack() as stack:

@@ -262,7 +262,7 @@ def test_wrong_sweeps(run, reference, prepared, tmp_path, capsys):
         ({"models": "no/such/folder"}, "models names no/such/folder, which is neither a folder nor a Hub id"),
         ({"reference": tmp_path / "empty"}, "is not an evaluation"),
         (by_classifier, "features of different protocols cannot be compared: protocol is pixels in"),
-        ({"grid": tmp_path / "grid.yaml"}, "names 'num_inference_step', but must be made of scheduler, num_inf"),
+        ({"reference": ""}, "reference is empty"),
         ({"grid": tmp_path / "grid.yaml", "eta": 1}, "grid says how images are sampled, and so does eta"),
         ({"grid": tmp_path / "none.yaml"}, "No such file or directory"),
         ({"eta": -1}, "eta is -1.0, but must be at least 0"),
