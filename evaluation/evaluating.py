@@ -217,7 +217,7 @@ def open_extractor(options: ExtractionOptions, channels: int, state: PartialStat
             device=options.device or state.device,
             dtype=options.extractor_dtype,
             batch_size=options.batch_size,
-            channels=channels if options.protocol == "pixels" and channels != 1 else 3,
+            **({"channels": channels} if options.protocol == "pixels" and channels != 1 else {}),
         ),
     )
 

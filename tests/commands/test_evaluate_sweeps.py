@@ -29,7 +29,7 @@ from imagenet64_diffusion.tests.hub.loopback_hub import Blob, LoopbackHub, Repos
 
 
 DIGITS_CLASSIFIER = Path(sweeping.__file__).parent / "digits_classifier"
-SWEEP = {**PIXELS, "num_images": 4, "seed": 5}
+SWEEP = {**PIXELS, "num_images": 6, "seed": 5}
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -68,7 +68,7 @@ def other(tmp_path_factory) -> Path:
 def swept(tmp_path_factory, run, other, reference) -> Path:
     """Three models under two samplers, killed after an entry, interrupted after another one, and resumed."""
     folder = tmp_path_factory.mktemp("swept") / "sweep"
-    common = {"reference": reference, "models": [run, other], "output_dir": folder, **SWEEP, "num_images": 12}
+    common = {"reference": reference, "models": [run, other], "output_dir": folder, **SWEEP}
     common |= {"num_inference_steps": [2, 3], "eta": 1, "batch_size": 1}
     done: dict[Path, int] = {}
     for number, (signal_number, code) in enumerate(((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130))):
@@ -96,7 +96,7 @@ def test_a_sweep_is_what_its_parts_are(swept, run, other, reference, tmp_path):
     assert {row["error"] for row in rows} == {row["revision"] for row in rows} == {""}
     for number in (1, 4):
         row, folder = rows[number], tmp_path / str(number)
-        sampling = {name: row[name] for name in ("model", "num_images", "num_inference_steps", "eta")}
+        sampling = {name: row[name] for name in ("model", "num_inference_steps", "eta")}
         assert evaluate("model", **SWEEP | sampling, batch_size=1, output_dir=folder) == 0
         assert evaluate("score", reference=reference, model=folder) == 0
         metrics = json.loads((folder / "scores.json").read_text())["metrics"]
@@ -113,12 +113,12 @@ def test_shared_by_models_and_from_a_grid(swept, run, other, reference, tmp_path
     grid = tmp_path / "grid.yaml"
     grid.write_text("- {num_inference_steps: 2, eta: 1.0}\n- num_inference_steps: 3\n  scheduler: own\n  eta: 1.0\n")
     common = {"reference": reference, "models": [run, other], "output_dir": tmp_path / "sweep", **SWEEP}
-    common |= {"num_images": 12, "batch_size": 1, "grid": grid, "share": "models", "keep_features": "true"}
+    common |= {"batch_size": 1, "grid": grid, "share": "models", "keep_features": "true"}
     for process in start(tmp_path / "log", "sweep", ranks=2, **common):
         assert process.end() == 0, process.output()
     assert (tmp_path / "sweep" / "results.csv").read_bytes() == (swept / "results.csv").read_bytes()
     kept = [Evaluation.load(folder) for folder in (tmp_path / "sweep" / "evaluations").iterdir()]
-    assert [len(evaluation.features) for evaluation in kept] == [12] * 6
+    assert [len(evaluation.features) for evaluation in kept] == [6] * 6
 
 
 def test_one_that_fails_does_not_stop_the_others(run, reference, tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from PIL import Image
 
 from imagenet64_diffusion.evaluation import FeatureStatistics
 from imagenet64_diffusion.evaluation.evaluating import (
@@ -102,14 +101,13 @@ def test_each_image_comes_once_from_parts_that_overlap(tmp_path):
         joined(tmp_path)
 
 
-def write_parts(folder, sizes=(4, 1, 6), channels=3) -> dict[str, np.ndarray]:
+def write_parts(folder, sizes=(4, 1, 6)) -> dict[str, np.ndarray]:
     """Parts of these sizes with random arrays, which are returned joined."""
     rng = np.random.default_rng(1)
     count, start = sum(sizes), 0
     arrays = {
         "features": rng.normal(size=(count, 5)).astype(np.float32),
         "probabilities": rng.dirichlet(np.ones(3), count).astype(np.float32),
-        "pixels": rng.integers(0, 256, (count, channels, 6, 7)).astype(np.uint8),
         "labels": rng.integers(-1, 3, count),
     }
     (folder / "parts").mkdir(parents=True)
@@ -165,21 +163,6 @@ def test_evenly_spread():
                 assert indices[-1] == total - 1
                 # no gap is more than one larger than another
                 assert np.diff(indices).min() >= max(1, np.diff(indices).max() - 1)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_kept_images(tmp_path, channels):
-    for kept in ("png", "npz"):
-        arrays = write_parts(tmp_path / kept, channels=channels)
-        write_evaluation(tmp_path / kept, HEADER, 11, 0, kept)
-    pixels = arrays["pixels"].transpose(0, 2, 3, 1)
-    for number in range(11):
-        with Image.open(tmp_path / "png" / "images" / f"{number:05d}.png") as image:
-            np.testing.assert_array_equal(np.asarray(image).reshape(6, 7, channels), pixels[number])
-    with np.load(tmp_path / "npz" / "images.npz", allow_pickle=False) as found:
-        assert sorted(found) == ["arr_0", "arr_1"]
-        np.testing.assert_array_equal(found["arr_0"], pixels)
-        np.testing.assert_array_equal(found["arr_1"], arrays["labels"])
 
 
 def test_what_is_no_evaluation(tmp_path):
