@@ -1,7 +1,7 @@
 """Metrics of two evaluations, with everything that they depend on beside them."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,16 @@ def compare(
     reasons = []
     for name in METRICS if names is None else names:
         metric = METRICS[name]
-        needs = [(sides[side], what) for side, what in (need.split(".") for need in metric.needs)]
-        reason = next(filter(None, (_why_not(*need, metric.min_images) for need in needs)), None)
-        if reason is not None:
-            reasons.append(f"{name} cannot be computed: {reason}")
+        try:
+            needs = [_find(need, sides, metric.min_images) for need in metric.needs]
+        except ValueError as error:
+            reasons.append(f"{name} cannot be computed: {error}")
             continue
         # one function may give several metrics
         if metric.function not in computed:
             function, options = metric.load(), {"seed": seed, "device": device}
             taken = {key: options[key] for key in options.keys() & inspect.signature(function).parameters}
-            values = [getattr(side, what) for side, what in needs]
-            computed[metric.function] = function(*values, **metric.settings, **taken)
+            computed[metric.function] = function(*needs, **metric.settings, **taken)
         value = computed[metric.function]
         if isinstance(value, tuple):
             value = getattr(value, name) if hasattr(value, name) else value._asdict()  # type: ignore[attr-defined]
@@ -99,16 +98,18 @@ def compare(
     }
 
 
-def _why_not(evaluation: Evaluation, what: str, min_images: int) -> str | None:
-    """Why a metric cannot be computed of this part of an evaluation, or None."""
+def _find(need: str, sides: Mapping[str, Evaluation], min_images: int) -> Any:
+    """What a metric needs; ValueError if that is not there, or of too few images."""
+    side, what = need.split(".")
+    evaluation = sides[side]
     found = getattr(evaluation, what)
     if found is None:
         missing = "labels of classes that the extractor tells apart" if what == "known_labels" else what
-        return f"{evaluation.folder} has no {missing}"
+        raise ValueError(f"{evaluation.folder} has no {missing}")
     count = found.count if what == "statistics" else len(found)
     if count < min_images:
-        return f"{evaluation.folder} has {what} of {count} images, but at least {min_images} are needed"
-    return None
+        raise ValueError(f"{evaluation.folder} has {what} of {count} images, but at least {min_images} are needed")
+    return found
 
 
 def _warnings(reference: Evaluation, model: Evaluation) -> list[str]:
