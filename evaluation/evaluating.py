@@ -154,9 +154,7 @@ def evaluate_reference(options: ReferenceOptions) -> Path:
         count = min(options.max_images or len(images), len(images))
         chosen = images if count == len(images) else _EvenlySpread(images, count)
         facts = {
-            "source": options.source,
-            "split": options.split,
-            "resolution": options.resolution,
+            **{name: getattr(options, name) for name in ("source", "split", "resolution")},
             "resize_filter": None if options.resolution is None else RESIZE_FILTER,
             # of a folder of images all files are read for it, once for all ranks
             "fingerprint": on_main_process(state, lambda: images.fingerprint),
@@ -190,8 +188,9 @@ def evaluate_model(
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))
 
-    def open_model() -> GeneratedImages:
-        return GeneratedImages(
+    images = on_every_process(
+        state,
+        lambda: GeneratedImages(
             options.model,
             sampler,
             options.num_images,
@@ -201,9 +200,8 @@ def evaluate_model(
             device=options.device or state.device,
             dtype=getattr(torch, options.dtype),
             revision=commit,
-        )
-
-    images = on_every_process(state, open_model)
+        ),
+    )
     return _evaluate(images, images.description, options, state, extractor, quiet)
 
 
