@@ -1,8 +1,10 @@
 """Evaluates models so that the numbers can be trusted and compared."""
 
+import importlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from imagenet64_diffusion.evaluation.options import (
     ClassifierOptions,
@@ -14,46 +16,34 @@ from imagenet64_diffusion.evaluation.options import (
 from imagenet64_diffusion.utils.command_line import SubCommand, run_sub_commands
 
 
-if TYPE_CHECKING:
-    from pathlib import Path
+def _run(module: str, function: str, options: Any) -> Any:
+    # torch, diffusers and accelerate take seconds to import, which --help should not
+    return getattr(importlib.import_module(f"imagenet64_diffusion.evaluation.{module}"), function)(options)
 
 
-# torch, diffusers and accelerate take seconds to import, which --help should not
-
-
-def reference(options: ReferenceOptions) -> "Path":
+def reference(options: ReferenceOptions) -> Path:
     """Evaluates real images and returns the folder of the evaluation."""
-    from imagenet64_diffusion.evaluation.evaluating import evaluate_reference
-
-    return evaluate_reference(options)
+    return _run("evaluating", "evaluate_reference", options)
 
 
-def model(options: ModelOptions) -> "Path":
+def model(options: ModelOptions) -> Path:
     """Generates images with a model, evaluates them and returns the folder of the evaluation."""
-    from imagenet64_diffusion.evaluation.evaluating import evaluate_model
-
-    return evaluate_model(options)
+    return _run("evaluating", "evaluate_model", options)
 
 
 def score(options: ScoreOptions) -> dict[str, Any]:
     """Computes metrics from two evaluations and returns them with their protocol."""
-    from imagenet64_diffusion.evaluation.scoring import score as run
-
-    return run(options)
+    return _run("scoring", "score", options)
 
 
-def sweep(options: SweepOptions) -> "Path":
+def sweep(options: SweepOptions) -> Path:
     """Evaluates many models under many samplers and returns the table."""
-    from imagenet64_diffusion.evaluation.sweeping import sweep as run
-
-    return run(options)
+    return _run("sweeping", "sweep", options)
 
 
-def classifier(options: ClassifierOptions) -> "Path":
+def classifier(options: ClassifierOptions) -> Path:
     """Trains a small classifier and returns its folder."""
-    from imagenet64_diffusion.evaluation.classifier_training import train_classifier
-
-    return train_classifier(options).folder
+    return _run("classifier_training", "train_classifier", options).folder
 
 
 COMMANDS = {

@@ -1,103 +1,168 @@
-"""Evaluating images, real ones or those that a model generates: features in parts, by many ranks, and a folder."""
+"""Evaluating images, real ones or those that a model generates, by many ranks: features in parts, then a folder.
+
+``statistics.npz`` comes last, so a folder that has it is whole. Beside it may lie ``features.npy``,
+``probabilities.npy``, ``labels.npy`` and ``indices.npy`` (which images the rows are), all of as many rows, and the
+images themselves: ``images/`` (PNG) or ``images.npz`` (arr_0 uint8 (images, height, width, channels), arr_1 labels, as
+the evaluator of guided-diffusion reads them; -1 is the null class, and models without classes have no arr_1).
+
+Until then ``parts`` holds what has been extracted: ``{start}-{stop}.npz`` for each stretch of images. An image takes
+4 bytes there for each feature and class probability: 12 kB with the Inception of ``clean``.
+"""
 
 import contextlib
 import datetime
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
+from ..pipelines.image_grid import to_image
 from ..pipelines.sampler import Sampler
-from ..utils.atomic_write import atomic_file, only_writer
+from ..utils.atomic_write import atomic_file, atomic_folder, only_writer
 from ..utils.distributed import on_every_process, on_main_process
 from ..version import __version__
-from .evaluation_folder import (
-    PARTS_NAME,
-    STATISTICS_NAME,
-    Evaluation,
-    evenly_spread,
-    find_parts,
-    missing_batches,
-    write_evaluation,
-    write_json,
-)
 from .generated_images import GeneratedImages, count_classes, find_revision
-from .images import RESIZE_FILTER, open_images
+from .images import RESIZE_FILTER, ImageBatch, ImageBatches, open_images
 from .options import ExtractionOptions, ModelOptions, ReferenceOptions
 from .protocols import COMPARED_ENTRIES, FeatureExtractor, make_extractor
+from .statistics import FeatureStatistics
 
 
+STATISTICS_NAME = "statistics.npz"
+_PARTS_NAME = "parts"
 _SETTINGS_NAME = "settings.json"
 # tells the other ranks that one of them cannot go on
 _FAILED_NAME = "failed"
-# names and places, beside which stand digests of what is there
-_NAMES = ("source", "model")
-_RESUME = "what has been evaluated stays, and the same call resumes"
+_ROW_ARRAYS = ("features", "probabilities", "labels")
+_PART = re.compile(r"(\d+)-(\d+)\.npz")
+# names, places and commits, beside which stand digests of what is there
+_NOT_COMPARED = {"source", "model", "revision"}
 
 
-class Images(Protocol):
-    """Images by their number, such as `images.ImageBatches` and `generated_images.GeneratedImages`.
+@dataclass
+class Evaluation:
+    """An evaluated set of images.
 
     Attributes:
-        image_size: (channels, height, width) of every image.
+        folder: Where it lies.
+        statistics: Mean and covariance of the features of all images.
+        header: ``protocol``: how features are made; ``images``: which images these are; ``kept``: what lies beside
+            the statistics; ``versions``.
+        features: float32 (rows, features) of some or all of the images, mapped from the disk; None if not kept.
+        probabilities: float32 (rows, classes) of a classifier, likewise.
+        labels: int64 (rows,) of the images, -1 for none, likewise.
     """
 
-    image_size: tuple[int, int, int]
+    folder: Path
+    statistics: FeatureStatistics
+    header: dict[str, Any]
+    features: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
+    @classmethod
+    def load(cls, path: str | Path) -> "Evaluation":
+        """Opens a folder, or its ``statistics.npz`` alone, by whatever name; ValueError if there is no whole one."""
+        path = Path(path)
+        folder, file = (path, path / STATISTICS_NAME) if path.is_dir() else (path.parent, path)
+        if not file.is_file():
+            unfinished = ", which is not finished" if (folder / _PARTS_NAME).is_dir() else ""
+            raise ValueError(
+                f"{path} is not an evaluation{unfinished}: give a folder with {STATISTICS_NAME}, as"
+                " evaluate_models.py reference and model write it"
+            )
+        statistics = FeatureStatistics.load(file)
+        if not all(isinstance(statistics.header.get(part), dict) for part in ("protocol", "images")):
+            raise ValueError(f"{file} does not say by which protocol its features were made, and of which images")
+        files = {name: folder / f"{name}.npy" for name in _ROW_ARRAYS if file.name == STATISTICS_NAME}
+        rows = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.is_file()}
+        lengths = {name: len(array) for name, array in rows.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"{folder} has arrays of different lengths: {lengths}")
+        return cls(folder, statistics, statistics.header, **rows)
 
-    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """uint8 (stop - start, channels, height, width), and labels, int64 (stop - start,), or None."""
-        ...
+    @property
+    def known_labels(self) -> np.ndarray | None:
+        """The labels, if some are classes and those are the extractor's, by name where both have names; else None."""
+        if self.labels is None or self.probabilities is None or (np.asarray(self.labels) < 0).all():
+            return None
+        protocol, images = self.header["protocol"], self.header["images"]
+        ours, theirs = images.get("id2label"), protocol.get("id2label")
+        if ours is None or theirs is None:
+            same = protocol.get("num_classes") == images.get("num_classes") == self.probabilities.shape[1]
+        else:
+            same = ours == theirs
+        return self.labels if same else None
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file by an atomic write."""
+    with atomic_file(file) as writing:
+        writing.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def evenly_spread(count: int, total: int) -> np.ndarray:
+    """Indices of count of total things, from the first to the last, rising; int64 (min(count, total),)."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 @contextlib.contextmanager
 def distributed_state(device: str | None = None) -> Iterator[PartialState]:
     """The ranks that accelerate has started; on the CPU where that is asked for."""
     # one rank may have the last batch of an hour while the others wait for it
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7)).to_kwargs()
-    state = PartialState(cpu=device == "cpu", **patience)
+    state = PartialState(cpu=device == "cpu", timeout=datetime.timedelta(days=7))
     yield state
     # not on an error, of which the others may not know yet
     if state.num_processes > 1:
         state.destroy_process_group()
 
 
+class _EvenlySpread(ImageBatches):
+    """Some of the images, evenly spread over all, because sets are often sorted by class."""
+
+    def __init__(self, images: ImageBatches, count: int):
+        self._images, self._indices = images, evenly_spread(count, len(images)).tolist()
+        self.image_size, self._num_images = images.image_size, len(self._indices)
+
+    def _read(self, start: int, stop: int) -> ImageBatch:
+        batches = [self._images.read(index, index + 1) for index in self._indices[start:stop]]
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return ImageBatch(torch.cat([batch.pixels for batch in batches]), torch.cat(labels) if labels else None)
+
+
 def evaluate_reference(options: ReferenceOptions) -> Path:
     """Evaluates real images and returns the folder.
 
     Raises:
-        ValueError: If the images cannot be read, or do not fit the protocol, or the folder holds something else.
+        ValueError: If options and images do not fit each other or the protocol, or the folder holds something else.
         OSError: If something cannot be read or written, or another process evaluates into the same folder.
     """
     with distributed_state(options.device) as state:
         images = on_every_process(
             state, lambda: open_images(options.source, options.split, options.resolution, options.color_mode)
         )
-        chosen = _EvenlySpread(images, options.max_images or len(images))
+        count = min(options.max_images or len(images), len(images))
+        chosen = images if count == len(images) else _EvenlySpread(images, count)
         facts = {
-            "source": options.source,
-            "split": options.split,
-            "resolution": options.resolution,
+            **{name: getattr(options, name) for name in ("source", "split", "resolution")},
             "resize_filter": None if options.resolution is None else RESIZE_FILTER,
             # of a folder of images all files are read for it, once for all ranks
             "fingerprint": on_main_process(state, lambda: images.fingerprint),
             "image_size": list(images.image_size),
             "of": len(images),
-            "num_images": len(chosen),
+            "num_images": count,
         }
-        return evaluate(chosen, facts, options, state)
+        return _evaluate(chosen, facts, options, state)
 
 
 def evaluate_model(
@@ -107,7 +172,7 @@ def evaluate_model(
     quiet: bool = False,
     revision: str | None = None,
 ) -> Path:
-    """Generates images with a model, evaluates them and returns the folder.
+    """Generates images with a model, evaluates them and returns the folder; raises as `evaluate_reference`.
 
     Args:
         options: What to generate and to evaluate, and how.
@@ -115,21 +180,19 @@ def evaluate_model(
         extractor: That of the options, if it has been made already.
         quiet: Whether to print nothing at the end.
         revision: Commit of the Hub repository; by default the latest one.
-
-    Raises:
-        ValueError: If the settings do not fit the model or the protocol, or the folder holds something else.
-        OSError: If something cannot be read or written, or another process evaluates into the same folder.
     """
     if state is None:
         with distributed_state(options.device) as state:
             return evaluate_model(options, state, extractor, quiet, revision)
+    sampler = Sampler.from_options(options)
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))
 
-    def open_model() -> GeneratedImages:
-        return GeneratedImages(
+    images = on_every_process(
+        state,
+        lambda: GeneratedImages(
             options.model,
-            Sampler.from_options(options),
+            sampler,
             options.num_images,
             class_labels=options.class_labels,
             class_counts=None if options.train_data_dir is None else count_classes(options.train_data_dir),
@@ -137,64 +200,43 @@ def evaluate_model(
             device=options.device or state.device,
             dtype=getattr(torch, options.dtype),
             revision=commit,
-        )
-
-    images = on_every_process(state, open_model)
-    return evaluate(images, images.description, options, state, options.keep_images, extractor, quiet)
+        ),
+    )
+    return _evaluate(images, images.description, options, state, extractor, quiet)
 
 
 def open_extractor(options: ExtractionOptions, channels: int, state: PartialState) -> FeatureExtractor:
     """The extractor that the options name, in every rank; ``channels`` is what the images have."""
-    own_channels = {"channels": channels} if options.protocol == "pixels" and channels not in (1, 3) else {}
-
-    def make() -> FeatureExtractor:
-        return make_extractor(
+    return on_every_process(
+        state,
+        lambda: make_extractor(
             options.protocol,
             weights=options.weights,
             device=options.device or state.device,
             dtype=options.extractor_dtype,
             batch_size=options.batch_size,
-            **own_channels,
-        )
+            **({"channels": channels} if options.protocol == "pixels" and channels != 1 else {}),
+        ),
+    )
 
-    return on_every_process(state, make)
 
-
-def evaluate(
-    images: Images,
+def _evaluate(
+    images: ImageBatches | GeneratedImages,
     facts: Mapping[str, Any],
     options: ExtractionOptions,
     state: PartialState,
-    keep_images: str | None = None,
     extractor: FeatureExtractor | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Evaluates images, or resumes that, or finds that it has been done; returns the folder.
-
-    One run at a time evaluates into a folder; it may have several ranks.
-
-    Args:
-        images: The images.
-        facts: All that they depend on, as JSON values.
-        options: How to evaluate.
-        state: The ranks that share the work.
-        keep_images: See `ModelOptions`.
-        extractor: That of the options, if it has been made already.
-        quiet: Whether to print nothing at the end.
-
-    Raises:
-        ValueError: If the images do not fit the protocol, or the folder has something else, which stays as it is.
-        OSError: If something cannot be written, or another process evaluates into the folder.
-    """
-    folder = Path(options.output_dir)
+    """Evaluates images, or resumes that, or finds that it is done; ``facts`` is all that they depend on, as JSON."""
+    folder, keep_images = Path(options.output_dir), getattr(options, "keep_images", None)
     extractor = extractor or open_extractor(options, images.image_size[0], state)
-    names = None if extractor.id2label is None else {str(key): name for key, name in extractor.id2label.items()}
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "numpy": np.__version__}
     header = {
-        "protocol": {**extractor.header, "id2label": names},
-        "images": json.loads(json.dumps(facts)),
+        "protocol": {**extractor.header, "id2label": extractor.id2label},
+        "images": facts,
         "kept": {"features": min(options.num_features, len(images)), "images": keep_images},
-        "versions": {"imagenet64_diffusion": __version__, **versions},
+        "versions": {"imagenet64_diffusion": __version__}
+        | {library.__name__: library.__version__ for library in (torch, diffusers, np)},
     }
     with contextlib.ExitStack() as stack:
 
@@ -202,21 +244,20 @@ def evaluate(
             if keep_images == "png" and images.image_size[0] not in (1, 3, 4):
                 raise ValueError(f"keep_images is png, which cannot hold {images.image_size[0]} channels: take npz")
             stack.enter_context(only_writer(folder))
-            return _is_finished(folder, header)
-
-        def finish() -> None:
-            try:
-                write_evaluation(folder, header, len(images), options.num_features, keep_images)
-            except OSError as error:
-                reason = error if error.errno is None else f"could not write {folder} ({error.strerror})"
-                raise OSError(f"{reason}; {_RESUME}") from error
+            is_done = prepare_folder(folder, header)
+            stack.callback(_remove_if_nothing_was_done, folder)
+            return is_done
 
         done = on_main_process(state, begin)
-        if not done:
-            if state.is_main_process:
-                stack.callback(_remove_if_nothing_was_done, folder)
-            extract_parts(images, extractor, folder / PARTS_NAME, options.batch_size, keep_images is not None, state)
-            on_main_process(state, finish)
+        try:
+            if not done:
+                extract_parts(images, extractor, folder, options.batch_size, keep_images is not None, state)
+                on_main_process(
+                    state, lambda: write_evaluation(folder, header, len(images), options.num_features, keep_images)
+                )
+        except OSError as error:
+            reason = error if error.errno is None else f"could not write {folder} ({error.strerror})"
+            raise OSError(f"{reason}; what has been evaluated stays, and the same call resumes") from error
     if state.is_main_process and not quiet:
         what = "evaluated already" if done else f"evaluated {len(images):,} images with {options.protocol}"
         print(f"{what}: {folder}")
@@ -224,41 +265,27 @@ def evaluate(
 
 
 def extract_parts(
-    images: Images,
+    images: ImageBatches | GeneratedImages,
     extractor: FeatureExtractor,
     folder: Path,
     batch_size: int,
     keep_pixels: bool,
     state: PartialState,
 ) -> None:
-    """Sees to it that every image is in a part; what has none is cut into batches and shared out.
-
-    Args:
-        images: The images.
-        extractor: What makes their features.
-        folder: Where the parts are, the same for all ranks. What is in it was made of the same images by the same
-            protocol, by however many ranks.
-        batch_size: Images at a time, for each rank; memory holds one batch.
-        keep_pixels: Whether the parts hold the images too.
-        state: The ranks that share the work; all of them call this.
-
-    Raises:
-        ValueError: If images cannot be read or generated, or give features that are not finite.
-        OSError: If a part cannot be written.
-    """
-    failed = folder / _FAILED_NAME
+    """Sees to it that every image is in a part; what has none is cut into batches and shared out among the ranks."""
+    parts = folder / _PARTS_NAME
+    failed = parts / _FAILED_NAME
     if state.is_main_process:
         failed.unlink(missing_ok=True)
     state.wait_for_everyone()
-    batches = list(missing_batches(find_parts(folder), len(images), batch_size))
+    batches = list(missing_batches(parts, len(images), batch_size))
     # nobody writes before everybody has looked
     state.wait_for_everyone()
-    done = len(images) - sum(stop - start for start, stop in batches)
 
     def extract_mine() -> None:
         with tqdm(
             total=len(images),
-            initial=done,
+            initial=len(images) - sum(stop - start for start, stop in batches),
             desc="evaluating",
             unit="image",
             # a file, such as a job's, gets a line now and then
@@ -266,13 +293,26 @@ def extract_parts(
             disable=not state.is_main_process,
         ) as progress_bar:
             for start, stop in batches[state.process_index :: state.num_processes]:
-                if state.num_processes > 1 and failed.exists():
+                if failed.exists():
                     return
                 try:
-                    _extract_part(images, extractor, folder, start, stop, keep_pixels)
-                except Exception:
+                    pixels, labels = images.read(start, stop)
+                    features, probabilities = extractor(pixels)
+                    found = {"features": features.float(), "probabilities": probabilities, "labels": labels}
+                    found["pixels"] = pixels if keep_pixels else None
+                    arrays: dict[str, Any] = {
+                        name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None
+                    }
+                    with atomic_file(parts / f"{start:09d}-{stop:09d}.npz") as writing:
+                        np.savez(writing, **arrays)
+                except Exception as error:
                     if state.num_processes > 1:
                         failed.touch()
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise ValueError(
+                            f"the device's memory is too small for {stop - start} images at a time: give a smaller"
+                            " batch_size"
+                        ) from error
                     raise
                 # the others do as much in the same time
                 progress_bar.update(min((stop - start) * state.num_processes, len(images) - progress_bar.n))
@@ -280,102 +320,119 @@ def extract_parts(
     on_every_process(state, extract_mine)
 
 
-def _extract_part(
-    images: Images, extractor: FeatureExtractor, folder: Path, start: int, stop: int, keep_pixels: bool
-) -> None:
-    try:
-        pixels, labels = images.read(start, stop)
-        features, probabilities = extractor(pixels)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"the device's memory is too small for {stop - start} images at a time: give a smaller batch_size"
-        ) from error
-    tensors = {"features": features.float(), "probabilities": probabilities, "labels": labels}
-    tensors |= {"pixels": pixels} if keep_pixels else {}
-    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
-    try:
-        with atomic_file(folder / f"{start:09d}-{stop:09d}.npz") as writing:
-            np.savez(writing, **arrays)
-    except OSError as error:
-        raise OSError(f"{error}; {_RESUME}") from error
-
-
-class _EvenlySpread:
-    """Some of the images, evenly spread over all, because sets are often sorted by class."""
-
-    def __init__(self, images: Images, count: int):
-        self._images = images
-        self._indices = evenly_spread(count, len(images))
-        self.image_size = images.image_size
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Images`."""
-        indices = self._indices[start:stop]
-        stretches = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
-        read = [self._images.read(int(stretch[0]), int(stretch[-1]) + 1) for stretch in stretches]
-        pixels, labels = zip(*read, strict=True)
-        return torch.cat(pixels), None if labels[0] is None else torch.cat(labels)
-
-
-def _is_finished(folder: Path, header: dict[str, Any]) -> bool:
-    """Readies a folder for an evaluation, in the main process; ValueError if it has something else."""
-    parts = folder / PARTS_NAME
-    settings_file = parts / _SETTINGS_NAME
-    asked = header["kept"]
-    if (folder / STATISTICS_NAME).is_file():
-        before = Evaluation.load(folder).header
-        _check_same(folder, "an evaluation", before, header)
-        kept = before.get("kept", {})
-        wrong = ""
-        if asked["features"] > kept.get("features", 0):
-            wrong = f"with features of {kept.get('features', 0):,} images, not of {asked['features']:,}"
-        elif asked["images"] not in (None, kept.get("images")):
-            wrong = f"without its images as {asked['images']}"
-        if wrong:
-            raise ValueError(f"{folder} has an evaluation {wrong}: give another output_dir, or remove it")
-        shutil.rmtree(parts, ignore_errors=True)
-        return True
-    # without a part nothing hangs on the settings, and the call may have been stopped because they are wrong
-    has_parts = parts.is_dir() and bool(find_parts(parts))
-    if has_parts and settings_file.is_file():
-        before = json.loads(settings_file.read_text(encoding="utf-8"))
-        _check_same(folder, "an unfinished evaluation", before, header)
-        if before["kept"]["images"] != asked["images"]:
-            raise ValueError(
-                f"{folder} has an evaluation that was begun with keep_images {before['kept']['images']}, not"
-                f" {asked['images']}: give another output_dir, or remove it"
-            )
-        return False
-    others = folder.is_dir() and any(file.name[0] != "." and file != parts for file in folder.iterdir())
-    if has_parts or (others and not settings_file.is_file()):
-        raise ValueError(f"output_dir is {folder}, which holds other files: name a new or an empty folder")
-    write_json(settings_file, header)
-    return False
-
-
-def _check_same(folder: Path, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compares what decides the numbers; names, places, devices and versions of libraries do not."""
-    image_entries = sorted({*before["images"], *now["images"]}.difference([*_NAMES, "revision"]))
-    for part, entries in (("protocol", COMPARED_ENTRIES), ("images", image_entries)):
-        for entry in entries:
-            one, other = before[part].get(entry), now[part].get(entry)
-            if one != other:
-                of = next((f" of {before['images'][name]}" for name in _NAMES if name in before["images"]), "")
-                shown = [text if len(text) <= 200 else f"{text[:200]}..." for text in map(json.dumps, (one, other))]
-                raise ValueError(
-                    f"{folder} has {what}{of} with {entry} {shown[0]}, not {shown[1]}: give another output_dir, or"
-                    " remove it"
-                )
-
-
 def _remove_if_nothing_was_done(folder: Path) -> None:
     """A call that failed at once, such as by a wrong option, leaves nothing behind."""
-    parts = folder / PARTS_NAME
+    parts = folder / _PARTS_NAME
     if parts.is_dir() and not find_parts(parts):
         shutil.rmtree(parts)
         with contextlib.suppress(OSError):
             # only where it is empty
             folder.rmdir()
+
+
+def find_parts(folder: Path) -> list[tuple[int, int, Path]]:
+    """The parts in a folder, (start, stop, file), in the order of their images."""
+    matches = [(_PART.fullmatch(file.name), file) for file in folder.glob("*.npz")]
+    return sorted((int(match[1]), int(match[2]), file) for match, file in matches if match)
+
+
+def missing_batches(folder: Path, num_images: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of stretches of at most batch_size images that no part in a folder holds, in their order."""
+    position = 0
+    for start, stop, _ in [*find_parts(folder), (num_images, num_images, folder)]:
+        for begin in range(position, start, batch_size):
+            yield begin, min(begin + batch_size, start)
+        position = max(position, stop)
+
+
+def prepare_folder(folder: Path, header: Mapping[str, Any]) -> bool:
+    """Readies a folder for an evaluation; whether it is there already. ValueError if the folder has something else."""
+    parts = folder / _PARTS_NAME
+    settings = parts / _SETTINGS_NAME
+    is_done = (folder / STATISTICS_NAME).is_file()
+    if is_done:
+        before = Evaluation.load(folder).header
+    # without a part nothing hangs on the settings, and the call may have been stopped because they are wrong
+    elif settings.is_file() and find_parts(parts):
+        before = json.loads(settings.read_text(encoding="utf-8"))
+    elif not settings.is_file() and any(path.is_file() for path in folder.rglob("[!.]*")):
+        raise ValueError(f"output_dir is {folder}, which holds other files: name a new or an empty folder")
+    else:
+        write_json(settings, header)
+        return False
+    # what decides the numbers, beside names, places, devices and versions; parts have the features of all images
+    header = json.loads(json.dumps(header))
+    entries = [("protocol", entry) for entry in COMPARED_ENTRIES]
+    entries += [("images", entry) for entry in sorted({*before["images"], *header["images"]} - _NOT_COMPARED)]
+    kept, asked = before.get("kept", {}), header["kept"]
+    entries += [("kept", "features")] if is_done and asked["features"] > kept.get("features", 0) else []
+    entries += [("kept", "images")] if asked["images"] is not None else []
+    for part, entry in entries:
+        one, other = (each.get(part, {}).get(entry) for each in (before, header))
+        if one != other:
+            what = "an evaluation" if is_done else "an unfinished evaluation"
+            of = before["images"].get("source", before["images"].get("model"))
+            name = f"{part} {entry}" if part == "kept" else entry
+            raise ValueError(
+                f"{folder} has {what} of {of} with {name} {json.dumps(one)[:200]}, not {json.dumps(other)[:200]}:"
+                " give another output_dir, or remove it"
+            )
+    if is_done:
+        # left by a call that was killed at its very end
+        shutil.rmtree(parts, ignore_errors=True)
+    return is_done
+
+
+def read_parts(folder: Path, num_images: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(number of its first image, arrays) of each part, in the order of the images, each of which comes once.
+
+    Parts may overlap: when one rank alone is killed, the others may still write a last part while the next run has
+    begun with batches of another size. Raises ValueError if an image is in no part.
+    """
+    position = 0
+    for start, stop, file in [*find_parts(folder), (num_images, num_images, folder)]:
+        if start > position:
+            raise ValueError(f"{folder} has no part with image {position}: remove it and evaluate again")
+        if stop > position:
+            with np.load(file) as arrays:
+                yield position, {name: arrays[name][position - start :] for name in arrays.files}
+            position = stop
+
+
+def write_evaluation(
+    folder: Path, header: Mapping[str, Any], num_images: int, num_rows: int, keep_images: str | None = None
+) -> None:
+    """Puts the parts of an evaluation together and removes them; memory holds what is kept.
+
+    The features of ``num_rows`` of the images are kept, evenly spread, and the images as ``"png"`` or ``"npz"`` if the
+    parts have their pixels. ValueError if an image is missing. After an OSError the parts stay, to call this again.
+    """
+    parts, indices = folder / _PARTS_NAME, evenly_spread(num_rows, num_images)
+    statistics = FeatureStatistics(header["protocol"]["num_features"])
+    images: dict[str, list[np.ndarray]] = {"arr_0": [], "arr_1": []}
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in _ROW_ARRAYS}
+    for start, part in read_parts(parts, num_images):
+        statistics.update(part["features"])
+        kept = indices[(indices >= start) & (indices < start + len(part["features"]))] - start
+        for name in part.keys() & rows.keys():
+            rows[name].append(part[name][kept])
+        if keep_images is not None:
+            images["arr_0"].append(part["pixels"].transpose(0, 2, 3, 1))
+            images["arr_1"] += [part["labels"]] if "labels" in part else []
+    arrays: dict[str, Any] = {name: np.concatenate(found) for name, found in images.items() if found}
+    if keep_images == "npz":
+        with atomic_file(folder / "images.npz") as writing:
+            np.savez(writing, **arrays)
+    elif keep_images == "png":
+        with atomic_folder(folder / "images") as writing:
+            for index, image in enumerate(arrays["arr_0"]):
+                to_image(image).save(writing / f"{index:0{max(5, len(str(num_images)))}d}.png")
+    for name, found in {**rows, "indices": [indices]}.items():
+        file = folder / f"{name}.npy"
+        # what a call that was killed here has written may be of another number of rows
+        file.unlink(missing_ok=True)
+        if found and len(indices):
+            with atomic_file(file) as writing:
+                np.save(writing, np.concatenate(found))
+    statistics.save(folder / STATISTICS_NAME, header)
+    shutil.rmtree(parts)

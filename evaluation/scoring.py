@@ -1,14 +1,14 @@
 """Metrics of two evaluations, with everything that they depend on beside them."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .evaluation_folder import Evaluation, write_json
-from .metrics import METRICS, Metric
+from .evaluating import Evaluation, write_json
+from .metrics import METRICS
 from .options import ScoreOptions
 from .protocols import check_comparable
 
@@ -56,72 +56,60 @@ def compare(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """The metrics of generated images against real ones; see `score`.
+    """The metrics of generated images against real ones, as `score` returns them.
 
-    Args:
-        reference: Real images.
-        model: Generated ones.
-        names: Of `METRICS`; None for all that can be computed.
-        seed: Of random subsets and splits.
-        device: Where precision, recall, density and coverage are computed.
-
-    Raises:
-        ValueError: If the evaluations have different protocols, or lack what a metric needs.
+    ``names`` are of `METRICS`, or None for all that can be computed; ``seed`` is of random subsets and splits. Raises
+    ValueError if the evaluations have different protocols, or lack what a metric needs.
     """
     check_comparable(reference.header["protocol"], model.header["protocol"], str(reference.folder), str(model.folder))
     sides = {"reference": reference, "model": model}
     metrics: dict[str, Any] = {}
-    settings: dict[str, Any] = {"seed": seed}
     computed: dict[str, Any] = {}
     reasons = []
     for name in METRICS if names is None else names:
         metric = METRICS[name]
-        reason = _why_not(metric, sides)
-        if reason is not None:
-            reasons.append(f"{name} cannot be computed: {reason}")
+        try:
+            needs = [_find(need, sides, metric.min_images) for need in metric.needs]
+        except ValueError as error:
+            reasons.append(f"{name} cannot be computed: {error}")
             continue
         # one function may give several metrics
         if metric.function not in computed:
-            function = metric.load()
-            options = {"seed": seed, "device": device}
+            function, options = metric.load(), {"seed": seed, "device": device}
             taken = {key: options[key] for key in options.keys() & inspect.signature(function).parameters}
-            needs = [_find(need, sides) for need in metric.needs]
             computed[metric.function] = function(*needs, **metric.settings, **taken)
         value = computed[metric.function]
         if isinstance(value, tuple):
             value = getattr(value, name) if hasattr(value, name) else value._asdict()  # type: ignore[attr-defined]
         metrics[name] = value
-        settings |= {name: dict(metric.settings)} if metric.settings else {}
     if reasons and (names is not None or not metrics):
         raise ValueError(reasons[0])
-    rows = {side: None if found.features is None else len(found.features) for side, found in sides.items()}
     return {
         "metrics": metrics,
         "protocol": model.header["protocol"],
         **{side: found.header["images"] | {"count": found.statistics.count} for side, found in sides.items()},
-        "rows_of_features": rows,
-        "settings": settings,
+        "rows_of_features": {
+            side: None if found.features is None else len(found.features) for side, found in sides.items()
+        },
+        "settings": {"seed": seed}
+        | {name: dict(METRICS[name].settings) for name in metrics if METRICS[name].settings},
         "versions": {side: found.header.get("versions") for side, found in sides.items()},
         "warnings": _warnings(reference, model),
     }
 
 
-def _find(need: str, sides: dict[str, Evaluation]) -> Any:
+def _find(need: str, sides: Mapping[str, Evaluation], min_images: int) -> Any:
+    """What a metric needs; ValueError if that is not there, or of too few images."""
     side, what = need.split(".")
-    return getattr(sides[side], what)
-
-
-def _why_not(metric: Metric, sides: dict[str, Evaluation]) -> str | None:
-    """Why a metric cannot be computed, or None."""
-    for need in metric.needs:
-        folder, found, what = sides[need.split(".")[0]].folder, _find(need, sides), need.split(".")[1]
-        if found is None:
-            missing = {"known_labels": "labels of classes that the extractor tells apart"}.get(what, what)
-            return f"{folder} has no {missing}"
-        count = found.count if what == "statistics" else len(found)
-        if count < metric.min_images:
-            return f"{folder} has {what} of {count} images, but at least {metric.min_images} are needed"
-    return None
+    evaluation = sides[side]
+    found = getattr(evaluation, what)
+    if found is None:
+        missing = "labels of classes that the extractor tells apart" if what == "known_labels" else what
+        raise ValueError(f"{evaluation.folder} has no {missing}")
+    count = found.count if what == "statistics" else len(found)
+    if count < min_images:
+        raise ValueError(f"{evaluation.folder} has {what} of {count} images, but at least {min_images} are needed")
+    return found
 
 
 def _warnings(reference: Evaluation, model: Evaluation) -> list[str]:
@@ -129,20 +117,15 @@ def _warnings(reference: Evaluation, model: Evaluation) -> list[str]:
     found = []
     num_features = model.statistics.num_features
     for evaluation in (reference, model):
-        count = evaluation.statistics.count
-        if count <= num_features:
-            found.append(
-                f"{evaluation.folder} has {count:,} images for {num_features:,} features: its covariance is singular,"
-                " and the distance tells little"
-            )
-        elif count < _IMAGES_PER_FEATURE * num_features:
-            found.append(
-                f"{evaluation.folder} has {count:,} images: the distance is too large, by an amount that depends on"
-                " their number; compare only with equal numbers"
-            )
-    sizes = [evaluation.header["images"].get("image_size", [])[1:] for evaluation in (reference, model)]
-    if sizes[0] != sizes[1] and all(sizes):
-        real, generated = ("x".join(map(str, size)) for size in sizes)
+        has = f"{evaluation.folder} has {evaluation.statistics.count:,} images"
+        if evaluation.statistics.count <= num_features:
+            found.append(f"{has} for {num_features:,} features: its covariance is singular: the distance tells little")
+        elif evaluation.statistics.count < _IMAGES_PER_FEATURE * num_features:
+            found.append(f"{has}: the distance is too large, the more so the fewer there are; compare equal numbers")
+    real, generated = (
+        "x".join(map(str, evaluation.header["images"].get("image_size", [])[1:])) for evaluation in (reference, model)
+    )
+    if real != generated and real and generated:
         found.append(f"the real images are {real} and the generated ones {generated} pixels (height x width)")
     note = model.header["protocol"].get("note")
     return [*found, note] if note else found

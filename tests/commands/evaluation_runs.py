@@ -1,4 +1,4 @@
-"""Evaluations as processes of their own, which may be stopped and killed, and what they leave behind."""
+"""Evaluations of tiny models, in this process or as ranks that may be stopped and killed, and what they leave."""
 
 from pathlib import Path
 from typing import Any
@@ -7,38 +7,44 @@ import numpy as np
 import pytest
 
 from imagenet64_diffusion.evaluate_models import main
-from imagenet64_diffusion.evaluation.evaluation_folder import Evaluation
+from imagenet64_diffusion.evaluation.evaluating import Evaluation
 from imagenet64_diffusion.tests.commands.processes import CommandProcess, distributed, free_port
 from imagenet64_diffusion.tests.components import make_pipeline
 
 
 GREY_STEP = 1 / (4 * 255)
-
-
-class EvaluationProcess(CommandProcess):
-    """A process in which ``imagenet64-evaluate`` runs."""
-
-    program = "evaluate_models"
-
-
-class CountingProcess(EvaluationProcess):
-    """Likewise, and at the end it writes how many bytes it has read."""
-
-    program = "tests.commands.counting"
+PIXELS = {"protocol": "pixels", "device": "cpu"}
 
 
 def to_arguments(command: str, **options: Any) -> list[str]:
     """The command line of a sub-command."""
     found = [command]
     for name, value in options.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        found += [f"--{name}", *map(str, values)]
+        found += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return found
 
 
 def evaluate(command: str, **options: Any) -> int:
     """Runs a sub-command in this process and gives its exit code."""
     return main(to_arguments(command, **options))
+
+
+def start(log: Path, command: str, *, ranks: int = 1, largest_file: int | None = None, **options: Any) -> list[Any]:
+    """Starts a sub-command in processes, as a launcher starts the ranks of a run."""
+    port, program = free_port(), options.pop("program", "evaluate_models")
+    environments = [distributed(rank, ranks, port) if ranks > 1 else None for rank in range(ranks)]
+    return [
+        CommandProcess(
+            to_arguments(command, **options), Path(f"{log}_{rank}"), environment, largest_file, program=program
+        )
+        for rank, environment in enumerate(environments)
+    ]
+
+
+def error_of(process: CommandProcess) -> str:
+    """The one line that begins with error."""
+    (line,) = (line for line in process.errors() if line.startswith("error"))
+    return line
 
 
 def assert_same_numbers(folder: Path, other: Path, relative: float = 1e-5, most_steps: int = 3) -> None:
@@ -60,32 +66,17 @@ def assert_same_numbers(folder: Path, other: Path, relative: float = 1e-5, most_
     steps = (differences > rounding).sum() / 3
     assert steps <= most_steps
     assert differences.max() <= rounding + (GREY_STEP if steps else 0)
-    for one, two in (
-        (left.statistics.mean, right.statistics.mean),
-        (left.statistics.covariance, right.statistics.covariance),
-    ):
+    for name in ("mean", "covariance"):
+        one, two = getattr(left.statistics, name), getattr(right.statistics, name)
         # a step changes a mean by its part, and a covariance by no more, since values are between 0 and 1
         allowed = relative * np.abs(two).max() + steps * GREY_STEP / count
         np.testing.assert_allclose(one, two, rtol=0, atol=allowed)
     np.testing.assert_array_equal(np.load(folder / "indices.npy"), np.load(other / "indices.npy"))
 
 
-def together(
-    arguments: list[str], processes: int, log: Path, kind: type[EvaluationProcess] = EvaluationProcess
-) -> list[EvaluationProcess]:
-    """The ranks of a run, as a launcher starts them."""
-    if processes == 1:
-        return [kind(arguments, log)]
-    port = free_port()
-    return [
-        kind(arguments, log.with_name(f"{log.name}_{rank}"), distributed(rank, processes, port))
-        for rank in range(processes)
-    ]
-
-
 def files(folder: Path) -> list[str]:
-    """With hidden ones, and whatever lies beside the folder."""
-    return sorted(str(path.relative_to(folder.parent)) for path in folder.parent.rglob("*") if path.is_file())
+    """The names of all files below a folder, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture(name="run", scope="module")
@@ -107,13 +98,5 @@ def model_fixture(run) -> Path:
 def reference_fixture(tmp_path_factory, prepared) -> Path:
     """An evaluation of the prepared images."""
     folder = tmp_path_factory.mktemp("reference") / "reference"
-    assert evaluate("reference", source=prepared, output_dir=folder, protocol="pixels", device="cpu") == 0
-    return folder
-
-
-@pytest.fixture(name="classifier", scope="module")
-def classifier_fixture(tmp_path_factory, prepared) -> Path:
-    """A small network that knows the prepared images."""
-    folder = tmp_path_factory.mktemp("classifier") / "classifier"
-    assert evaluate("classifier", train_data_dir=prepared, output_dir=folder, batch_size=16, epochs=8) == 0
+    assert evaluate("reference", source=prepared, output_dir=folder, **PIXELS) == 0
     return folder

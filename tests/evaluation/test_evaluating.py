@@ -1,4 +1,4 @@
-"""Parts of an evaluation: what is missing, what overlaps, and who makes it."""
+"""Parts of an evaluation: what is missing, what overlaps, who makes it; and the folder that they become."""
 
 import random
 
@@ -7,9 +7,20 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from imagenet64_diffusion.evaluation.evaluating import extract_parts
-from imagenet64_diffusion.evaluation.evaluation_folder import find_parts, missing_batches, read_parts
+from imagenet64_diffusion.evaluation import FeatureStatistics
+from imagenet64_diffusion.evaluation.evaluating import (
+    Evaluation,
+    evenly_spread,
+    extract_parts,
+    find_parts,
+    missing_batches,
+    read_parts,
+    write_evaluation,
+)
 from imagenet64_diffusion.evaluation.extractors import PixelExtractor
+
+
+HEADER = {"protocol": {"protocol": "pixels", "num_features": 5}, "images": {"source": "x"}}
 
 
 class Numbers:
@@ -31,83 +42,142 @@ class Numbers:
         return numbers[:, None, None, None].expand(-1, 1, 8, 8).contiguous(), numbers.long()
 
 
-@pytest.fixture
-def state() -> PartialState:
-    return PartialState(cpu=True)
+def extract(images, folder, batch_size, keep_pixels=False) -> list[tuple[int, int]]:
+    """Extracts what is missing, and gives the parts that there are then."""
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    extract_parts(images, PixelExtractor(channels=1), folder, batch_size, keep_pixels, PartialState(cpu=True))
+    return [(start, stop) for start, stop, _ in find_parts(folder / "parts")]
 
 
-def extract(images, folder, state, batch_size, keep_pixels=False):
-    folder.mkdir(exist_ok=True)
-    extractor = PixelExtractor(channels=1)
-    extract_parts(images, extractor, folder, batch_size=batch_size, keep_pixels=keep_pixels, state=state)
+def joined(folder, name="labels", num_images=20):
+    return np.concatenate([part[name] for _, part in read_parts(folder / "parts", num_images)]).tolist()
 
 
-def joined(folder, name="labels"):
-    return np.concatenate([part[name] for part in read_parts(folder, name)])
-
-
-def test_what_is_missing():
+def test_what_is_missing(tmp_path):
     """Of parts at random, with and without overlaps, against sets of numbers."""
     rng = random.Random(0)
-    for _ in range(200):
+    for number in range(100):
         num_images, batch_size = rng.randint(1, 40), rng.randint(1, 12)
-        starts = [rng.randrange(num_images) for _ in range(rng.randint(0, 5))]
-        parts = sorted((start, rng.randint(start + 1, num_images), None) for start in starts)
-        held = {number for start, stop, _ in parts for number in range(start, stop)}
-        found = list(missing_batches(parts, num_images, batch_size))
-        numbers = [number for start, stop in found for number in range(start, stop)]
+        starts = {rng.randrange(num_images) for _ in range(rng.randint(0, 5))}
+        parts = [(start, rng.randint(start + 1, num_images)) for start in starts]
+        (tmp_path / str(number)).mkdir()
+        for start, stop in parts:
+            (tmp_path / str(number) / f"{start:09d}-{stop:09d}.npz").touch()
+        held = {number for part in parts for number in range(*part)}
+        found = list(missing_batches(tmp_path / str(number), num_images, batch_size))
+        numbers = [number for batch in found for number in range(*batch)]
         assert numbers == [number for number in range(num_images) if number not in held]
         assert all(0 < stop - start <= batch_size for start, stop in found)
 
 
-def test_only_what_is_missing_is_read(tmp_path, state):
-    images = Numbers(23)
-    extract(images, tmp_path / "parts", state, 5)
-    parts = find_parts(tmp_path / "parts")
-    assert [(start, stop) for start, stop, _ in parts] == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 23)]
-    for _, _, file in (parts[1], parts[3]):
-        file.unlink()
-    images = Numbers(23)
-    extract(images, tmp_path / "parts", state, 3, keep_pixels=True)
-    assert images.read_numbers == [5, 6, 7, 8, 9, 15, 16, 17, 18, 19]
-    assert joined(tmp_path / "parts").tolist() == list(range(23))
-    np.testing.assert_allclose(joined(tmp_path / "parts", "features")[:, 0], np.arange(23) / 255, rtol=1e-6)
-
-
-def test_each_image_comes_once_from_parts_that_overlap(tmp_path, state):
-    """As where one process of two was killed, and the other wrote a last part beside those of the next run."""
-    extract(Numbers(20), tmp_path / "parts", state, 7)
-    extract(Numbers(20), tmp_path / "other", state, 4)
-    for name in ("000000004-000000008.npz", "000000008-000000012.npz", "000000012-000000016.npz"):
-        (tmp_path / "other" / name).rename(tmp_path / "parts" / name)
-    assert joined(tmp_path / "parts").tolist() == list(range(20))
-    # what a killed writer left is no part
-    (tmp_path / "parts" / ".writing.000000000-000000020.npz").write_bytes(b"half")
-    assert joined(tmp_path / "parts").tolist() == list(range(20))
-    (tmp_path / "parts" / "000000012-000000016.npz").unlink()
-    (tmp_path / "parts" / "000000007-000000014.npz").unlink()
-    with pytest.raises(ValueError, match="has no part with image 12: remove it and evaluate again"):
-        joined(tmp_path / "parts")
-
-
-def test_what_was_evaluated_before_an_error_stays(tmp_path, state):
+def test_only_what_is_missing_is_read(tmp_path):
     with pytest.raises(ValueError, match="image 12 is broken"):
-        extract(Numbers(20, broken=12), tmp_path / "parts", state, 5)
-    assert [(start, stop) for start, stop, _ in find_parts(tmp_path / "parts")] == [(0, 5), (5, 10)]
-    images = Numbers(20)
-    extract(images, tmp_path / "parts", state, 5)
-    assert images.read_numbers == list(range(10, 20))
+        extract(Numbers(23, broken=12), tmp_path, 5)
+    # what was evaluated before the error stays
+    assert extract(Numbers(23), tmp_path, 5) == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 23)]
+    (tmp_path / "parts" / "000000005-000000010.npz").unlink()
+    (tmp_path / "parts" / "000000015-000000020.npz").unlink()
+    images = Numbers(23)
+    extract(images, tmp_path, 3, keep_pixels=True)
+    assert images.read_numbers == [5, 6, 7, 8, 9, 15, 16, 17, 18, 19]
+    assert joined(tmp_path, num_images=23) == list(range(23))
+    features = np.array(joined(tmp_path, "features", 23))
+    np.testing.assert_allclose(features[:, 0], np.arange(23) / 255, rtol=1e-6)
 
 
-def test_features_that_are_not_finite_are_no_part(tmp_path, state):
-    class Infinite(PixelExtractor):
-        def _extract(self, images):
-            features = super()._extract(images)
-            return features._replace(features=features.features / 0)
+def test_each_image_comes_once_from_parts_that_overlap(tmp_path):
+    """As where one process of two was killed, and the other wrote a last part beside those of the next run."""
+    parts = tmp_path / "parts"
+    extract(Numbers(20), tmp_path, 7)
+    extract(Numbers(20), tmp_path / "other", 4)
+    for name in ("000000004-000000008.npz", "000000008-000000012.npz", "000000012-000000016.npz"):
+        (tmp_path / "other" / "parts" / name).rename(parts / name)
+    # what a killed writer left is no part
+    (parts / ".writing.000000000-000000020.npz").write_bytes(b"half")
+    assert joined(tmp_path) == list(range(20))
+    (parts / "000000012-000000016.npz").unlink()
+    (parts / "000000007-000000014.npz").unlink()
+    with pytest.raises(ValueError, match="has no part with image 12: remove it and evaluate again"):
+        joined(tmp_path)
 
-    (tmp_path / "parts").mkdir()
-    with pytest.raises(ValueError, match="not finite for image 0"):
-        extract_parts(
-            Numbers(4), Infinite(channels=1), tmp_path / "parts", batch_size=2, keep_pixels=False, state=state
-        )
-    assert not find_parts(tmp_path / "parts")
+
+def write_parts(folder, sizes=(4, 1, 6)) -> dict[str, np.ndarray]:
+    """Parts of these sizes with random arrays, which are returned joined."""
+    rng = np.random.default_rng(1)
+    count, start = sum(sizes), 0
+    arrays = {
+        "features": rng.normal(size=(count, 5)).astype(np.float32),
+        "probabilities": rng.dirichlet(np.ones(3), count).astype(np.float32),
+        "labels": rng.integers(-1, 3, count),
+    }
+    (folder / "parts").mkdir(parents=True)
+    for size in sizes:
+        part = {name: array[start : start + size] for name, array in arrays.items()}
+        np.savez(folder / "parts" / f"{start:09d}-{start + size:09d}.npz", **part)
+        start += size
+    return arrays
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("num_rows", "rows"), [(4, [0, 3, 7, 10]), (50_000, list(range(11))), (0, None)])
+def test_rows_and_statistics(tmp_path, num_rows, rows):
+    """Also where a call was killed that had written rows of another number."""
+    folder = tmp_path / "m"
+    arrays = write_parts(folder)
+    for name in ("features", "labels"):
+        np.save(folder / f"{name}.npy", np.zeros((9, 5)))
+    with pytest.raises(ValueError, match="which is not finished"):
+        Evaluation.load(folder)
+    write_evaluation(folder, HEADER, 11, num_rows)
+    found = Evaluation.load(folder)
+    features = arrays["features"].astype(np.float64)
+    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(features.T), rtol=1e-12)
+    assert (found.statistics.count, found.header) == (11, HEADER)
+    if rows is None:
+        assert names(folder) == ["statistics.npz"]
+        return
+    assert names(folder) == ["features.npy", "indices.npy", "labels.npy", "probabilities.npy", "statistics.npz"]
+    assert np.load(folder / "indices.npy").tolist() == rows
+    for name in ("features", "probabilities", "labels"):
+        array = getattr(found, name)
+        assert isinstance(array, np.memmap)
+        assert array.dtype == arrays[name].dtype
+        np.testing.assert_array_equal(array, arrays[name][rows])
+    # the statistics alone, elsewhere and by another name
+    (folder / "statistics.npz").rename(tmp_path / "reference.npz")
+    alone = Evaluation.load(tmp_path / "reference.npz")
+    assert (alone.features, alone.statistics.count) == (None, 11)
+
+
+def test_evenly_spread():
+    for total in (1, 2, 7, 100, 1001):
+        for count in (1, 2, 3, total // 2 + 1, total, total + 5):
+            indices = evenly_spread(count, total)
+            assert len(indices) == min(count, total)
+            assert indices[0] == 0
+            if len(indices) > 1:
+                assert indices[-1] == total - 1
+                # no gap is more than one larger than another
+                assert np.diff(indices).min() >= max(1, np.diff(indices).max() - 1)
+
+
+def test_what_is_no_evaluation(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is not an evaluation: give a folder with statistics\.npz"):
+        Evaluation.load(tmp_path / "nowhere")
+    statistics = FeatureStatistics(2)
+    statistics.update(np.ones((3, 2)))
+    statistics.save(tmp_path / "bare" / "statistics.npz", {"note": "mine"})
+    with pytest.raises(ValueError, match="does not say by which protocol"):
+        Evaluation.load(tmp_path / "bare")
+    write_parts(tmp_path / "m")
+    with pytest.raises(ValueError, match="has no part with image 11"):
+        write_evaluation(tmp_path / "m", HEADER, 12, 3)
+    assert names(tmp_path / "m") == ["parts"]
+    write_evaluation(tmp_path / "m", HEADER, 11, 4)
+    np.save(tmp_path / "m" / "labels.npy", np.zeros(9, np.int64))
+    with pytest.raises(ValueError, match=r"has arrays of different lengths: \{'features': 4, 'probabilities': 4"):
+        Evaluation.load(tmp_path / "m")
