@@ -53,7 +53,7 @@ def classifier(options: ClassifierOptions) -> "Path":
     """Trains a small classifier and returns its folder."""
     from imagenet64_diffusion.evaluation.classifier_training import train_classifier
 
-    return train_classifier(options).folder
+    return train_classifier(options)
 
 
 COMMANDS = {

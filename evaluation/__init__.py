@@ -7,15 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 
-# public name -> module that defines it
-_EXPORTS = {
-    "FeatureStatistics": "statistics",
-    "density_and_coverage": "feature_metrics",
-    "frechet_distance": "frechet",
-    "inception_score": "feature_metrics",
-    "kernel_distance": "feature_metrics",
-    "precision_and_recall": "feature_metrics",
-}
+if TYPE_CHECKING:
+    from .feature_metrics import density_and_coverage, inception_score, kernel_distance, precision_and_recall
+    from .frechet import frechet_distance
+    from .statistics import FeatureStatistics
+
+_MODULES = {"FeatureStatistics": "statistics", "frechet_distance": "frechet"}
 
 __all__ = [
     "FeatureStatistics",
@@ -28,16 +25,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES.get(name, 'feature_metrics')}", __name__), name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-if TYPE_CHECKING:
-    from .feature_metrics import density_and_coverage, inception_score, kernel_distance, precision_and_recall
-    from .frechet import frechet_distance
-    from .statistics import FeatureStatistics

@@ -30,10 +30,10 @@ from .evaluation_folder import (
     write_evaluation,
     write_json,
 )
-from .generated_images import GeneratedImages, count_classes, find_revision
-from .images import RESIZE_FILTER, open_images
+from .extractors import FeatureExtractor, make_extractor
+from .images import RESIZE_FILTER, GeneratedImages, count_classes, find_revision, open_images
 from .options import ExtractionOptions, ModelOptions, ReferenceOptions
-from .protocols import COMPARED_ENTRIES, FeatureExtractor, make_extractor
+from .protocols import COMPARED_ENTRIES
 
 
 _SETTINGS_NAME = "settings.json"
@@ -45,7 +45,7 @@ _RESUME = "what has been evaluated stays, and the same call resumes"
 
 
 class Images(Protocol):
-    """Images by their number, such as `images.ImageBatches` and `generated_images.GeneratedImages`.
+    """Images by their number, such as `images.ImageBatches` and `images.GeneratedImages`.
 
     Attributes:
         image_size: (channels, height, width) of every image.

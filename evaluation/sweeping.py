@@ -23,7 +23,7 @@ from ..utils.nearest_names import perhaps
 from .charts import make_sweep_charts
 from .evaluating import distributed_state, evaluate_model, open_extractor
 from .evaluation_folder import STATISTICS_NAME, Evaluation, write_json
-from .generated_images import find_revision
+from .images import find_revision
 from .options import ExtractionOptions, ModelOptions, SamplingOptions, SweepOptions
 from .protocols import COMPARED_ENTRIES, check_comparable
 from .scoring import compare

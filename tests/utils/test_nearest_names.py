@@ -8,8 +8,8 @@ from imagenet64_diffusion.conversion.original_params import check_params
 from imagenet64_diffusion.conversion.original_weights import build_empty_unet
 from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.image_source import ImageDatasetSource
+from imagenet64_diffusion.evaluation.extractors import make_extractor
 from imagenet64_diffusion.evaluation.options import ReferenceOptions, ScoreOptions, SweepOptions
-from imagenet64_diffusion.evaluation.protocols import make_extractor
 from imagenet64_diffusion.evaluation.sweeping import sampler_grid
 from imagenet64_diffusion.pipelines.loading import load_pipeline, scheduler_class
 from imagenet64_diffusion.pretrained import DIGITS
