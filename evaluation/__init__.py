@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .feature_metrics import density_and_coverage, inception_score, kernel_distance, precision_and_recall
-    from .frechet import frechet_distance
+    from .feature_metrics import (
+        density_and_coverage,
+        frechet_distance,
+        inception_score,
+        kernel_distance,
+        precision_and_recall,
+    )
     from .statistics import FeatureStatistics
-
-_MODULES = {"FeatureStatistics": "statistics", "frechet_distance": "frechet"}
 
 __all__ = [
     "FeatureStatistics",
@@ -27,7 +30,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES.get(name, 'feature_metrics')}", __name__), name)
+    module = "statistics" if name == "FeatureStatistics" else "feature_metrics"
+    return getattr(importlib.import_module(f".{module}", __name__), name)
 
 
 def __dir__() -> list[str]:

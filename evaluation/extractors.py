@@ -164,8 +164,7 @@ class TorchvisionInception(FeatureExtractor):
             network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         # torch has no common class for what its readers raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"weights {file} are not those of torchvision's Inception v3 ({reason})") from error
+            raise ValueError(f"weights {file} are not those of torchvision's Inception v3 ({_line(error)})") from error
         network.to(self.device, self._dtype).eval()
         self.num_classes, self.num_features = network.fc.out_features, network.fc.in_features
         self._network, self._head, network.fc = network, network.fc, torch.nn.Identity()
@@ -363,4 +362,4 @@ def _normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def _line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -87,7 +87,10 @@ def open_images(
         DataError: There is nothing that can be read as images, or an option does not belong to what is there.
     """
     path = Path(source).expanduser()
-    kind = _find_kind(path, str(source))
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    # without hidden ones
+    files = [file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts)]
+    kind = _find_kind(path, str(source), files)
     takers = {"split": (split, {"dataset"}), "resolution": (resolution, {"dataset", "folder of images"})}
     for option, (value, kinds) in takers.items():
         if value is not None and kind not in kinds:
@@ -96,43 +99,36 @@ def open_images(
         return _PreparedBatches(path)
     if kind == "set of .npz images":
         return _NpzBatches(path)
-    dataset = ImageDatasetSource("dataset", [str(source)], split or "train") if kind == "dataset" else None
-    return _DecodedBatches(path, dataset, (resolution, RESIZE_FILTER, color_mode))
+    if kind == "dataset":
+        found: ImageDatasetSource | list[Path] = ImageDatasetSource("dataset", [str(source)], split or "train")
+    else:
+        found = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
+        found.sort(key=lambda file: natural_order(file.relative_to(path)))
+    return _DecodedBatches(str(path), found, (resolution, RESIZE_FILTER, color_mode))
 
 
-def _find_kind(path: Path, source: str) -> str:
-    if path.is_file():
-        if path.suffix.lower() == ".npz":
-            return "set of .npz images"
-        raise DataError(f"{source} is a file, but images are read from .npz files, folders and datasets of the Hub")
+def _find_kind(path: Path, source: str, files: list[Path]) -> str:
     if not path.exists():
         if _HUB_ID.fullmatch(source) and path.suffix != ".npz":
             return "dataset"
         raise DataError(f"{source}: no such file or folder, and it cannot be the id of a Hub dataset either")
     if (path / RECORD_NAME).is_file():
         return "prepared folder"
-    # what datasets writes into a folder of save_to_disk
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return "dataset"
-    if next(_image_files(path), None) is not None:
-        return "folder of images"
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+    suffixes = {file.suffix.lower() for file in files}
+    if path.is_dir():
+        # what datasets writes into a folder of save_to_disk
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return "dataset"
+        if suffixes & _IMAGE_SUFFIXES:
+            return "folder of images"
+        if suffixes & {".parquet", ".arrow"} and ".npz" not in suffixes:
+            return "dataset"
     if ".npz" in suffixes:
         return "set of .npz images"
-    if suffixes & {".parquet", ".arrow"}:
-        return "dataset"
     found = ", ".join(sorted(suffix or "files without ending" for suffix in suffixes)) or "nothing"
     raise DataError(
         f"{source} holds {found}, but must hold images, .npz files, a dataset, or what imagenet64-prepare writes"
     )
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    """Images at any depth, without hidden ones."""
-    for file in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if not hidden and file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file():
-            yield file
 
 
 def _digest_of(*parts: Any) -> str:
@@ -182,20 +178,18 @@ class _DecodedBatches(ImageBatches):
     """Images of files or of a dataset, which are decoded one by one; the first says what size all have."""
 
     def __init__(
-        self, path: Path, dataset: ImageDatasetSource | None, conversion: tuple[int | None, str, str]
+        self, source: str, found: ImageDatasetSource | list[Path], conversion: tuple[int | None, str, str]
     ) -> None:
-        self._conversion = conversion
-        self._files: list[Path] = []
+        self._source, self._conversion, self._files = source, conversion, list[Path]()
         self._images: Any
         self._labels: np.ndarray | None = None
-        if dataset is not None:
+        if isinstance(found, list):
+            self._files, self._images = found, [{"": {"path": str(file), "bytes": None}} for file in found]
+        else:
             # what datasets writes for local files lies here as long as the images are used
             self._work_folder = tempfile.TemporaryDirectory(prefix="imagenet64_images_")
-            loaded = dataset.load(Path(self._work_folder.name), needs_labels=False)
-            self._source, self._images, self._labels = dataset.summary, loaded.images, loaded.labels
-        else:
-            self._files = sorted(_image_files(path), key=lambda file: natural_order(file.relative_to(path)))
-            self._source, self._images = str(path), [{"": {"path": str(file), "bytes": None}} for file in self._files]
+            loaded = found.load(Path(self._work_folder.name), needs_labels=False)
+            self._source, self._images, self._labels = found.summary, loaded.images, loaded.labels
         if not len(self._images):
             raise DataError(f"{self._source} has no images")
         # Pillow's decoders run without the interpreter's lock

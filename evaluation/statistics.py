@@ -98,10 +98,7 @@ class FeatureStatistics:
         return (self._scatter + self._scatter.T) / (2 * (self._count - 1))
 
     def update(self, features: FeatureRows) -> None:
-        """Takes in a batch.
-
-        Args:
-            features: (images, features), of any floating type and on any device; any number of images.
+        """Takes in a batch, (images, features), of any floating type and on any device.
 
         Raises:
             ValueError: The shape or type is wrong, or a row is not finite. Nothing of the batch is taken in then.
@@ -128,14 +125,8 @@ class FeatureStatistics:
     def save(self, file: str | Path, header: Mapping[str, Any] | None = None) -> None:
         """Writes an .npz file atomically: ``mean``, ``covariance``, ``count``, and JSON ``format`` and ``header``.
 
-        Equal statistics and headers make equal files.
-
-        Args:
-            file: The place; what is there is replaced.
-            header: What the statistics are of, as JSON values; None for that of the file they were loaded from.
-
-        Raises:
-            ValueError: The header is not JSON.
+        The header says what the statistics are of, by default that of the file they were loaded from; ValueError if it
+        is not JSON. Equal statistics and headers make equal files.
         """
         try:
             text = json.dumps(dict(self.header if header is None else header), allow_nan=False, sort_keys=True)

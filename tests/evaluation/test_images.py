@@ -168,7 +168,7 @@ def test_wrong_sources(pixels, tmp_path):
         ("absent.npz", {}, "absent.npz: no such file or folder"),
         ("empty", {}, "empty holds nothing, but must hold images, .npz files, a dataset, or what"),
         ("notes", {}, "notes holds .txt, files without ending, but must hold images"),
-        ("notes/a.txt", {}, "a.txt is a file, but images are read from .npz files, folders and"),
+        ("notes/a.txt", {}, "a.txt holds .txt, but must hold images, .npz files"),
         ("other.npz", {}, 'other.npz has no array "images" or "arr_0": it holds "mu"'),
         ("images.npz", {"resolution": 8}, "resolution is 8, but .*images.npz is a set of .npz images, which has no"),
         ("images", {"split": "test"}, "split is test, but .* is a folder of images, which has no such"),
