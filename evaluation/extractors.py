@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from ..pipelines.loading import download_snapshot
 from ..utils.devices import find_device
 from ..utils.nearest_names import perhaps
-from .options import EXTRACTOR_DTYPES, FLOAT32_PROTOCOLS
 from .protocols import PROTOCOLS
 from .weights import INCEPTION_2015, TORCHVISION_INCEPTION, file_digest, find_weights
 
@@ -48,8 +47,6 @@ class FeatureExtractor(abc.ABC):
     def __init__(
         self, protocol: str, device: str | torch.device = "cpu", dtype: str | None = None, batch_size: int = 64
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
         self.device, self.batch_size = find_device(device), batch_size
         nothing = {"weights": None, "weights_sha256": None, "note": None, "libraries": []}
         self.facts: dict[str, Any] = {"protocol": protocol, "dtype": "float32", **nothing, **PROTOCOLS[protocol]}
@@ -298,7 +295,7 @@ def make_extractor(
         protocol: Its name.
         weights: A file, or for ``dinov2`` and ``classifier`` a folder or a Hub id; None to fetch the published ones.
         device: Where the network runs.
-        dtype: One of `EXTRACTOR_DTYPES`; None for the protocol's own. Another one is another protocol.
+        dtype: One of `options.EXTRACTOR_DTYPES`; None for the protocol's own. Another one is another protocol.
         batch_size: How many images go through the network at once; it changes memory and not the features.
 
     Raises:
@@ -306,12 +303,9 @@ def make_extractor(
         OSError: The weights are not there and cannot be fetched.
         ImportError: A library that the protocol needs is not installed.
     """
-    if protocol not in _EXTRACTORS:
-        known = f"{', '.join(_EXTRACTORS)}{perhaps(protocol, _EXTRACTORS)}"
-        raise ValueError(f"there is no protocol {protocol!r}: take one of {known}")
-    dtypes = ("float32",) if protocol in FLOAT32_PROTOCOLS else EXTRACTOR_DTYPES
-    if dtype not in (None, *dtypes):
-        raise ValueError(f"dtype is {dtype}, but {protocol} computes in {' or '.join(dtypes)}{perhaps(dtype, dtypes)}")
+    if protocol not in PROTOCOLS:
+        near = perhaps(protocol, PROTOCOLS)
+        raise ValueError(f"there is no protocol {protocol!r}: take one of {', '.join(PROTOCOLS)}{near}")
     if protocol == "pixels" and weights is not None:
         raise ValueError(f"the protocol pixels has no network, but weights is {weights}")
     if protocol == "classifier" and weights is None:

@@ -65,7 +65,8 @@ def find_weights(published: WeightsFile, path: str | Path | None = None) -> tupl
                 *(file, published.name, digest, published.sha256),
             )
         return file, digest
-    folder = cached_assets_path("imagenet64_diffusion", namespace="evaluation", subfolder="weights")
+    assets = constants.HF_ASSETS_CACHE
+    folder = cached_assets_path("imagenet64_diffusion", "evaluation", "weights", assets_dir=assets)
     file = folder / published.name
     # the lock of a name that nothing has
     with only_writer(folder / f"{file.name}.fetching", waiting_seconds=3600):
