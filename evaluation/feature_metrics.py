@@ -226,16 +226,13 @@ def _check_moments(side: str, *moments: FeatureRows) -> tuple[torch.Tensor, torc
         values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.tensor(np.array(values, float))
         for values in moments
     )
-    if mean.ndim != 1 or len(mean) == 0:
-        raise ValueError(f"mean_{side} must have the shape (features,), but has {tuple(mean.shape)}")
-    if covariance.shape != 2 * mean.shape:
+    if mean.ndim != 1 or len(mean) == 0 or covariance.shape != 2 * mean.shape:
         raise ValueError(
-            f"covariance_{side} must have the shape {tuple(2 * mean.shape)}, as mean_{side} has {len(mean)} features,"
-            f" but has {tuple(covariance.shape)}"
+            f"mean_{side} and covariance_{side} must have the shapes (features,) and (features, features), but have"
+            f" {tuple(mean.shape)} and {tuple(covariance.shape)}"
         )
-    for name, value in (("mean", mean), ("covariance", covariance)):
-        if not value.isfinite().all():
-            raise ValueError(f"{name}_{side} has a NaN or an infinity")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"mean_{side} or covariance_{side} has a NaN or an infinity")
     asymmetry = (covariance - covariance.T).abs().max()
     if asymmetry > _FLOAT32_ROUNDING * covariance.abs().max():
         raise ValueError(f"covariance_{side} is not symmetric: values that should be equal differ by {asymmetry:.3g}")

@@ -275,7 +275,6 @@ class GeneratedImages(ImageBatches):
         self.image_size, self._num_images = (config.in_channels, height, width), num_images
         self._arguments = sampler.arguments(self.pipeline)
         self._labels = _choose_classes(self.pipeline, class_labels, class_counts, num_images, seed)
-        counts = class_counts.tolist() if class_counts is not None and list(class_labels) == ["frequencies"] else None
         self.description: dict[str, Any] = {
             "model": self.model,
             "revision": revision,
@@ -284,7 +283,7 @@ class GeneratedImages(ImageBatches):
             **plain_config(dataclasses.asdict(sampler) | self._arguments),
             "scheduler": name,
             "class_labels": list(class_labels),
-            "class_counts": counts,
+            "class_counts": None if class_counts is None else class_counts.tolist(),
             "seed": seed,
             "num_images": num_images,
             "image_size": list(self.image_size),
@@ -306,9 +305,9 @@ class GeneratedImages(ImageBatches):
             )
         # as they would be read from files
         pixels = (generated.float() * 255).round().to(torch.uint8).cpu()
-        if self.pipeline.unet.config.num_class_embeds is None:
-            return ImageBatch(pixels, None)
-        return ImageBatch(pixels, torch.tensor([-1 if label is None else label for label in labels]))
+        has_classes = self.pipeline.unet.config.num_class_embeds is not None
+        given = torch.tensor([-1 if label is None else label for label in labels]) if has_classes else None
+        return ImageBatch(pixels, given)
 
 
 def _choose_classes(
@@ -323,10 +322,9 @@ def _choose_classes(
     elif list(asked) == ["uniform"]:
         chosen = list(range(num_classes))
     elif list(asked) == ["frequencies"]:
-        if counts is None:
-            raise ValueError("class_labels is frequencies, which needs train_data_dir, a prepared dataset")
-        if len(counts) != num_classes:
-            raise ValueError(f"train_data_dir has {len(counts)} classes, but the model has {num_classes}")
+        if counts is None or len(counts) != num_classes:
+            found = 0 if counts is None else len(counts)
+            raise ValueError(f"train_data_dir has {found} classes, but the model has {num_classes}")
         # all at once, and so the same whatever part of them is generated
         uniforms = np.random.default_rng([_CLASS_STREAM, seed]).random(num_images)
         # class k where cumulative[k - 1] <= u < cumulative[k]

@@ -139,13 +139,16 @@ def changed(covariance, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, b, c, d: (a[:-1], b, c, d), r"covariance_a must have the shape \(95, 95\)"),
-        (lambda a, b, c, d: (a, b[:, :-1], c, d), r"covariance_a must have the shape \(96, 96\).*\(96, 95\)"),
-        (lambda a, b, c, d: (a, b, c[None], d), r"mean_b must have the shape \(features,\)"),
+        (
+            lambda a, b, c, d: (a[:-1], b, c, d),
+            r"mean_a and .* must have the shapes .* but have \(95,\) and \(96, 96\)",
+        ),
+        (lambda a, b, c, d: (a, b[:, :-1], c, d), r"but have \(96,\) and \(96, 95\)"),
+        (lambda a, b, c, d: (a, b, c[None], d), r"mean_b and .* but have \(1, 96\) and \(96, 96\)"),
         (lambda a, b, c, d: (a, b, c[:9], d[:9, :9]), "mean_a has 96 features and mean_b has 9"),
         (lambda a, b, c, d: (a, changed(b, 2.0), c, d), "covariance_a is not symmetric"),
-        (lambda a, b, c, d: (a, b, c, changed(d, math.nan)), "covariance_b has a NaN or an infinity"),
-        (lambda a, b, c, d: (a * math.inf, b, c, d), "mean_a has a NaN or an infinity"),
+        (lambda a, b, c, d: (a, b, c, changed(d, math.nan)), "or covariance_b has a NaN or an infinity"),
+        (lambda a, b, c, d: (a * math.inf, b, c, d), "mean_a or covariance_a has a NaN or an infinity"),
         (lambda a, b, c, d: (a, b, c, d - 1e-3 * np.trace(d) * np.eye(96)), "covariance_b .* negative eigenvalue -0"),
     ],
 )
