@@ -28,53 +28,37 @@ def pixels() -> torch.Tensor:
     return make_pixels(0, count=23, size=16)
 
 
-def write_saved_dataset(folder, pixels, splits=("train",)):
+@pytest.fixture(scope="module")
+def sources(pixels, tmp_path_factory, prepared):
+    """Sources of each kind: where, with which labels, and how they are opened."""
+    folder = tmp_path_factory.mktemp("sources")
+    # in one folder and in folders in it; 2 comes before 10
+    for start in (0, 12):
+        write_images(folder / "folder" / f"part {start}", pixels[start : start + 12])
+    (folder / "folder" / "notes.txt").write_text("no image")
+    (folder / "folder" / ".hidden.png").write_text("no image")
     features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=list("abcde"))})
     images = [PIL.Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
     dataset = datasets.Dataset.from_dict({"photo": images, "kind": LABELS.tolist()}, features=features)
-    datasets.DatasetDict(dict.fromkeys(splits, dataset)).save_to_disk(folder)
-
-
-@pytest.fixture(params=["folder", "saved dataset", "parquet", "npz", "compressed npz", "two npz", "prepared"])
-def source(request, pixels, tmp_path, prepared):
-    """A source of each kind, its pixels, its labels and how it is opened."""
+    datasets.DatasetDict(dict.fromkeys(("test", "validation"), dataset)).save_to_disk(folder / "saved")
+    (folder / "parquet").mkdir()
+    dataset.to_parquet(folder / "parquet" / "train.parquet")
     arrays = {"arr_0": pixels.permute(0, 2, 3, 1).numpy(), "arr_1": LABELS.numpy()}
-    folder = tmp_path / "images"
-    options = {}
-    match request.param:
-        case "folder":
-            # in one folder and in folders in it; 2 comes before 10
-            for start in (0, 12):
-                write_images(folder / f"part {start}", pixels[start : start + 12])
-            (folder / "notes.txt").write_text("no image")
-            (folder / ".hidden.png").write_text("no image")
-            return folder, pixels, None, options
-        case "saved dataset":
-            write_saved_dataset(folder, pixels, ("test", "validation"))
-            options = {"split": "validation"}
-        case "parquet":
-            write_saved_dataset(tmp_path / "saved", pixels)
-            folder.mkdir()
-            datasets.load_from_disk(tmp_path / "saved")["train"].to_parquet(folder / "train.parquet")
-        case "npz":
-            folder = tmp_path / "images.npz"
-            np.savez(folder, **arrays)
-        case "compressed npz":
-            folder = tmp_path / "images.npz"
-            np.savez_compressed(folder, arr_0=arrays["arr_0"])
-            return folder, pixels, None, options
-        case "two npz":
-            folder.mkdir()
-            for name, rows in (("part2.npz", slice(15)), ("part10.npz", slice(15, None))):
-                np.savez(folder / name, **{key: value[rows] for key, value in arrays.items()})
-        case "prepared":
-            batch = PreparedImages(prepared)[range(96)]
-            return prepared, batch["pixel_values"], batch["class_labels"], options
-    return folder, pixels, LABELS, options
+    np.savez(folder / "one.npz", **arrays)
+    np.savez_compressed(folder / "compressed.npz", arr_0=arrays["arr_0"])
+    (folder / "npz").mkdir()
+    for name, rows in (("part2.npz", slice(15)), ("part10.npz", slice(15, None))):
+        np.savez(folder / "npz" / name, **{key: value[rows] for key, value in arrays.items()})
+    batch = PreparedImages(prepared)[range(96)]
+    found = {name: (folder / name, pixels, LABELS, {}) for name in ("parquet", "one.npz", "npz")}
+    found |= {name: (folder / name, pixels, None, {}) for name in ("folder", "compressed.npz")}
+    found["saved"] = (folder / "saved", pixels, LABELS, {"split": "validation"})
+    return found | {"prepared": (prepared, batch["pixel_values"], batch["class_labels"], {})}
 
 
-def test_every_source_gives_its_images_in_any_stretches(source):
-    path, pixels, labels, options = source
+@pytest.mark.parametrize("name", ["folder", "saved", "parquet", "one.npz", "compressed.npz", "npz", "prepared"])
+def test_every_source_gives_its_images_in_any_stretches(sources, name):
+    path, pixels, labels, options = sources[name]
     images = open_images(path, **options)
     assert len(images) == len(pixels)
     assert images.image_size == tuple(pixels.shape[1:])
