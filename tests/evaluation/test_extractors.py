@@ -161,7 +161,7 @@ def test_original_is_what_torchvision_computes(tmp_path):
                 module.running_mean.normal_(std=0.1)
     file = tmp_path / "inception_v3_google-0cc3c7bd.pth"
     torch.save(network.state_dict(), file)
-    pixels = make_pixels(5, count=2, size=32)
+    pixels = make_pixels(5, count=1, size=32)
     x = F.interpolate(pixels / 255, size=(299, 299), mode="bilinear", align_corners=False)
     for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
         x[:, channel] = (x[:, channel] - mean) / std
@@ -179,10 +179,6 @@ def test_original_is_what_torchvision_computes(tmp_path):
     assert "does not compare with the usual FID" in half.header["note"]
     with pytest.raises(ValueError, match="dtype is float16 in the first and float32 in the second"):
         check_comparable(half.header, extractor.header)
-    answer = half(pixels[:1])
-    assert answer.features.dtype == answer.probabilities.dtype == torch.float32
-    error = (answer.features - captured[0][:1]).norm() / captured[0][:1].norm()
-    assert 1e-5 < error < 1e-2
 
 
 # ---------------------------------------------------------------------- transformers
