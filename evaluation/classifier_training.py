@@ -44,14 +44,11 @@ def train_classifier(options: ClassifierOptions) -> Path:
         dataset = PreparedImages(options.train_data_dir)
         labels = dataset.labels()
         each = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-        if len(each) < 2:
-            raise ValueError(
-                f"train_data_dir is {dataset.folder}, whose images are of one class: there is nothing to tell apart"
-            )
         held_out = np.concatenate([indices[9::10] for indices in each])
-        if not len(held_out):
+        if len(each) < 2 or not len(held_out):
             raise ValueError(
-                f"train_data_dir is {dataset.folder}, where no class has 10 images: none is left to try it on"
+                f"train_data_dir is {dataset.folder}, which has {len(each)} classes of up to {max(map(len, each))}"
+                " images, but must have two, and one of 10 images: the tenth is to try it on"
             )
         network = _train(dataset, np.setdiff1d(np.arange(len(dataset)), held_out), options).eval()
         right = 0

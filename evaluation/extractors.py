@@ -291,12 +291,9 @@ def make_extractor(
 ) -> FeatureExtractor:
     """Makes the extractor of one of `protocols.PROTOCOLS`; ``options`` are ``channels``, for ``pixels`` alone.
 
-    Args:
-        protocol: Its name.
-        weights: A file, or for ``dinov2`` and ``classifier`` a folder or a Hub id; None to fetch the published ones.
-        device: Where the network runs.
-        dtype: One of `options.EXTRACTOR_DTYPES`; None for the protocol's own. Another one is another protocol.
-        batch_size: How many images go through the network at once; it changes memory and not the features.
+    ``weights`` is a file, or for ``dinov2`` and ``classifier`` a folder or a Hub id; None fetches the published ones.
+    ``dtype`` is one of `options.EXTRACTOR_DTYPES`; another one than the protocol's own makes another protocol.
+    ``batch_size`` images go through the network at once, which changes memory and not the features.
 
     Raises:
         ValueError: The protocol does not exist or does not take an argument, or the weights are others.

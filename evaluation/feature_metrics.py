@@ -134,9 +134,8 @@ def inception_score(
 ) -> Estimate:
     """Inception Score: ``exp(E_x KL(p(y|x) || p(y)))``, the mean over splits of equal size.
 
-    Salimans et al. 2016 (https://arxiv.org/abs/1606.03498), section 4. Images that come class by class would have few
-    classes in each split, so they are dealt out to the splits by a permutation that only the seed decides. Compare
-    scores of the same number of images and splits only.
+    Salimans et al. 2016 (https://arxiv.org/abs/1606.03498), section 4. A permutation deals out the images to the
+    splits, as they often come class by class. Compare scores of the same number of images and splits only.
 
     Args:
         predictions: (images, classes), of any floating type: probabilities, which add up to 1, or logits.

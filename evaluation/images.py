@@ -73,7 +73,7 @@ class ImageBatches(abc.ABC):
 def open_images(
     source: str | Path, split: str | None = None, resolution: int | None = None, color_mode: str = "rgb"
 ) -> ImageBatches:
-    """Opens images for an evaluation.
+    """Opens images for an evaluation; DataError where there are none, or where an option does not belong to them.
 
     Args:
         source: A folder that imagenet64-prepare wrote; one that datasets.save_to_disk wrote, or one of .parquet or
@@ -82,9 +82,6 @@ def open_images(
         split: For datasets, by default "train".
         resolution: Height and width to make of image files and of images of datasets; None takes them as they are.
         color_mode: "rgb" or "grayscale", what to make of them.
-
-    Raises:
-        DataError: There is nothing that can be read as images, or an option does not belong to what is there.
     """
     path = Path(source).expanduser()
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

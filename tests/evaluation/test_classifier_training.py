@@ -70,8 +70,8 @@ def test_wrong_data_and_folders(prepared, tmp_path, capsys):
     (tmp_path / "mine" / "thesis.tex").write_text("keep")
     for arguments, message in (
         (["--train_data_dir", tmp_path / "none"], f"{tmp_path / 'none'}"),
-        (["--train_data_dir", one_class], "whose images are of one class: there is nothing to tell apart"),
-        (["--train_data_dir", few], "where no class has 10 images: none is left to try it on"),
+        (["--train_data_dir", one_class], "which has 1 classes of up to 20 images, but must have two"),
+        (["--train_data_dir", few], "which has 2 classes of up to 9 images, but must have two, and one of 10 images"),
         (["--output_dir", tmp_path / "mine"], f"output_dir is {tmp_path / 'mine'}, which holds other files"),
         (["--learning_rate", "nan"], "learning_rate is 'nan', but must be a number"),
         (["--batch_size", "1"], "batch_size is 1, but must be at least 2"),
