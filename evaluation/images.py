@@ -319,9 +319,10 @@ def _choose_classes(
     elif list(asked) == ["uniform"]:
         chosen = list(range(num_classes))
     elif list(asked) == ["frequencies"]:
-        if counts is None or len(counts) != num_classes:
-            found = 0 if counts is None else len(counts)
-            raise ValueError(f"train_data_dir has {found} classes, but the model has {num_classes}")
+        if counts is None:
+            raise ValueError("class_labels is frequencies, which needs train_data_dir, a prepared dataset")
+        if len(counts) != num_classes:
+            raise ValueError(f"train_data_dir has {len(counts)} classes, but the model has {num_classes}")
         # all at once, and so the same whatever part of them is generated
         uniforms = np.random.default_rng([_CLASS_STREAM, seed]).random(num_images)
         # class k where cumulative[k - 1] <= u < cumulative[k]

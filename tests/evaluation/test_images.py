@@ -247,6 +247,7 @@ def test_a_model_without_classes(tmp_path):
     ("sampler", "options", "message"),
     [
         (SAMPLER, {"class_labels": ["tabbi"]}, "did you mean 'tabby'"),
+        (SAMPLER, {"class_labels": ["frequencies"]}, "needs train_data_dir"),
         (SAMPLER, {"class_labels": ["frequencies"], "class_counts": np.ones(5)}, "train_data_dir has 5 classes, but"),
         (Sampler("DPMSolverMultistep", eta=0.5), {}, "eta is 0.5, but DPMSolverMultistepScheduler takes none"),
         (Sampler("LCM"), {}, "LCMScheduler cannot generate with this network"),
