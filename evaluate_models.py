@@ -43,7 +43,7 @@ def sweep(options: SweepOptions) -> Path:
 
 def classifier(options: ClassifierOptions) -> Path:
     """Trains a small classifier and returns its folder."""
-    return _run("classifier_training", "train_classifier", options).folder
+    return _run("classifier_training", "train_classifier", options)
 
 
 COMMANDS = {

@@ -21,9 +21,9 @@ from timing import Clock, rounded, spread, synchronize
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.evaluation.evaluating import evaluate_model
-from imagenet64_diffusion.evaluation.generated_images import GeneratedImages
+from imagenet64_diffusion.evaluation.extractors import FeatureExtractor
+from imagenet64_diffusion.evaluation.images import GeneratedImages
 from imagenet64_diffusion.evaluation.options import ModelOptions
-from imagenet64_diffusion.evaluation.protocols import FeatureExtractor
 
 
 CLASSIFIER = ROOT / "evaluation" / "digits_classifier"

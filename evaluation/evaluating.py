@@ -31,10 +31,18 @@ from ..pipelines.sampler import Sampler
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer
 from ..utils.distributed import on_every_process, on_main_process
 from ..version import __version__
-from .generated_images import GeneratedImages, count_classes, find_revision
-from .images import RESIZE_FILTER, ImageBatch, ImageBatches, open_images
+from .extractors import FeatureExtractor, make_extractor
+from .images import (
+    RESIZE_FILTER,
+    GeneratedImages,
+    ImageBatch,
+    ImageBatches,
+    count_classes,
+    find_revision,
+    open_images,
+)
 from .options import ExtractionOptions, ModelOptions, ReferenceOptions
-from .protocols import COMPARED_ENTRIES, FeatureExtractor, make_extractor
+from .protocols import COMPARED_ENTRIES
 from .statistics import FeatureStatistics
 
 
@@ -154,7 +162,9 @@ def evaluate_reference(options: ReferenceOptions) -> Path:
         count = min(options.max_images or len(images), len(images))
         chosen = images if count == len(images) else _EvenlySpread(images, count)
         facts = {
-            **{name: getattr(options, name) for name in ("source", "split", "resolution")},
+            "source": options.source,
+            "split": options.split,
+            "resolution": options.resolution,
             "resize_filter": None if options.resolution is None else RESIZE_FILTER,
             # of a folder of images all files are read for it, once for all ranks
             "fingerprint": on_main_process(state, lambda: images.fingerprint),
@@ -188,9 +198,8 @@ def evaluate_model(
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))
 
-    images = on_every_process(
-        state,
-        lambda: GeneratedImages(
+    def open_model() -> GeneratedImages:
+        return GeneratedImages(
             options.model,
             sampler,
             options.num_images,
@@ -200,8 +209,9 @@ def evaluate_model(
             device=options.device or state.device,
             dtype=getattr(torch, options.dtype),
             revision=commit,
-        ),
-    )
+        )
+
+    images = on_every_process(state, open_model)
     return _evaluate(images, images.description, options, state, extractor, quiet)
 
 
@@ -221,7 +231,7 @@ def open_extractor(options: ExtractionOptions, channels: int, state: PartialStat
 
 
 def _evaluate(
-    images: ImageBatches | GeneratedImages,
+    images: ImageBatches,
     facts: Mapping[str, Any],
     options: ExtractionOptions,
     state: PartialState,
@@ -265,7 +275,7 @@ def _evaluate(
 
 
 def extract_parts(
-    images: ImageBatches | GeneratedImages,
+    images: ImageBatches,
     extractor: FeatureExtractor,
     folder: Path,
     batch_size: int,

@@ -1,13 +1,14 @@
 """The extractors of the protocols: the Inceptions of Frechet distances, DINOv2, classifiers, pixels."""
 
+import abc
 import contextlib
+import importlib.metadata
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -16,170 +17,154 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from ..pipelines.loading import download_snapshot
-from .protocols import FeatureExtractor, Features, Protocol
+from ..utils.devices import find_device
+from ..utils.nearest_names import perhaps
+from .protocols import PROTOCOLS
 from .weights import INCEPTION_2015, TORCHVISION_INCEPTION, file_digest, find_weights
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DINOV2_DEFAULT = "facebook/dinov2-large"
-_DINOV2_SIZE = (224, 224)
+class Features(NamedTuple):
+    """What an extractor says of some images, on its device: float32 (images, num_features); and float32 (images,
+    num_classes), rows that sum to 1, or None where the network knows no classes."""
+
+    features: torch.Tensor
+    probabilities: torch.Tensor | None
+
+
+class FeatureExtractor(abc.ABC):
+    """A network that turns images into ``num_features`` numbers each, under one protocol.
+
+    The features of an image do not depend on the images beside it, beyond rounding in the network's dtype: 1e-5 of
+    their size in float32, 1e-2 in float16 and bfloat16. A subclass sets the attributes and completes ``facts``, which
+    is what the header says. ``channels`` is what images must have; those of one are repeated where this is 3.
+    """
+
+    num_features: int
+    num_classes: int | None = None
+    id2label: dict[int, str] | None = None
+    channels: int = 3
+
+    def __init__(
+        self, protocol: str, device: str | torch.device = "cpu", dtype: str | None = None, batch_size: int = 64
+    ) -> None:
+        self.device, self.batch_size = find_device(device), batch_size
+        nothing = {"weights": None, "weights_sha256": None, "note": None, "libraries": []}
+        self.facts: dict[str, Any] = {"protocol": protocol, "dtype": "float32", **nothing, **PROTOCOLS[protocol]}
+        self.facts["dtype"] = dtype or self.facts["dtype"]
+        self._dtype: torch.dtype = getattr(torch, self.facts["dtype"])
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The protocol as JSON values; `protocols.check_comparable` says whether two are the same."""
+        facts = {name: value for name, value in self.facts.items() if name != "libraries"}
+        versions = {name: importlib.metadata.version(name) for name in sorted({"torch", *self.facts["libraries"]})}
+        numbers = {"num_features": self.num_features, "num_classes": self.num_classes}
+        return {**facts, "versions": versions, **numbers, "device": self.device.type}
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        """Extracts the features of images, uint8 (images, channels, height, width), at least one, on any device.
+
+        Raises:
+            ValueError: The images have another type, shape or number of channels, or features are not finite.
+        """
+        protocol, dtype = self.facts["protocol"], self.facts["dtype"]
+        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
+            raise ValueError(
+                f"the images are {images.dtype} of shape {tuple(images.shape)}, but must be torch.uint8 (images,"
+                " channels, height, width)"
+            )
+        if images.shape[1] != self.channels and (images.shape[1], self.channels) != (1, 3):
+            wanted = "1 channel (grey, repeated) or 3 (RGB)" if self.channels == 3 else f"{self.channels} channels"
+            raise ValueError(f"the images have {images.shape[1]} channels, but {protocol} takes images with {wanted}")
+        with torch.no_grad(), full_float32():
+            chunks = images.expand(-1, self.channels, -1, -1).split(self.batch_size)
+            features, probabilities = zip(*map(self._extract, chunks), strict=True)
+        found = Features(torch.cat(features), None if probabilities[0] is None else torch.cat(probabilities))
+        broken = (~found.features.isfinite()).any(dim=1).nonzero()
+        if len(broken):
+            advice = "" if dtype == "float32" else "; try extractor_dtype float32"
+            raise ValueError(
+                f"{protocol} in {dtype} gives features that are not finite for image {int(broken[0])}{advice}"
+            )
+        return found
+
+    @abc.abstractmethod
+    def _extract(self, images: torch.Tensor) -> Features:
+        """Extracts the features of one chunk, uint8 (images, channels, height, width) on any device."""
 
 
 class PixelExtractor(FeatureExtractor):
-    """Images averaged over boxes to a few pixels, for tests and toys.
+    """Images of some number of channels, averaged over boxes to 8x8 pixels, for tests and toys."""
 
-    Args:
-        channels: What images must have.
-        size: Height and width after averaging.
-    """
-
-    def __init__(
-        self, channels: int = 3, size: int = 8, device: str | torch.device = "cpu", batch_size: int = 64
-    ) -> None:
-        if channels < 1 or size < 1:
-            raise ValueError(f"channels is {channels} and pixel_size {size}, but both must be at least 1")
-        resize = {"library": "torch", "filter": "box", "antialias": True, "size": [size, size]}
-        super().__init__(Protocol("pixels", "none", f"{channels} channels", resize, "x / 255"), device, batch_size)
-        self.channels, self.num_features, self._size = channels, channels * size**2, size
+    def __init__(self, protocol: str = "pixels", weights: None = None, channels: int = 3, **options: Any) -> None:
+        super().__init__(protocol, **options)
+        self.channels, self.num_features = channels, channels * 64
+        self.facts["features"] = f"{channels} channels"
 
     def _extract(self, images: torch.Tensor) -> Features:
-        if min(images.shape[2:]) < self._size:
+        if min(images.shape[2:]) < 8:
             raise ValueError(
-                f"the images have {images.shape[2]}x{images.shape[3]} pixels, too few to be averaged to"
-                f" {self._size}x{self._size}: give a smaller pixel_size"
+                f"the images have {images.shape[2]}x{images.shape[3]} pixels, too few to be averaged to 8x8"
             )
-        averaged = F.adaptive_avg_pool2d(images.to(self.device, torch.float32) / 255, self._size)
+        averaged = F.adaptive_avg_pool2d(images.to(self.device, torch.float32) / 255, 8)
         return Features(averaged.flatten(1), None)
 
 
 class TorchScriptInception(FeatureExtractor):
-    """The Inception of 2015-12-05, which the usual FID is taken with: StyleGAN2-ADA's TorchScript file.
+    """The Inception of 2015-12-05: StyleGAN2-ADA's file, whose code is run.
 
-    Images get 299x299 pixels in one of the ways of clean-fid (Parmar et al. 2022, arXiv 2104.11222): ``clean`` by its
-    own resizer, Pillow's antialiased bicubic on float32, on the CPU; ``legacy_tensorflow`` bilinear inside the
-    network, as TensorFlow 1 aligned it, without antialiasing, closest to the published FIDs of ImageNet 64x64.
-
-    The features are the 2048 values after the last pooling; the probabilities are the softmax over the output layer's
-    1008 values without its bias, as in the original Inception Score.
-
-    Args:
-        mode: One of the two.
-        weights: A path to the file, whose code is run: name one that you trust. None to fetch the published one.
-
-    Raises:
-        OSError: There is no such file, or it cannot be fetched.
-        ValueError: The file is not such a network.
-        ImportError: clean-fid is needed and not installed.
+    The probabilities are the softmax over the output layer's 1008 values without its bias, as in the original
+    Inception Score.
     """
 
-    def __init__(
-        self,
-        mode: Literal["clean", "legacy_tensorflow"] | str,
-        weights: str | Path | None = None,
-        device: str | torch.device = "cpu",
-        batch_size: int = 64,
-    ) -> None:
-        self._resize = None
-        resize = {"library": "TorchScript", "filter": "bilinear", "antialias": False}
-        if mode == "clean":
-            with _needs_extra("clean-fid", mode):
-                from cleanfid.resize import build_resizer
-            self._resize = _ThreadedResizer(build_resizer("clean"))
-            resize = {"library": "Pillow", "filter": "bicubic", "antialias": True, "quantized": False}
-        file, digest = find_weights(INCEPTION_2015, weights)
-        protocol = Protocol(
-            mode,
-            "Inception v3 of 2015-12-05 (TorchScript)",
-            "after the last pooling",
-            {**resize, "size": [299, 299]},
-            "inside the network" if self._resize is None else "(x - 128) / 128",
-            weights=file.name,
-            weights_sha256=digest,
-            libraries=() if self._resize is None else ("clean-fid", "Pillow"),
-        )
-        super().__init__(protocol, device, batch_size)
+    def __init__(self, protocol: str, weights: str | Path | None, **options: Any) -> None:
+        super().__init__(protocol, **options)
+        self._resize: Callable[[np.ndarray], np.ndarray] | None = None
+        if protocol == "clean":
+            from cleanfid.resize import build_resizer
+
+            self._resize = build_resizer("clean")
+        file, self.facts["weights_sha256"] = find_weights(INCEPTION_2015, weights)
+        self.facts["weights"] = file.name
         try:
             with warnings.catch_warnings():
                 # the file exists in this form only, so that the advice to use another helps nobody
                 warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated")
                 self._network = torch.jit.load(str(file), map_location=self.device).eval()
-        except RuntimeError as error:
-            raise ValueError(f"weights {file} cannot be read as TorchScript ({_first_line(error)})") from error
-        missing = [name for name in ("layers", "output") if not hasattr(self._network, name)]
-        if missing:
-            raise ValueError(
-                f"weights {file} is not the Inception of {INCEPTION_2015.url}: it has no {' and no '.join(missing)}"
-            )
-        self.num_classes, self.num_features = self._network.output.weight.shape
+            self.num_classes, self.num_features = self._network.output.weight.shape
+        except (RuntimeError, AttributeError) as error:
+            url = INCEPTION_2015.url
+            raise ValueError(f"weights {file} cannot be read as the Inception of {url} ({_line(error)})") from error
 
     def _extract(self, images: torch.Tensor) -> Features:
         if self._resize is None:
             features = self._network(images.to(self.device, torch.float32), return_features=True)
         else:
-            resized = self._resize(images).to(self.device, memory_format=torch.contiguous_format)
+            resized = _resize_each(images, self._resize).to(self.device, memory_format=torch.contiguous_format)
             features = self._network.layers((resized - 128) / 128)
         features = features.reshape(len(images), -1)
         return Features(features, F.linear(features, self._network.output.weight).softmax(dim=1))
 
 
 class TorchvisionInception(FeatureExtractor):
-    """torchvision's Inception v3 for classification: the protocol of "Diffusion models from scratch".
+    """torchvision's Inception v3; on a CPU, float16 takes about twenty times as long as float32."""
 
-    Bilinear to 299x299 pixels without antialiasing, ImageNet's mean and standard deviation, float16 as that program
-    computed in; on a CPU this takes about twenty times as long as float32. Other weights than those of the usual FID:
-    the numbers compare with that program's alone.
+    def __init__(self, protocol: str, weights: str | Path | None, **options: Any) -> None:
+        super().__init__(protocol, **options)
+        from torchvision.models import inception_v3
 
-    The features are the 2048 values after the last pooling, the probabilities the softmax over 1000 classes.
-
-    Args:
-        weights: A path to torchvision's file; None to fetch it.
-        dtype: What the network computes in.
-
-    Raises:
-        OSError: There is no such file, or it cannot be fetched.
-        ValueError: The file does not hold these weights.
-        ImportError: torchvision is not installed.
-    """
-
-    num_features = 2048
-
-    def __init__(
-        self,
-        weights: str | Path | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float16,
-        batch_size: int = 64,
-    ) -> None:
-        with _needs_extra("torchvision", "original"):
-            from torchvision.models import inception_v3
-        file, digest = find_weights(TORCHVISION_INCEPTION, weights)
-        protocol = Protocol(
-            "original",
-            "Inception v3 of torchvision, for classification",
-            "after the last pooling",
-            {"library": "torch", "filter": "bilinear", "antialias": False, "quantized": False, "size": [299, 299]},
-            "ImageNet's mean and standard deviation, which the network turns into 2 x / 255 - 1",
-            str(dtype).removeprefix("torch."),
-            weights=file.name,
-            weights_sha256=digest,
-            libraries=("torchvision",),
-            note="the original program's own protocol: it does not compare with the usual FID",
-        )
-        super().__init__(protocol, device, batch_size)
-        self._dtype = dtype
+        file, self.facts["weights_sha256"] = find_weights(TORCHVISION_INCEPTION, weights)
+        self.facts["weights"] = file.name
         # as torchvision makes it for these weights
         network = inception_v3(weights=None, init_weights=False, transform_input=True)
         try:
             network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         # torch has no common class for what its readers raise
         except Exception as error:
-            raise ValueError(
-                f"weights {file} are not those of torchvision's Inception v3 ({' '.join(str(error).split())[:300]})"
-            ) from error
-        self._head, network.fc = network.fc, torch.nn.Identity()
-        self._network = network.to(self.device, dtype).eval()
-        self._head.to(self.device, dtype)
-        self.num_classes = self._head.out_features
+            raise ValueError(f"weights {file} are not those of torchvision's Inception v3 ({_line(error)})") from error
+        network.to(self.device, self._dtype).eval()
+        self.num_classes, self.num_features = network.fc.out_features, network.fc.in_features
+        self._network, self._head, network.fc = network, network.fc, torch.nn.Identity()
 
     def _extract(self, images: torch.Tensor) -> Features:
         images = images.to(self.device, torch.float32) / 255
@@ -188,126 +173,90 @@ class TorchvisionInception(FeatureExtractor):
         return Features(features.float(), self._head(features).float().softmax(dim=1))
 
 
-class DinoV2(FeatureExtractor):
-    """The features of FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): the class token of a DINOv2 network.
+class _TransformersExtractor(FeatureExtractor):
+    """A network of transformers: a folder, or a repository of the Hub, of which the snapshot is taken."""
 
-    As the authors' program computes them by default: Pillow's antialiased bicubic on 8-bit pixels to 224x224,
-    ImageNet's mean and standard deviation, ViT-L/14, the class token after the last layer norm. transformers
-    interpolates the encoding of positions by the sizes themselves, where the authors' network adds 0.1 before
-    dividing, so the two differ a little more than by rounding.
+    def _open(self, auto_class: str, weights: str | Path) -> Path:
+        """Opens the network, in the dtype of the protocol, and gives its folder."""
+        # transformers takes seconds to import
+        import transformers
 
-    Args:
-        weights: A folder of a transformers vision model, or a Hub id.
-        dtype: What the network computes in.
+        folder = Path(weights).expanduser()
+        if folder.is_file():
+            raise OSError(f"weights {weights} is a file, but must be a folder of a transformers model or a Hub id")
+        # without the place on this machine
+        self.facts["weights"] = folder.absolute().name if folder.exists() else str(weights)
+        if not folder.exists():
+            folder = download_snapshot(str(weights), ["*.json", "*.safetensors"])
+        try:
+            # the code in a repository is never run, and pickles are never read
+            loading = {"dtype": self._dtype, "use_safetensors": True, "local_files_only": True}
+            network = getattr(transformers, auto_class).from_pretrained(folder, **loading)
+        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"weights {folder} cannot be loaded with {auto_class} ({_line(error)})") from error
+        self.facts["network"] = type(network).__name__
+        self.facts["weights_sha256"] = file_digest(*sorted(folder.glob("*.safetensors")))
+        self._network: Any = network.eval().to(self.device)
+        return folder
 
-    Raises:
-        OSError: There is no such folder or repository, or the Hub cannot be reached.
-        ValueError: The folder holds no model with tokens.
+
+class DinoV2(_TransformersExtractor):
+    """The features of FD-DINOv2: the class token of a DINOv2 network, by default ViT-L/14.
+
+    transformers interpolates the encoding of positions by the sizes themselves, where the authors' network adds 0.1
+    before dividing, so the two differ a little more than by rounding.
     """
 
-    def __init__(
-        self,
-        weights: str | Path = DINOV2_DEFAULT,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 64,
-    ) -> None:
-        self._network, _, facts = _open_model("AutoModel", weights, dtype)
-        resize = {"library": "Pillow", "filter": "bicubic", "antialias": True, "quantized": True}
-        protocol = Protocol(
-            "dinov2",
-            features="the class token after the last layer norm",
-            resize={**resize, "size": list(_DINOV2_SIZE)},
-            normalization="ImageNet's mean and standard deviation",
-            libraries=("transformers", "Pillow"),
-            **facts,
-        )
-        super().__init__(protocol, device, batch_size)
-        if not hasattr(self._network.config, "hidden_size"):
-            raise ValueError(f"weights {weights}: {protocol.network} has no tokens; name a vision transformer")
-        self.num_features, self._dtype = self._network.config.hidden_size, dtype
-        self._network.to(self.device)
-        self._resize = _ThreadedResizer(
-            lambda image: np.asarray(PIL.Image.fromarray(image).resize(_DINOV2_SIZE, PIL.Image.Resampling.BICUBIC))
-        )
+    def __init__(self, protocol: str, weights: str | Path | None, **options: Any) -> None:
+        super().__init__(protocol, **options)
+        self._open("AutoModel", weights or "facebook/dinov2-large")
+        self.num_features = self._network.config.hidden_size
 
     def _extract(self, images: torch.Tensor) -> Features:
-        images = self._resize(images).to(self.device).float() / 255
+        def resize(image: np.ndarray) -> np.ndarray:
+            return np.asarray(PIL.Image.fromarray(image).resize((224, 224), PIL.Image.Resampling.BICUBIC))
+
+        images = _resize_each(images, resize).to(self.device).float() / 255
         answer = self._network(pixel_values=_normalize(images).to(self._dtype))
         return Features(answer.last_hidden_state[:, 0].float(), None)
 
 
-class Classifier(FeatureExtractor):
-    """Any image classifier of transformers; the features are what its last linear layer is given.
+class Classifier(_TransformersExtractor):
+    """Any image classifier of transformers.
 
     Images become what the model's image processor makes of them, where the folder has one. Without one they are
-    resized to the configuration's ``image_size`` (bilinear, antialiased), if it has one and the images are of another
-    size, and mapped to x / 127.5 - 1, which is what models trained on this package's data see.
-
-    The probabilities are the softmax over the classifier's logits, in float32.
-
-    Args:
-        weights: A folder of a transformers image classifier, or a Hub id.
-        dtype: What the network computes in.
-
-    Raises:
-        OSError: There is no such folder or repository, or the Hub cannot be reached.
-        ValueError: The folder holds no image classifier with a linear layer for its classes.
+    resized to the configuration's ``image_size``, if it has one, and mapped to x / 127.5 - 1, which is what models
+    trained on this package's data see.
     """
 
-    def __init__(
-        self,
-        weights: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 64,
-    ) -> None:
-        network, folder, facts = _open_model("AutoModelForImageClassification", weights, dtype)
-        size = getattr(network.config, "image_size", None)
+    def __init__(self, protocol: str, weights: str | Path, **options: Any) -> None:
+        super().__init__(protocol, **options)
+        folder = self._open("AutoModelForImageClassification", weights)
+        config = self._network.config
+        size = getattr(config, "image_size", None)
         self._size = (size, size) if isinstance(size, int) else size and tuple(size)
+        self.facts["resize"] = {**self.facts["resize"], "size": self._size and list(self._size)}
         self._processor = None
-        resize = {"library": "torch", "filter": "bilinear", "antialias": True, "quantized": False}
-        resize["size"] = self._size and list(self._size)
         if (folder / "preprocessor_config.json").is_file():
             from transformers import AutoImageProcessor
 
             self._processor = AutoImageProcessor.from_pretrained(folder)
             settings = json.loads(self._processor.to_json_string())
-            resize = {"library": "transformers", "processor": type(self._processor).__name__, **settings}
-        protocol = Protocol(
-            "classifier",
-            features="the input of the last linear layer",
-            resize=resize,
-            normalization="x / 127.5 - 1" if self._processor is None else "as the processor does",
-            libraries=("transformers",),
-            **facts,
-        )
-        super().__init__(protocol, device, batch_size)
-        self.channels = getattr(network.config, "num_channels", 3)
-        self.num_classes, self.id2label = network.config.num_labels, dict(network.config.id2label)
-        heads = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
-        heads = [layer for layer in heads if layer.out_features == self.num_classes]
+            self.facts["resize"] = {"library": "transformers", "processor": type(self._processor).__name__, **settings}
+            self.facts["normalization"] = "as the processor does"
+        self.channels = getattr(config, "num_channels", 3)
+        self.num_classes, self.id2label = config.num_labels, dict(config.id2label)
+        layers = (layer for layer in self._network.modules() if isinstance(layer, torch.nn.Linear))
+        heads = [layer for layer in layers if layer.out_features == self.num_classes]
         if not heads:
-            raise ValueError(
-                f"weights {weights}: {protocol.network} has no linear layer for its {self.num_classes} classes"
-            )
+            raise ValueError(f"weights {weights} has no linear layer for its {self.num_classes} classes")
         self.num_features = heads[-1].in_features
-        heads[-1].register_forward_pre_hook(self._keep)
-        self._kept: torch.Tensor | None = None
-        self._network, self._dtype = network.to(self.device), dtype
-
-    def _keep(self, head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        self._kept = arguments[0]
+        self._inputs: list[torch.Tensor] = []
+        heads[-1].register_forward_pre_hook(lambda head, arguments: self._inputs.append(arguments[0]))
 
     def _extract(self, images: torch.Tensor) -> Features:
         logits = self._network(pixel_values=self._prepare(images).to(self.device, self._dtype)).logits
-        features, self._kept = cast(torch.Tensor, self._kept).float().reshape(len(images), -1), None
-        if features.shape[1] != self.num_features:
-            raise ValueError(
-                f"{self.protocol.network} gives its last linear layer {features.shape[1]} values of an image instead"
-                f" of {self.num_features}: it does not pool before it classifies"
-            )
-        return Features(features, logits.float().softmax(dim=1))
+        return Features(self._inputs.pop().float().reshape(len(images), -1), logits.float().softmax(dim=1))
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         if self._processor is not None:
@@ -321,66 +270,87 @@ class Classifier(FeatureExtractor):
         return images / 127.5 - 1
 
 
-class _ThreadedResizer:
+_EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {
+    "clean": TorchScriptInception,
+    "legacy_tensorflow": TorchScriptInception,
+    "original": TorchvisionInception,
+    "dinov2": DinoV2,
+    "classifier": Classifier,
+    "pixels": PixelExtractor,
+}
+
+
+def make_extractor(
+    protocol: str,
+    *,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | None = None,
+    batch_size: int = 64,
+    **options: int,
+) -> FeatureExtractor:
+    """Makes the extractor of one of `protocols.PROTOCOLS`; ``options`` are ``channels``, for ``pixels`` alone.
+
+    ``weights`` is a file, or for ``dinov2`` and ``classifier`` a folder or a Hub id; None fetches the published ones.
+    ``dtype`` is one of `options.EXTRACTOR_DTYPES`; another one than the protocol's own makes another protocol.
+    ``batch_size`` images go through the network at once, which changes memory and not the features.
+
+    Raises:
+        ValueError: The protocol does not exist or does not take an argument, or the weights are others.
+        OSError: The weights are not there and cannot be fetched.
+        ImportError: A library that the protocol needs is not installed.
+    """
+    if protocol not in PROTOCOLS:
+        near = perhaps(protocol, PROTOCOLS)
+        raise ValueError(f"there is no protocol {protocol!r}: take one of {', '.join(PROTOCOLS)}{near}")
+    if protocol == "pixels" and weights is not None:
+        raise ValueError(f"the protocol pixels has no network, but weights is {weights}")
+    if protocol == "classifier" and weights is None:
+        raise ValueError("the protocol classifier needs weights: a folder of an image classifier, or a Hub id")
+    try:
+        return _EXTRACTORS[protocol](protocol, weights, device=device, dtype=dtype, batch_size=batch_size, **options)
+    except ImportError as error:
+        raise ImportError(
+            f"the protocol {protocol} needs another library: pip install 'imagenet64-diffusion[eval]' ({error})"
+        ) from error
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Keeps float32 from being rounded to TF32 or bfloat16, and algorithms from being chosen by their speed.
+
+    Since 2.9 torch has these settings twice. Where a program has set both, reading the older ones raises, so they are
+    read only once ``fp32_precision`` of each operation, which has the last word, says what is wanted here.
+    """
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    settings: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    if hasattr(backends, "fp32_precision"):
+        operations = (cudnn.conv, cudnn.rnn, mkldnn.conv, mkldnn.rnn, mkldnn.matmul, backends.cuda.matmul)
+        settings += [(operation, "fp32_precision", "ieee") for operation in operations]
+    else:
+        settings += [(cudnn, "allow_tf32", False)]
+    with contextlib.ExitStack() as stack:
+        for place, name, value in settings:
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+        yield
+
+
+def _resize_each(images: torch.Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
     """Resizes uint8 (images, channels, height, width) with a function for one image (height, width, channels)."""
-
-    def __init__(self, resize: Callable[[np.ndarray], np.ndarray]) -> None:
-        self._resize = resize
-        # the ranks of one machine share its cores
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        arrays = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-        return torch.from_numpy(np.stack(list(self._pool.map(self._resize, arrays)))).permute(0, 3, 1, 2)
+    arrays = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    with ThreadPoolExecutor() as pool:
+        return torch.from_numpy(np.stack(list(pool.map(resize, arrays)))).permute(0, 3, 1, 2)
 
 
 def _normalize(images: torch.Tensor) -> torch.Tensor:
     """By ImageNet's mean and standard deviation of every channel; values from 0 to 1."""
-    mean, std = (
-        torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)[..., None, None]
     return (images - mean) / std
 
 
-@contextlib.contextmanager
-def _needs_extra(library: str, protocol: str) -> Iterator[None]:
-    """Raises ImportError with the way to install the library."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(
-            f"the protocol {protocol} needs {library}: pip install 'imagenet64-diffusion[eval]' ({error})"
-        ) from error
-
-
-def _open_model(auto_class: str, weights: str | Path, dtype: torch.dtype) -> tuple[Any, Path, dict[str, Any]]:
-    """A network of transformers, its folder, and what a `Protocol` says of it.
-
-    Args:
-        auto_class: Of transformers.
-        weights: A folder, or the id of a Hub repository, of which the snapshot is taken.
-        dtype: What it computes in.
-    """
-    # transformers takes seconds to import
-    import transformers
-
-    folder = Path(weights).expanduser()
-    # without the place on this machine
-    name = folder.absolute().name if folder.exists() else str(weights)
-    if folder.is_file():
-        raise OSError(f"weights {weights} is a file, but must be a folder of a transformers model or a Hub id")
-    if not folder.exists():
-        folder = download_snapshot(str(weights), ["*.json", "*.safetensors"])
-    try:
-        # the code in a repository is never run, and pickles are never read
-        loading = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-        network = getattr(transformers, auto_class).from_pretrained(folder, **loading).eval()
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"weights {folder} cannot be loaded with {auto_class} ({_first_line(error)})") from error
-    facts = {"network": type(network).__name__, "dtype": str(dtype).removeprefix("torch."), "weights": name}
-    return network, folder, facts | {"weights_sha256": file_digest(*sorted(folder.glob("*.safetensors")))}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

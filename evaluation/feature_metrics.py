@@ -1,8 +1,7 @@
-"""Metrics of sets of features or of class probabilities: KID, the Inception Score, class accuracy, precision, recall,
-density and coverage.
+"""The metrics: Frechet distance, KID, the Inception Score, class accuracy, precision, recall, density and coverage.
 
-The work is done in float64. Features may be memory maps; KID and the Inception Score read them in blocks, the
-manifolds keep both sets in float64 on their device (0.8 GB for 50,000 images of 2048 features).
+The work is done in float64. Features may be memory maps: KID reads its subsets alone, the Inception Score a split at a
+time; the manifolds keep both sets in float64 on their device (0.8 GB for 50,000 images of 2048 features).
 """
 
 from typing import NamedTuple
@@ -11,14 +10,19 @@ import numpy as np
 import torch
 
 from ..utils.devices import find_device
-from .statistics import FeatureRows, check_finite, check_pair, checked_blocks, to_float64
+from .statistics import FeatureRows, FeatureStatistics, check_pair, to_float64
+
+
+# rows whose distances to all others are in memory at a time
+BLOCK = 256
+# of squared distances, relative to |x|^2 + |y|^2: more than float64 rounds a product, less than float32 features do
+_ROUNDING = 1e-13
+# how far float32 rounds a matrix from symmetry, or eigenvalues from 0, relative to its largest value
+_FLOAT32_ROUNDING = 1e-5
 
 
 class Estimate(NamedTuple):
-    """The mean over random subsets of the images, and the standard deviation over them (divided by their number).
-
-    The latter is the spread of one subset's value, not the error of the mean.
-    """
+    """The mean over random subsets of the images, and the standard deviation of a subset's value (not of the mean)."""
 
     mean: float
     standard_deviation: float
@@ -39,6 +43,44 @@ class DensityCoverage(NamedTuple):
     coverage: float
 
 
+def frechet_distance(
+    mean_a: FeatureRows, covariance_a: FeatureRows, mean_b: FeatureRows, covariance_b: FeatureRows
+) -> float:
+    """Computes ``|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2))`` of two normal distributions.
+
+    FID, eq. 6 of Heusel et al. 2017 (https://arxiv.org/abs/1706.08500); Dowson and Landau 1982. With ``A = F F^T`` and
+    ``B = G G^T`` the trace of the root is the sum of the singular values of ``F^T G``. So singular, zero and equal
+    covariances are exact to rounding, and nothing is added to a diagonal.
+
+    Args:
+        mean_a: (features,), an array or tensor of any floating type and on any device.
+        covariance_a: (features, features), symmetric, without negative eigenvalues but for rounding.
+        mean_b: As ``mean_a``.
+        covariance_b: As ``covariance_a``.
+
+    Returns:
+        The distance, in squared units of the features, at least 0.
+
+    Raises:
+        ValueError: Shapes do not fit, or a covariance is not finite, not symmetric or has a negative eigenvalue.
+    """
+    mean_a, covariance_a = _check_moments("a", mean_a, covariance_a)
+    mean_b, covariance_b = _check_moments("b", mean_b, covariance_b)
+    if mean_a.shape != mean_b.shape:
+        raise ValueError(
+            f"mean_a has {len(mean_a)} features and mean_b has {len(mean_b)}: statistics of one extractor are needed"
+        )
+    root = _factor(covariance_a, "covariance_a").T @ _factor(covariance_b, "covariance_b")
+    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace()
+    # rounding makes that of equal distributions negative, by about 1e-15 of the traces
+    return max(0.0, (distance - 2 * _sum_singular_values(root)).item())
+
+
+def distance_of_statistics(reference: FeatureStatistics, model: FeatureStatistics) -> float:
+    """`frechet_distance` of two sets of features."""
+    return frechet_distance(reference.mean, reference.covariance, model.mean, model.covariance)
+
+
 def kernel_distance(
     features_a: FeatureRows,
     features_b: FeatureRows,
@@ -50,11 +92,11 @@ def kernel_distance(
 
     Binkowski et al. 2018 (https://arxiv.org/abs/1801.01401), section 4: the unbiased estimator, which may be negative,
     as the mean over random subsets of ``min(max_subset_size, images)`` images of either set. Where that is all of
-    both, one subset is taken. Only the subsets are read.
+    both, one subset is taken.
 
     Args:
         features_a: (images, features), at least 2 images, of any floating type.
-        features_b: The same number of features, at least 2 images.
+        features_b: Likewise, of the same number of features.
         num_subsets: At least 1.
         max_subset_size: At least 2.
         seed: Of the subsets; one seed, one result.
@@ -62,7 +104,7 @@ def kernel_distance(
     Raises:
         ValueError: Shapes do not fit, a number is too small, or a row that was read is not finite.
     """
-    check_pair(features_a, features_b, "features_a", "features_b", min_rows=2)
+    check_pair(2, features_a=features_a, features_b=features_b)
     for name, value, least in (("num_subsets", num_subsets, 1), ("max_subset_size", max_subset_size, 2)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, but is {value}")
@@ -73,22 +115,17 @@ def kernel_distance(
 
     def subset(features: FeatureRows, name: str) -> np.ndarray:
         # in the order of the file, which a disk reads faster
-        rows = to_float64(features[np.sort(rng.choice(len(features), size, replace=False))])
-        check_finite(rows, f"a subset of {name}")
-        return rows
+        return to_float64(features[np.sort(rng.choice(len(features), size, replace=False))], f"a subset of {name}")
 
-    def sum_kernel(products: np.ndarray) -> float:
-        return ((products / features_a.shape[1] + 1) ** 3).sum()
-
-    def sum_of_pairs(rows: np.ndarray) -> float:
-        """Without the pairs of an image with itself."""
-        return sum_kernel(rows @ rows.T) - sum_kernel((rows**2).sum(axis=1))
+    def kernel(rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
+        return (rows_a @ rows_b.T / rows_a.shape[1] + 1) ** 3
 
     estimates = []
     for _ in range(num_subsets):
         a, b = subset(features_a, "features_a"), subset(features_b, "features_b")
-        within = (sum_of_pairs(a) + sum_of_pairs(b)) / (size * (size - 1))
-        estimates.append(within - 2 * sum_kernel(a @ b.T) / size**2)
+        # without the pairs of an image with itself
+        within = sum(matrix.sum() - matrix.trace() for matrix in (kernel(a, a), kernel(b, b))) / (size * (size - 1))
+        estimates.append(within - 2 * kernel(a, b).mean())
     return Estimate(float(np.mean(estimates)), float(np.std(estimates)))
 
 
@@ -97,9 +134,8 @@ def inception_score(
 ) -> Estimate:
     """Inception Score: ``exp(E_x KL(p(y|x) || p(y)))``, the mean over splits of equal size.
 
-    Salimans et al. 2016 (https://arxiv.org/abs/1606.03498), section 4. Images that come class by class would have few
-    classes in each split, so they are dealt out to the splits by a permutation that only the seed decides. Compare
-    scores of the same number of images and splits only.
+    Salimans et al. 2016 (https://arxiv.org/abs/1606.03498), section 4. A permutation deals out the images to the
+    splits, as they often come class by class. Compare scores of the same number of images and splits only.
 
     Args:
         predictions: (images, classes), of any floating type: probabilities, which add up to 1, or logits.
@@ -113,50 +149,33 @@ def inception_score(
     Raises:
         ValueError: There are fewer images than splits, or a row is not finite or no probabilities.
     """
-    if predictions.ndim != 2 or predictions.shape[1] == 0:
-        raise ValueError(f"predictions must have the shape (images, classes), but have {tuple(predictions.shape)}")
-    num_images, num_classes = predictions.shape
+    num_images = len(predictions)
     if not 1 <= num_splits <= num_images:
         raise ValueError(f"num_splits must be from 1 to the number of images ({num_images}), but is {num_splits}")
     split_of_image = np.random.default_rng(seed).permutation(num_images) % num_splits
-    # KL of a split = mean of sum(p log p) - sum(q log q), where q is the mean of p: one pass is enough
-    negative_entropy, class_sums = np.zeros(num_splits), np.zeros((num_splits, num_classes))
-    for start, block in checked_blocks(predictions, "predictions"):
-        if from_logits:
-            block = np.exp(block - block.max(axis=1, keepdims=True))
-        sums = block.sum(axis=1)
+    scores = []
+    for split in range(num_splits):
+        rows = torch.from_numpy(to_float64(predictions[split_of_image == split], "predictions"))
+        rows = rows.softmax(dim=1) if from_logits else rows
+        sums = rows.sum(dim=1, keepdim=True)
         # float16 probabilities of a thousand classes add up to 1 within this
-        wrong = (block < 0).any(axis=1) | (np.abs(sums - 1) > 1e-2)
-        if wrong.any() and not from_logits:
-            row = int(wrong.argmax())
+        if rows.min() < 0 or (sums - 1).abs().max() > 1e-2:
             raise ValueError(
-                f"predictions must be probabilities that add up to 1, but row {start + row} goes from "
-                f"{block[row].min():.3g} to {block[row].max():.3g} and adds up to {sums[row]:.3g}; "
-                "of logits say from_logits=True"
+                f"predictions must be probabilities that add up to 1, but the smallest is {rows.min():.3g} and rows"
+                f" add up to {sums.min():.3g} to {sums.max():.3g}; of logits say from_logits=True"
             )
-        probabilities = block / sums[:, None]
-        split = split_of_image[start : start + len(block)]
-        negative_entropy += np.bincount(split, _sum_p_log_p(probabilities), minlength=num_splits)
-        class_sums += (split == np.arange(num_splits)[:, None]).astype(np.float64) @ probabilities
-    sizes = np.bincount(split_of_image, minlength=num_splits)
-    divergence = negative_entropy / sizes - _sum_p_log_p(class_sums / sizes[:, None])
-    # it is no less than 0, but for rounding
-    scores = np.exp(np.maximum(divergence, 0))
-    return Estimate(float(scores.mean()), float(scores.std()))
-
-
-def _sum_p_log_p(probabilities: np.ndarray) -> np.ndarray:
-    """``sum(p log p)`` of each row, where 0 log 0 is 0."""
-    logarithms = np.log(probabilities, out=np.zeros_like(probabilities), where=probabilities > 0)
-    return (probabilities * logarithms).sum(axis=1)
+        rows = rows / sums
+        entropies = torch.special.entr(rows).sum(dim=1)
+        # it is no less than 0, but for rounding
+        divergence = (torch.special.entr(rows.mean(dim=0)).sum() - entropies.mean()).clamp(min=0)
+        scores.append(divergence.exp().item())
+    return Estimate(float(np.mean(scores)), float(np.std(scores)))
 
 
 def class_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The share of images (from 0 to 1) whose most probable class is the one that was asked for.
+    """The share of images, from 0 to 1, whose most probable class, of (images, classes), is their label, (images,).
 
-    Args:
-        probabilities: (images, classes).
-        labels: (images,); images of label -1 were asked for without a class and do not count.
+    Images of label -1 were asked for without a class and do not count.
     """
     labels = np.asarray(labels)
     return float((np.asarray(probabilities).argmax(axis=1) == labels)[labels >= 0].mean())
@@ -172,17 +191,17 @@ def precision_and_recall(
 
     Args:
         real_features: (images, features), of any floating type, more than k images.
-        generated_features: The same number of features, more than k images.
+        generated_features: Likewise, of the same number of features.
         k: Which neighbour gives the radius; the paper's is 3.
         device: Where distances are computed.
 
     Raises:
         ValueError: Shapes do not fit, there are too few images, or a row is not finite.
     """
-    real, generated = _open_sets(real_features, generated_features, k, device, k + 1)
-    in_real, _ = _count_balls(generated, real, real.squared_radii(k))
-    in_generated, _ = _count_balls(real, generated, generated.squared_radii(k))
-    return PrecisionRecall(float((in_real > 0).mean()), float((in_generated > 0).mean()))
+    real, generated = _to_device(real_features, generated_features, device)
+    balls_of_generated, _ = _count_balls(generated, real, k, "real_features")
+    balls_of_real, _ = _count_balls(real, generated, k, "generated_features")
+    return PrecisionRecall(*((balls > 0).double().mean().item() for balls in (balls_of_generated, balls_of_real)))
 
 
 def density_and_coverage(
@@ -190,81 +209,96 @@ def density_and_coverage(
 ) -> DensityCoverage:
     """Density and coverage, Naeem et al. 2020 (https://arxiv.org/abs/2002.09797), section 3.
 
-    Args:
-        real_features: (images, features), of any floating type, more than k images.
-        generated_features: The same number of features, at least one image.
-        k: Which neighbour gives the radius; the paper's is 5.
-        device: Where distances are computed.
-
-    Raises:
-        ValueError: Shapes do not fit, there are too few images, or a row is not finite.
+    Arguments and errors are those of `precision_and_recall`, but for k, which is 5 in the paper, and that one
+    generated image is enough.
     """
-    real, generated = _open_sets(real_features, generated_features, k, device, 1)
-    balls_of_image, images_of_ball = _count_balls(generated, real, real.squared_radii(k))
-    return DensityCoverage(float(balls_of_image.mean() / k), float((images_of_ball > 0).mean()))
+    real, generated = _to_device(real_features, generated_features, device)
+    balls_of_generated, generated_in_ball = _count_balls(generated, real, k, "real_features")
+    return DensityCoverage(
+        balls_of_generated.double().mean().item() / k, (generated_in_ball > 0).double().mean().item()
+    )
 
 
-class _FeatureSet:
-    """Centred features, of which squared distances in float64 are taken block by block."""
-
-    # relative to |x|^2 + |y|^2: more than float64 rounds a product, and less than float32 features do
-    TOLERANCE = 1e-13
-
-    def __init__(self, features: FeatureRows, name: str, centre: np.ndarray, device: torch.device):
-        self.rows = torch.empty(features.shape, dtype=torch.float64, device=device)
-        for start, block in checked_blocks(features, name):
-            self.rows[start : start + len(block)] = torch.from_numpy(block - centre).to(device)
-        self.squares = self.rows.square().sum(dim=1)
-
-    def distances(self, block: slice, others: "_FeatureSet") -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared distances (rows of the block, others), and how far rounding may have moved them."""
-        sums = self.squares[block, None] + others.squares
-        return torch.addmm(sums, self.rows[block], others.rows.T, alpha=-2).clamp_(min=0), sums.mul_(self.TOLERANCE)
-
-    def blocks(self) -> list[slice]:
-        return [slice(start, start + BLOCK) for start in range(0, len(self.rows), BLOCK)]
-
-    def squared_radii(self, k: int) -> torch.Tensor:
-        """Squared distance of each point from its k-th nearest neighbour (points,); the nearest is itself."""
-        radii = [self.distances(block, self)[0].kthvalue(k + 1, dim=1).values for block in self.blocks()]
-        return torch.cat(radii)
+def _check_moments(side: str, *moments: FeatureRows) -> tuple[torch.Tensor, torch.Tensor]:
+    # a copy of arrays, because torch takes none that is read-only, such as a memory map
+    mean, covariance = (
+        values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.tensor(np.array(values, float))
+        for values in moments
+    )
+    if mean.ndim != 1 or len(mean) == 0 or covariance.shape != 2 * mean.shape:
+        raise ValueError(
+            f"mean_{side} and covariance_{side} must have the shapes (features,) and (features, features), but have"
+            f" {tuple(mean.shape)} and {tuple(covariance.shape)}"
+        )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"mean_{side} or covariance_{side} has a NaN or an infinity")
+    asymmetry = (covariance - covariance.T).abs().max()
+    if asymmetry > _FLOAT32_ROUNDING * covariance.abs().max():
+        raise ValueError(f"covariance_{side} is not symmetric: values that should be equal differ by {asymmetry:.3g}")
+    return mean, (covariance + covariance.T) / 2
 
 
-BLOCK = 256
+def _factor(covariance: torch.Tensor, name: str) -> torch.Tensor:
+    """F with ``covariance = F F^T``, (features, rank): by Cholesky where the rank is full, else by eigenvectors."""
+    rounding = len(covariance) * torch.finfo(torch.float64).eps
+    triangle, failed_at = torch.linalg.cholesky_ex(covariance)
+    if failed_at == 0 and triangle.diagonal().min().square() > rounding * covariance.diagonal().max():
+        return triangle
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    largest = eigenvalues.abs().max()
+    if eigenvalues[0] < -_FLOAT32_ROUNDING * largest:
+        raise ValueError(f"{name} is no covariance: it has the negative eigenvalue {eigenvalues[0]:.3g}")
+    kept = eigenvalues > rounding * largest
+    return eigenvectors[:, kept] * eigenvalues[kept].sqrt()
 
 
-def _open_sets(
-    real: FeatureRows, generated: FeatureRows, k: int, device: str | torch.device, least_generated: int
-) -> tuple[_FeatureSet, _FeatureSet]:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, but is {k}")
-    check_pair(real, generated, "real_features", "generated_features", min_rows=1)
-    for name, features, least in (
-        ("real_features", real, k + 1),
-        ("generated_features", generated, least_generated),
-    ):
-        if len(features) < least:
-            raise ValueError(f"{name} must have more than k = {k} images, but has {len(features)}")
+def _sum_singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """Adds up singular values, as roots of the eigenvalues of the square where that is as good.
+
+    That takes half the time, but may lose those below 1e-8 of the largest, which the determinant shows: where their
+    logarithms agreed to 1e-3, the sum was right to 1e-10. With the largest columns first small ones mostly survive.
+    """
+    if 0 < matrix.shape[0] == matrix.shape[1]:
+        graded = matrix[:, matrix.norm(dim=0).argsort(descending=True)]
+        squares = torch.linalg.eigvalsh(graded.T @ graded)
+        # one that came out as 0 or negative makes the sum -inf or NaN, which is not near
+        if abs(squares.log().sum() / 2 - torch.linalg.slogdet(matrix).logabsdet) < 1e-3:
+            return squares.sqrt().sum()
+    return torch.linalg.svdvals(matrix).sum()
+
+
+def _to_device(
+    real: FeatureRows, generated: FeatureRows, device: str | torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sets in float64, centred, so that products lose no digits to a mean far from 0."""
+    check_pair(1, real_features=real, generated_features=generated)
     device = find_device(device)
     # Apple's GPUs have no float64
     device = torch.device("cpu") if device.type == "mps" else device
+    real, generated = to_float64(real, "real_features"), to_float64(generated, "generated_features")
     # the median of some stays among the many even where a few outliers pull the mean far away
-    centre = np.median(to_float64(real[:: -(-len(real) // 2048)]), axis=0)
-    sets = [
-        _FeatureSet(*each, centre, device) for each in ((real, "real_features"), (generated, "generated_features"))
-    ]
-    return sets[0], sets[1]
+    centre = np.median(real[:: -(-len(real) // 2048)], axis=0)
+    return torch.from_numpy(real - centre).to(device), torch.from_numpy(generated - centre).to(device)
 
 
-def _count_balls(
-    points: _FeatureSet, centres: _FeatureSet, squared_radii: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """In how many balls each point lies, int64 (points,), and how many points each ball has, int64 (centres,)."""
-    balls_of_point, points_of_ball = [], torch.zeros(len(centres.rows), dtype=torch.int64, device=centres.rows.device)
-    for block in points.blocks():
-        distances, rounding = points.distances(block, centres)
+def _squared_distances(rows: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared distances (rows, others), and how far rounding may have moved them."""
+    sums = rows.square().sum(dim=1)[:, None] + others.square().sum(dim=1)
+    return torch.addmm(sums, rows, others.T, alpha=-2).clamp_(min=0), sums * _ROUNDING
+
+
+def _count_balls(points: torch.Tensor, centres: torch.Tensor, k: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many balls, which reach to the k-th nearest other centre, hold a point, and how many points a ball holds."""
+    if not 1 <= k < len(centres):
+        raise ValueError(f"k must be at least 1 and below the {len(centres)} images of {name}, but is {k}")
+    # the nearest of all is the centre itself
+    radii = [_squared_distances(block, centres)[0].kthvalue(k + 1, dim=1).values for block in centres.split(BLOCK)]
+    squared_radii = torch.cat(radii)
+    balls_of_point, points_of_ball = [], torch.zeros_like(squared_radii, dtype=torch.int64)
+    for block in points.split(BLOCK):
+        distances, rounding = _squared_distances(block, centres)
         # balls are closed: a point at exactly the radius is inside
         inside = distances <= squared_radii + rounding
         balls_of_point.append(inside.sum(dim=1))
         points_of_ball += inside.sum(dim=0)
-    return torch.cat(balls_of_point).cpu().numpy(), points_of_ball.cpu().numpy()
+    return torch.cat(balls_of_point), points_of_ball

@@ -15,9 +15,9 @@ class Metric:
 
     Attributes:
         label: Its name in charts.
-        function: ``module:function`` of this package. It returns a number, a named tuple of which one entry has the
-            metric's name, or an `Estimate`. It is given `needs`, then `settings` by name, and ``seed`` and ``device``
-            where it takes them.
+        function: One of `feature_metrics`, or ``module:function`` of this package. It returns a number, a named tuple
+            of which one entry has the metric's name, or an `Estimate`. It is given `needs`, then `settings` by name,
+            and ``seed`` and ``device`` where it takes them.
         needs: What it is given, of ``reference`` or ``model``: ``statistics``, ``features``, ``probabilities`` or
             ``known_labels`` (see `Evaluation`).
         settings: Its arguments, which scores.json repeats.
@@ -39,25 +39,20 @@ class Metric:
 
     def load(self) -> Callable[..., Any]:
         """The function."""
-        module, name = self.function.split(":")
-        return getattr(importlib.import_module(f".{module}", __package__), name)
+        module, _, name = self.function.rpartition(":")
+        return getattr(importlib.import_module(f".{module or 'feature_metrics'}", __package__), name)
 
 
-_FEATURES = ("reference.features", "model.features")
-_SUBSETS = {"num_subsets": 100, "max_subset_size": 1000}
-_PRECISION_RECALL, _DENSITY_COVERAGE = "feature_metrics:precision_and_recall", "feature_metrics:density_and_coverage"
+_FEATURES, _PREDICTIONS = ("reference.features", "model.features"), ("model.probabilities",)
+_STATISTICS = ("reference.statistics", "model.statistics")
 
 METRICS = {
-    "fid": Metric("FID", "frechet:distance_of_statistics", ("reference.statistics", "model.statistics"), {}, 2, True),
-    "kid": Metric("KID", "feature_metrics:kernel_distance", _FEATURES, _SUBSETS, 6, True),
-    "inception_score": Metric(
-        "Inception Score", "feature_metrics:inception_score", ("model.probabilities",), {"num_splits": 10}, 10
-    ),
-    "precision": Metric("precision", _PRECISION_RECALL, _FEATURES, {"k": 3}, 6),
-    "recall": Metric("recall", _PRECISION_RECALL, _FEATURES, {"k": 3}, 6),
-    "density": Metric("density", _DENSITY_COVERAGE, _FEATURES, {"k": 5}, 6),
-    "coverage": Metric("coverage", _DENSITY_COVERAGE, _FEATURES, {"k": 5}, 6),
-    "class_accuracy": Metric(
-        "class accuracy", "feature_metrics:class_accuracy", ("model.probabilities", "model.known_labels")
-    ),
+    "fid": Metric("FID", "distance_of_statistics", _STATISTICS, {}, 2, True),
+    "kid": Metric("KID", "kernel_distance", _FEATURES, {"num_subsets": 100, "max_subset_size": 1000}, 6, True),
+    "inception_score": Metric("Inception Score", "inception_score", _PREDICTIONS, {"num_splits": 10}, 10),
+    "precision": Metric("precision", "precision_and_recall", _FEATURES, {"k": 3}, 6),
+    "recall": Metric("recall", "precision_and_recall", _FEATURES, {"k": 3}, 6),
+    "density": Metric("density", "density_and_coverage", _FEATURES, {"k": 5}, 6),
+    "coverage": Metric("coverage", "density_and_coverage", _FEATURES, {"k": 5}, 6),
+    "class_accuracy": Metric("class accuracy", "class_accuracy", (*_PREDICTIONS, "model.known_labels")),
 }

@@ -31,9 +31,10 @@ from .evaluating import (
     open_extractor,
     write_json,
 )
-from .generated_images import find_revision
+from .extractors import FeatureExtractor
+from .images import find_revision
 from .options import SAMPLER_NAMES, ModelOptions, SamplingOptions, SweepOptions
-from .protocols import COMPARED_ENTRIES, FeatureExtractor, check_comparable
+from .protocols import COMPARED_ENTRIES, check_comparable
 from .scoring import compare
 from .weights import file_digest
 

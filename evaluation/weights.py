@@ -1,31 +1,24 @@
 """Published weights of extractors: named by a path, or fetched once into the Hugging Face cache."""
 
-import dataclasses
 import hashlib
 import http.client
 import logging
 import os
-import shutil
-import urllib.error
-import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from huggingface_hub import cached_assets_path, constants
-from tqdm.auto import tqdm
 
-from ..utils.atomic_write import atomic_file, only_writer
+from ..utils.atomic_write import only_writer
 
 
 logger = logging.getLogger(__name__)
 
 MIRROR_VARIABLE = "IMAGENET64_WEIGHTS_MIRROR"
-_TIMEOUT_SECONDS = 60
-# how long one process waits while another fetches the file
-_WAITING_SECONDS = 3600
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightsFile:
+class WeightsFile(NamedTuple):
     """A published file: its name (also in the cache and on a mirror), its URL, and the first digits of its SHA-256."""
 
     name: str
@@ -33,8 +26,7 @@ class WeightsFile:
     sha256: str
 
 
-# The Inception of 2015-12-05 that the usual FID is taken with, as TorchScript, from StyleGAN2-ADA. The digest is the
-# one that k-diffusion checks its download against.
+# The Inception that the usual FID is taken with, from StyleGAN2-ADA; k-diffusion checks the same digest.
 INCEPTION_2015 = WeightsFile(
     "inception-2015-12-05.pt",
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
@@ -48,22 +40,13 @@ TORCHVISION_INCEPTION = WeightsFile(
 )
 
 
-def find_weights(
-    published: WeightsFile, path: str | Path | None = None, cache_dir: str | Path | None = None
-) -> tuple[Path, str]:
+def find_weights(published: WeightsFile, path: str | Path | None = None) -> tuple[Path, str]:
     """The place and the SHA-256 (64 hexadecimal digits) of a file of weights.
 
-    Without a path the file comes from the cache, where it is fetched to from its URL, or from the mirror that the
-    environment variable IMAGENET64_WEIGHTS_MIRROR names, a URL under which it has the same name. It is kept if its
-    SHA-256 is right, which is checked again each time; of several processes one fetches and the others wait.
-
-    A file named by its path is used whatever its SHA-256 is, with a warning if it is not the published one. Loading
-    TorchScript runs the code in the file, so name only files that you trust.
-
-    Args:
-        published: The file.
-        path: The file elsewhere, or the folder that holds it; None for the cache.
-        cache_dir: The folder of the cache; by default ``imagenet64_diffusion`` among the assets in HF_HOME.
+    Without a path, to the file or its folder, it comes from the cache, the assets in HF_HOME, where it is fetched to
+    from its URL, or from the mirror that IMAGENET64_WEIGHTS_MIRROR names, a URL under which it has the same name. Its
+    SHA-256 is checked each time; of several processes one fetches and the others wait. A file named by its path is
+    used whatever it is, with a warning if it is not the published one.
 
     Raises:
         OSError: There is no such file, or it cannot be fetched. The message says how to name a path.
@@ -82,30 +65,21 @@ def find_weights(
                 *(file, published.name, digest, published.sha256),
             )
         return file, digest
-    if cache_dir is None:
-        cache_dir = cached_assets_path("imagenet64_diffusion", namespace="evaluation", subfolder="weights")
-    file = Path(cache_dir) / published.name
-    cached = _cached_digest(published, file)
-    if cached is None:
-        # the lock of a name that nothing has
-        with only_writer(file.with_name(f"{file.name}.fetching"), waiting_seconds=_WAITING_SECONDS):
-            # another process may have fetched it meanwhile
-            cached = _cached_digest(published, file) or _fetch(published, file)
-    return file, cached
+    assets = constants.HF_ASSETS_CACHE
+    folder = cached_assets_path("imagenet64_diffusion", "evaluation", "weights", assets_dir=assets)
+    file = folder / published.name
+    # the lock of a name that nothing has
+    with only_writer(folder / f"{file.name}.fetching", waiting_seconds=3600):
+        if file.is_file():
+            digest = file_digest(file)
+            if digest.startswith(published.sha256):
+                return file, digest
+            logger.warning("%s is damaged (its SHA-256 is %s): fetching it again", file, digest)
+        _fetch(published, file)
+    return file, file_digest(file)
 
 
-def _cached_digest(published: WeightsFile, file: Path) -> str | None:
-    """The SHA-256 of a cached file, if it is there and whole."""
-    if not file.is_file():
-        return None
-    digest = file_digest(file)
-    if digest.startswith(published.sha256):
-        return digest
-    logger.warning("%s is damaged (its SHA-256 is %s): fetching it again", file, digest)
-    return None
-
-
-def _fetch(published: WeightsFile, file: Path) -> str:
+def _fetch(published: WeightsFile, file: Path) -> None:
     mirror = os.environ.get(MIRROR_VARIABLE)
     url = f"{mirror.rstrip('/')}/{published.name}" if mirror else published.url
     advice = (
@@ -117,23 +91,12 @@ def _fetch(published: WeightsFile, file: Path) -> str:
     if constants.HF_HUB_OFFLINE:
         raise OSError(f"{published.name} is not in {file.parent}, and HF_HUB_OFFLINE is set: {advice}")
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, atomic_file(file) as writing:
-            total = int(response.headers.get("Content-Length") or 0) or None
-            with writing.open("wb") as opened, tqdm.wrapattr(opened, "write", total, desc=published.name) as target:
-                shutil.copyfileobj(response, target, 1 << 20)
-            # a connection that broke is seen by it too
-            digest = file_digest(writing)
-            if not digest.startswith(published.sha256):
-                raise ValueError(
-                    f"{url} gave {writing.stat().st_size:,} bytes whose SHA-256 is {digest} instead of"
-                    f" {published.sha256}: not kept; {advice}"
-                )
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=published.sha256)
+    except RuntimeError as error:
+        raise ValueError(f"what {url} gave is not kept ({error}); {advice}") from error
     except (OSError, http.client.HTTPException) as error:
-        # urllib puts the system's reason into its own error
-        reason = error.reason if type(error) is urllib.error.URLError else error
-        reason = " ".join(str(reason).split()) or type(reason).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"{published.name} cannot be fetched from {url} ({reason}): {advice}") from error
-    return digest
 
 
 def file_digest(*files: Path) -> str:

@@ -64,8 +64,7 @@ def stand_in(tmp_path_factory) -> Path:
 def make_pixels(seed: int, count: int = 60, size: int = 64) -> torch.Tensor:
     """Blobs of many sizes and colours with some noise: uint8 (count, 3, size, size)."""
     rng = np.random.default_rng(seed)
-    coarse = rng.uniform(0, 256, (count, 3, 6, 6))
-    smooth = F.interpolate(torch.from_numpy(coarse), size, mode="bicubic").numpy()
+    smooth = F.interpolate(torch.from_numpy(rng.uniform(0, 256, (count, 3, 6, 6))), size, mode="bicubic").numpy()
     noise = rng.normal(0, 30, (count, 3, size, size))
     return torch.from_numpy((smooth + noise).clip(0, 255).astype(np.uint8))
 
@@ -75,60 +74,43 @@ def write_images(folder: Path, pixels: torch.Tensor) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{number}.png" for number in range(len(pixels))]
     for file, one in zip(files, pixels, strict=True):
-        PIL.Image.fromarray(one.permute(1, 2, 0).squeeze(2).numpy()).save(file)
+        PIL.Image.fromarray(one.permute(1, 2, 0).numpy()).save(file)
     return files
 
 
-class FileServer:
-    """Serves a folder on this machine while the ``with`` block lasts.
-
-    Attributes:
-        url: Where the folder is.
-        requests: The paths that were asked for.
-        cut_after: After how many bytes each connection breaks, if not None.
-        may_answer: What answers wait for.
-    """
+class FileServer(http.server.ThreadingHTTPServer):
+    """Serves a folder on this machine; ``requests`` are the paths that were asked for, ``cut_after`` is after how many
+    bytes each connection breaks, and answers wait for ``may_answer``."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.requests: list[str] = []
-        self.cut_after: int | None = None
-        self.may_answer = threading.Event()
+        self.folder, self.requests, self.cut_after, self.may_answer = folder, [], None, threading.Event()
         self.may_answer.set()
-        server = self
+        super().__init__(("127.0.0.1", 0), functools.partial(_Handler, directory=folder))
+        self.url = f"http://127.0.0.1:{self.server_port}"
 
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.requests.append(self.path)
-                server.may_answer.wait(timeout=60)
-                if server.cut_after is None:
-                    return super().do_GET()
-                content = (folder / self.path.lstrip("/")).read_bytes()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[: server.cut_after])
-                return None
 
-            def log_message(self, *_) -> None:
-                """Keeps the requests out of the output of the tests."""
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        self.server.may_answer.wait(timeout=60)
+        if self.server.cut_after is None:
+            super().do_GET()
+            return
+        content = (self.server.folder / self.path.lstrip("/")).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: self.server.cut_after])
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> "FileServer":
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def log_message(self, *_) -> None:
+        """Keeps the requests out of the output of the tests."""
 
 
 @pytest.fixture
 def server(tmp_path) -> Iterator[FileServer]:
     """A server of an empty folder."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    with FileServer(folder) as running:
+    (tmp_path / "served").mkdir()
+    with FileServer(tmp_path / "served") as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield running
+        running.shutdown()

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from transformers import AutoModelForImageClassification
 
 from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
@@ -26,47 +25,34 @@ def trained(prepared, tmp_path_factory):
 
 def test_it_learns_what_it_has_not_seen(trained, prepared):
     """By loading it as anybody would, and with every tenth image of a class counted by hand."""
-    assert trained.accuracy > 0.9
     images = PreparedImages(prepared)
     held_out = [index for label in range(3) for index in np.flatnonzero(images.labels() == label)[9::10]]
-    assert trained.num_held_out == len(held_out) == 9
-    network = AutoModelForImageClassification.from_pretrained(trained.folder).eval()
+    network = AutoModelForImageClassification.from_pretrained(trained).eval()
     batch = images[held_out]
     with torch.no_grad():
         answers = network(pixel_values=to_model_range(batch["pixel_values"])).logits.argmax(dim=1)
-    assert (answers == batch["class_labels"]).float().mean() == pytest.approx(trained.accuracy)
+    accuracy = (answers == batch["class_labels"]).float().mean()
+    assert accuracy > 0.8
     assert network.config.id2label == {0: "dark", 1: "grey", 2: "light"}
     assert (network.config.image_size, network.config.num_channels) == ([16, 16], 1)
+    card = (trained / "README.md").read_text()
+    assert "# A small classifier of 96 images, 3 classes, 16x16 grayscale" in card
+    assert f"{accuracy:.1%} of 9 held-out images" in card
+    assert images.fingerprint in card
+    assert file_digest(trained / "model.safetensors") in card
+    assert "--epochs 8 --batch_size 16 --learning_rate 0.005 --seed 0" in card
 
 
 def test_one_seed_one_file(trained, prepared, tmp_path):
     torch.rand(1)
     before = torch.get_rng_state()
-    again = train_classifier(options(prepared, tmp_path / "again")).folder
+    again = train_classifier(options(prepared, tmp_path / "again"))
     assert torch.equal(torch.get_rng_state(), before)
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (again, trained.folder))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name])
-    # and in the place of one that is there
-    train_classifier(options(prepared, again, seed=1, epochs=1))
-    changed = load_file(again / "model.safetensors")
-    assert any(not np.array_equal(changed[name], ours[name]) for name in ours)
+    assert file_digest(again / "model.safetensors") == file_digest(trained / "model.safetensors")
+    # and in the place of one that is there; 87 images in batches of 43 leave one, which cannot be normalised
+    train_classifier(options(prepared, again, seed=1, epochs=1, batch_size=43))
+    assert file_digest(again / "model.safetensors") != file_digest(trained / "model.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
-
-
-def test_the_card(trained, prepared):
-    text = (trained.folder / "README.md").read_text()
-    assert "# A small classifier of 96 images, 3 classes, 16x16 grayscale" in text
-    assert f"{trained.accuracy:.1%} of 9 held-out images" in text
-    assert PreparedImages(prepared).fingerprint in text
-    assert file_digest(trained.folder / "model.safetensors") in text
-    assert "--epochs 8 --batch_size 16 --learning_rate 0.005 --seed 0" in text
-
-
-def test_a_last_batch_of_one(prepared, tmp_path):
-    # 87 images in batches of 43 leave one, with which batch normalisation cannot work
-    assert train_classifier(options(prepared, tmp_path / "out", batch_size=43, epochs=1)).num_held_out == 9
 
 
 def prepare_few(folder, count: int, classes: int):
@@ -84,8 +70,8 @@ def test_wrong_data_and_folders(prepared, tmp_path, capsys):
     (tmp_path / "mine" / "thesis.tex").write_text("keep")
     for arguments, message in (
         (["--train_data_dir", tmp_path / "none"], f"{tmp_path / 'none'}"),
-        (["--train_data_dir", one_class], "whose images are of one class: there is nothing to tell apart"),
-        (["--train_data_dir", few], "where no class has 10 images: none is left to try the classifier on"),
+        (["--train_data_dir", one_class], "which has 1 classes of up to 20 images, but must have two"),
+        (["--train_data_dir", few], "which has 2 classes of up to 9 images, but must have two, and one of 10 images"),
         (["--output_dir", tmp_path / "mine"], f"output_dir is {tmp_path / 'mine'}, which holds other files"),
         (["--learning_rate", "nan"], "learning_rate is 'nan', but must be a number"),
         (["--batch_size", "1"], "batch_size is 1, but must be at least 2"),

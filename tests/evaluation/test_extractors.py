@@ -1,18 +1,30 @@
+"""Features under each protocol, against clean-fid, torchvision, transformers and Pillow."""
+
+import builtins
 import json
 
+import cleanfid.fid
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from cleanfid.inception_torchscript import InceptionV3W
 
-from imagenet64_diffusion.evaluation.protocols import check_comparable, make_extractor
+from imagenet64_diffusion.evaluation import frechet_distance
+from imagenet64_diffusion.evaluation.extractors import make_extractor
+from imagenet64_diffusion.evaluation.protocols import COMPARED_ENTRIES, check_comparable
 from imagenet64_diffusion.tests.hub.loopback_hub import Blob, Repository
 
-from .conftest import make_pixels
+from .conftest import make_pixels, write_images
 
 
+# what torch says of its formats
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated", "ignore:'torch.load' received a zip")
+MODES = ("clean", "legacy_tensorflow")
 IMAGENET_MEAN, IMAGENET_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +33,19 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = transformers.Dinov2Config(**tiny, mlp_ratio=2, image_size=56, patch_size=14)
+        config = transformers.Dinov2Config(**TINY, mlp_ratio=2, image_size=56, patch_size=14)
         transformers.Dinov2Model(config).save_pretrained(folder / "dinov2")
         id2label = dict(enumerate(["tench", "goldfish", "shark", "ray", "cock"]))
-        config = transformers.ViTConfig(
-            **tiny, intermediate_size=32, image_size=32, patch_size=8, id2label=id2label, initializer_range=0.5
-        )
-        transformers.ViTForImageClassification(config).save_pretrained(folder / "vit")
+        sizes = {"intermediate_size": 32, "image_size": 32, "patch_size": 8, "initializer_range": 0.5}
+        network = transformers.ViTForImageClassification(transformers.ViTConfig(**TINY, **sizes, id2label=id2label))
+        for name in ("vit", "no_processor"):
+            network.save_pretrained(folder / name)
         transformers.ViTImageProcessor(
             size={"height": 32, "width": 32}, resample=3, image_mean=[0.4] * 3, image_std=[0.2] * 3
         ).save_pretrained(folder / "vit")
+        # as many classes as features, so that several layers could be the head
+        config = transformers.ViTConfig(**TINY, **sizes, num_labels=32)
+        transformers.ViTForImageClassification(config).save_pretrained(folder / "square")
         config = transformers.ResNetConfig(
             num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
         )
@@ -41,64 +55,45 @@ def models(tmp_path_factory):
 
 def make(name, models, stand_in, **options):
     """An extractor of each kind, with options of `make_extractor`."""
-    match name:
-        case "clean" | "legacy_tensorflow":
-            return make_extractor(name, weights=stand_in, **options)
-        case "dinov2":
-            return make_extractor(name, weights=models / name, **options)
-        case "vit" | "resnet":
-            return make_extractor("classifier", weights=models / name, **options)
-    return make_extractor(name, **options)
+    if name in (*MODES, "pixels"):
+        return make_extractor(name, weights=None if name == "pixels" else stand_in, **options)
+    return make_extractor("dinov2" if name == "dinov2" else "classifier", weights=models / name, **options)
 
 
-KINDS = ("clean", "legacy_tensorflow", "dinov2", "vit", "resnet", "pixels")
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*MODES, "dinov2", "vit", "resnet", "pixels"])
 def test_features_do_not_depend_on_the_batch(kind, models, stand_in):
-    pixels = make_pixels(0, count=11, size=48)
     whole = make(kind, models, stand_in)
-    if whole.channels == 1:
-        pixels = pixels[:, :1]
+    pixels = make_pixels(0, count=5, size=48)[:, : whole.channels]
     features, probabilities = whole(pixels)
-    assert features.shape == (11, whole.num_features)
+    assert features.shape == (5, whole.num_features)
     assert features.dtype == torch.float32
     assert not features.requires_grad
-    chunked = make(kind, models, stand_in, batch_size=4)(pixels)
-    alone = [whole(one[None]) for one in pixels]
-    tolerance = {"rtol": 1e-5, "atol": 1e-5 * features.abs().max().item()}
-    for other in (chunked.features, torch.cat([one.features for one in alone])):
-        torch.testing.assert_close(other, features, **tolerance)
+    chunked = make(kind, models, stand_in, batch_size=2)(pixels)
+    alone = torch.cat([whole(one[None]).features for one in pixels])
+    for other in (chunked.features, alone):
+        torch.testing.assert_close(other, features, rtol=1e-5, atol=1e-5 * features.abs().max().item())
     if probabilities is None:
         assert whole.num_classes is None
     else:
-        torch.testing.assert_close(probabilities.sum(1), torch.ones(11))
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
         torch.testing.assert_close(chunked.probabilities, probabilities, rtol=1e-5, atol=1e-6)
     # the same again, and no two images alike
     assert torch.equal(whole(pixels).features, features)
     assert torch.pdist(features).min() > 1e-4 * features.norm()
-    empty = whole(pixels[:0])
-    assert empty.features.shape == (0, whole.num_features)
-    assert (empty.probabilities is None) == (probabilities is None)
     assert json.loads(json.dumps(whole.header)) == whole.header
-
-
-@pytest.mark.parametrize("kind", ["clean", "legacy_tensorflow", "dinov2", "vit", "pixels"])
-def test_grey_images_are_repeated(kind, models, stand_in):
-    grey = make_pixels(1, count=2, size=40)[:, :1]
-    extractor = make(kind, models, stand_in)
-    assert torch.equal(extractor(grey).features, extractor(grey.repeat(1, 3, 1, 1)).features)
+    # grey images are repeated
+    if whole.channels == 3:
+        grey = pixels[:2, :1]
+        assert torch.equal(whole(grey).features, whole(grey.repeat(1, 3, 1, 1)).features)
 
 
 def test_wrong_images(models, stand_in):
-    extractor = make("legacy_tensorflow", models, stand_in)
-    pixels = make_pixels(0, count=2, size=32)
+    extractor, pixels = make("legacy_tensorflow", models, stand_in), make_pixels(0, count=2, size=32)
     for images, message in [
         (pixels.float(), r"the images are torch.float32 of shape"),
         (pixels[0], r"of shape \(3, 32, 32\), but must be torch.uint8 \(images, channels, height, width\)"),
         (pixels[:, :, :0], r"of shape \(2, 3, 0, 32\)"),
-        (pixels[:, :2], "2 channels, but legacy_tensorflow takes images with 1 channel .* or 3 .*pixels takes any"),
-        (pixels.repeat(1, 2, 1, 1), "6 channels, but legacy_tensorflow"),
+        (pixels[:, :2], "2 channels, but legacy_tensorflow takes images with 1 channel .* or 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             extractor(images)
@@ -106,36 +101,107 @@ def test_wrong_images(models, stand_in):
         make("resnet", models, stand_in)(pixels)
     with pytest.raises(ValueError, match=r"have 3 channels, but pixels takes images with 2 channels$"):
         make_extractor("pixels", channels=2)(pixels)
-    with pytest.raises(ValueError, match="32x32 pixels, too few to be averaged to 33x33: give a smaller pixel_size"):
-        make_extractor("pixels", pixel_size=33)(pixels)
+    with pytest.raises(ValueError, match="7x32 pixels, too few to be averaged to 8x8"):
+        make_extractor("pixels")(pixels[:, :, :7])
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("channels", [1, 3, 5])
 def test_pixels_are_means_of_boxes(channels):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, channels, 24, 32), dtype=np.uint8))
     extractor = make_extractor("pixels", channels=channels)
     boxes = images.numpy().astype(np.float64).reshape(4, channels, 8, 3, 8, 4).mean(axis=(3, 5)) / 255
     np.testing.assert_allclose(extractor(images).features, boxes.reshape(4, -1), atol=1e-6)
     assert extractor.num_features == channels * 64
-    assert make_extractor("pixels", channels=channels, pixel_size=2).num_features == channels * 4
+
+
+# ---------------------------------------------------------------------- Inception
+
+
+@pytest.mark.filterwarnings("ignore:The `disp` argument is deprecated")
+@pytest.mark.parametrize("mode", MODES)
+def test_features_and_fid_are_those_of_clean_fid(mode, stand_in, tmp_path):
+    extractor = make_extractor(mode, weights=stand_in, batch_size=17)
+    network = InceptionV3W(str(stand_in.parent), download=False, resize_inside=mode == "legacy_tensorflow").eval()
+    moments = []
+    for seed in range(2):
+        pixels = make_pixels(seed, count=40)
+        files = [str(file) for file in write_images(tmp_path / str(seed), pixels)]
+        options = {"num_workers": 0, "batch_size": 50, "device": torch.device("cpu"), "mode": mode, "verbose": False}
+        theirs = cleanfid.fid.get_files_features(files, network, **options)
+        ours, probabilities = extractor(pixels)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+        # with fewer features than images the formula's sqrtm has a regular matrix
+        cut = [features[:, :20].astype(np.float64) for features in (ours.numpy(), theirs)]
+        moments.append([(features.mean(axis=0), np.cov(features, rowvar=False)) for features in cut])
+    (our_a, their_a), (our_b, their_b) = moments
+    expected = cleanfid.fid.frechet_distance(*their_a, *their_b)
+    assert expected > 0
+    assert frechet_distance(*our_a, *our_b) == pytest.approx(expected, rel=1e-6)
+
+    # the network's answer without bias, neither alike nor certain, so that the comparison says something
+    published = torch.jit.load(str(stand_in))
+    assert published.output.bias.abs().min() > 0
+    answer = (ours @ published.output.weight.T).softmax(1)
+    answer = published(pixels, no_output_bias=True) if mode == "legacy_tensorflow" else answer
+    torch.testing.assert_close(probabilities, answer.detach(), rtol=1e-5, atol=1e-7)
+    assert 0.11 < probabilities.max(dim=1).values.mean() < 0.9
+
+
+def test_original_is_what_torchvision_computes(tmp_path):
+    """With random weights whose activations stay of one size through all layers."""
+    torchvision_models = pytest.importorskip("torchvision.models")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = torchvision_models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_var.uniform_(0.5, 1.5)
+                module.running_mean.normal_(std=0.1)
+    file = tmp_path / "inception_v3_google-0cc3c7bd.pth"
+    torch.save(network.state_dict(), file)
+    pixels = make_pixels(5, count=1, size=32)
+    x = F.interpolate(pixels / 255, size=(299, 299), mode="bilinear", align_corners=False)
+    for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
+        x[:, channel] = (x[:, channel] - mean) / std
+    captured = []
+    network.avgpool.register_forward_hook(lambda module, inputs, output: captured.append(output.flatten(1)))
+    with torch.no_grad():
+        logits = network(x)
+    extractor = make_extractor("original", weights=file, dtype="float32")
+    found = extractor(pixels)
+    torch.testing.assert_close(found.features, captured[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.probabilities, logits.softmax(1), rtol=1e-5, atol=1e-7)
+    assert (extractor.num_features, extractor.num_classes) == (2048, 1000)
+
+    half = make_extractor("original", weights=file)
+    assert "does not compare with the usual FID" in half.header["note"]
+    with pytest.raises(ValueError, match="dtype is float16 in the first and float32 in the second"):
+        check_comparable(half.header, extractor.header)
+
+
+# ---------------------------------------------------------------------- transformers
+
+
+def resized_by_pillow(pixels, size, mean, std):
+    images = [
+        PIL.Image.fromarray(one.permute(1, 2, 0).numpy()).resize((size, size), PIL.Image.BICUBIC) for one in pixels
+    ]
+    return torch.tensor((np.stack(images) / 255 - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
 def test_dinov2_is_the_class_token_of_images_resized_with_pillow(models):
     pixels = make_pixels(2, count=3)
-    inputs = []
-    for one in pixels:
-        image = PIL.Image.fromarray(one.permute(1, 2, 0).numpy())
-        resized = np.asarray(image.resize((224, 224), PIL.Image.BICUBIC)) / 255
-        inputs.append(((resized - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1))
     network = transformers.AutoModel.from_pretrained(models / "dinov2").eval()
     with torch.no_grad():
         # for DINOv2 the pooled output is the class token after the last layer norm
-        expected = network(torch.tensor(np.stack(inputs), dtype=torch.float32)).pooler_output
+        expected = network(resized_by_pillow(pixels, 224, IMAGENET_MEAN, IMAGENET_STD)).pooler_output
     extractor = make_extractor("dinov2", weights=models / "dinov2")
     torch.testing.assert_close(extractor(pixels).features, expected, rtol=1e-5, atol=1e-5)
     header = extractor.header
     assert (header["network"], header["weights"], header["num_classes"]) == ("Dinov2Model", "dinov2", None)
-    half = make_extractor("dinov2", weights=models / "dinov2", dtype=torch.bfloat16)
+    half = make_extractor("dinov2", weights=models / "dinov2", dtype="bfloat16")
     with pytest.raises(ValueError, match="dtype is float32 in the first and bfloat16 in the second"):
         check_comparable(header, half.header)
     error = (half(pixels).features - expected).norm() / expected.norm()
@@ -146,21 +212,15 @@ def test_classifier_with_an_image_processor(models):
     pixels = make_pixels(3, count=4)
     extractor = make_extractor("classifier", weights=models / "vit")
     network = transformers.AutoModelForImageClassification.from_pretrained(models / "vit").eval()
-    images = [PIL.Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
-    inputs = [np.asarray(image.resize((32, 32), PIL.Image.BICUBIC)) / 255 for image in images]
     with torch.no_grad():
-        answer = network(
-            torch.tensor((np.stack(inputs) - 0.4) / 0.2, dtype=torch.float32).permute(0, 3, 1, 2),
-            output_hidden_states=True,
-        )
+        answer = network(resized_by_pillow(pixels, 32, 0.4, 0.2), output_hidden_states=True)
         features = network.vit.layernorm(answer.hidden_states[-1])[:, 0]
     found = extractor(pixels)
     # torchvision's resampling of uint8 is Pillow's but for a grey level here and there
     assert (found.features - features).norm() / features.norm() < 1e-2
     assert (found.probabilities - answer.logits.softmax(1)).abs().max() < 2e-2
     assert answer.logits.softmax(1).std() > 0.1
-    assert extractor.id2label == {0: "tench", 1: "goldfish", 2: "shark", 3: "ray", 4: "cock"}
-    assert extractor.num_classes == 5
+    assert extractor.id2label == dict(enumerate(["tench", "goldfish", "shark", "ray", "cock"]))
     resize = extractor.header["resize"]
     assert (resize["processor"], resize["image_mean"]) == ("ViTImageProcessor", [0.4] * 3)
 
@@ -170,58 +230,31 @@ def test_classifier_without_an_image_processor(models):
     extractor = make_extractor("classifier", weights=models / "resnet")
     network = transformers.AutoModelForImageClassification.from_pretrained(models / "resnet").eval()
     with torch.no_grad():
-        inputs = pixels / 127.5 - 1
-        answer = network(inputs)
-        features = network.resnet(inputs).pooler_output.flatten(1)
+        logits = network(pixels / 127.5 - 1).logits
+        features = network.resnet(pixels / 127.5 - 1).pooler_output.flatten(1)
     found = extractor(pixels)
     torch.testing.assert_close(found.features, features, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.probabilities, answer.logits.softmax(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.probabilities, logits.softmax(1), rtol=1e-5, atol=1e-6)
     assert extractor.header["normalization"] == "x / 127.5 - 1"
     assert extractor.header["resize"]["size"] is None
-
-
-def test_classifier_without_an_image_processor_resizes_to_its_configuration(models, tmp_path):
-    folder = tmp_path / "vit"
-    network = transformers.AutoModelForImageClassification.from_pretrained(models / "vit").eval()
-    network.save_pretrained(folder)
-    extractor = make_extractor("classifier", weights=folder)
-    assert extractor.header["resize"]["size"] == [32, 32]
-    right, double = make_pixels(5, count=3, size=32), make_pixels(5, count=3, size=64)
-    with torch.no_grad():
-        expected = network(right / 127.5 - 1).logits.softmax(1)
-        # Pillow's bilinear filter is the antialiased one
-        planes = [[np.asarray(PIL.Image.fromarray(plane.numpy().astype(np.float32))
-                   .resize((32, 32), PIL.Image.BILINEAR)) for plane in one] for one in double]  # fmt: skip
-        expected_double = network(torch.tensor(np.array(planes)) / 127.5 - 1).logits.softmax(1)
-    torch.testing.assert_close(extractor(right).probabilities, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(extractor(double).probabilities, expected_double, rtol=1e-3, atol=1e-5)
-
-
-def test_the_last_of_several_layers_that_could_be_the_head_is_it(tmp_path):
-    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-    config = transformers.ViTConfig(**sizes, num_hidden_layers=1, num_labels=24, initializer_range=0.5)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    extractor = make_extractor("classifier", weights=tmp_path / "vit")
-    found = extractor(make_pixels(6, count=2, size=16))
-    network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "vit")
+    # the last of several layers that could be the head is it
+    found = make_extractor("classifier", weights=models / "square")(make_pixels(6, count=2, size=32))
+    network = transformers.AutoModelForImageClassification.from_pretrained(models / "square")
     expected = network.classifier(found.features).softmax(1)
     torch.testing.assert_close(found.probabilities, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_wrong_models(models, tmp_path):
-    for protocol, weights, error, message in [
-        ("classifier", tmp_path / "absent", OSError, "absent is not a folder, and cannot be"),
-        ("dinov2", models / "vit" / "config.json", OSError, "is a file, but must be a folder of a transformers model"),
-        ("dinov2", tmp_path, ValueError, "cannot be loaded with AutoModel"),
-    ]:
-        with pytest.raises(error, match=message):
-            make_extractor(protocol, weights=weights)
-    (tmp_path / "config.json").write_bytes((models / "vit" / "config.json").read_bytes())
-    with pytest.raises(ValueError, match=r"cannot be loaded .*no file named model.safetensors"):
-        make_extractor("classifier", weights=tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match=r"cannot be loaded with AutoModelForImageClassification \("):
-        make_extractor("classifier", weights=tmp_path)
+def test_classifier_without_an_image_processor_resizes_to_its_configuration(models):
+    extractor = make_extractor("classifier", weights=models / "no_processor")
+    network = transformers.AutoModelForImageClassification.from_pretrained(models / "no_processor").eval()
+    assert extractor.header["resize"]["size"] == [32, 32]
+    right, double = make_pixels(5, count=3, size=32), make_pixels(5, count=3, size=64)
+    # Pillow's bilinear filter is the antialiased one
+    planes = [PIL.Image.fromarray(plane.numpy().astype(np.float32)) for plane in double.flatten(0, 1)]
+    resized = np.stack([plane.resize((32, 32), PIL.Image.BILINEAR) for plane in planes]).reshape(3, 3, 32, 32)
+    for pixels, inputs, tolerance in ((right, right, 1e-4), (double, torch.tensor(resized), 1e-3)):
+        expected = network(inputs / 127.5 - 1).logits.softmax(1).detach()
+        torch.testing.assert_close(extractor(pixels).probabilities, expected, rtol=tolerance, atol=1e-5)
 
 
 def test_weights_from_the_hub(models, online):
@@ -238,3 +271,69 @@ def test_weights_from_the_hub(models, online):
     local = make_extractor("classifier", weights=models / "vit")
     check_comparable(extractor.header, local.header)
     assert (extractor.header["weights"], local.header["weights"]) == ("me/vit", "vit")
+
+
+# ---------------------------------------------------------------------- headers, arguments, files
+
+
+def test_comparable_is_what_decides_the_numbers(stand_in):
+    header, legacy = (make_extractor(mode, weights=stand_in).header for mode in MODES)
+    with pytest.raises(ValueError, match=r"protocol is clean in reference.npz and legacy_tensorflow in model.npz"):
+        check_comparable(header, legacy, "reference.npz", "model.npz")
+    stored = json.loads(json.dumps(header))
+    assert header["versions"].keys() == {"Pillow", "clean-fid", "torch"}
+    resize = {"library": "Pillow", "filter": "bicubic", "antialias": True, "quantized": False, "size": [299, 299]}
+    assert header["resize"] == resize
+    # told and not compared
+    stored |= {"versions": {"torch": "1.0"}, "device": "cuda", "weights": "copy.pt", "note": "checked"}
+    check_comparable(header, stored)
+    told = {"versions", "device", "weights", "note"}
+    assert set(COMPARED_ENTRIES) == header.keys() - told
+    for entry in COMPARED_ENTRIES:
+        with pytest.raises(ValueError, match=rf"{entry} is .* in the first and changed in the second"):
+            check_comparable(header, {**stored, entry: "changed"})
+    with pytest.raises(ValueError, match=r"dtype is .*; num_features is 2048 in the first and None in the second"):
+        check_comparable(header, {**stored, "dtype": "float16", "num_features": None})
+
+
+def test_wrong_weights(models, stand_in, tmp_path):
+    garbage, other, network = (tmp_path / name for name in ("garbage.pt", "other.pt", "network.pt"))
+    garbage.write_bytes(b"<html>")
+    torch.save({"conv.weight": torch.ones(1)}, other)
+    torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))).save(str(network))
+    for name in ("config", "cut_off"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((models / "vit" / "config.json").read_bytes())
+    (tmp_path / "cut_off" / "model.safetensors").write_bytes(b"cut off")
+    for protocol, weights, message in [
+        ("clean", tmp_path / "absent.pt", "no such file; it must be a copy of inception-2015-12-05.pt"),
+        ("legacy_tensorflow", garbage, "garbage.pt cannot be read as the Inception of http"),
+        ("legacy_tensorflow", network, "network.pt cannot be read as the Inception of http"),
+        ("original", garbage, "garbage.pt are not those of torchvision's Inception v3"),
+        ("original", stand_in, "12-05.pt are not those of torchvision's Inception v3"),
+        ("original", other, "not those of torchvision's Inception v3 .*Conv2d_1a_3x3.conv.weight"),
+        ("classifier", tmp_path / "absent", "absent is not a folder, and cannot be"),
+        ("dinov2", models / "vit" / "config.json", "is a file, but must be a folder of a transformers model"),
+        ("dinov2", tmp_path, "cannot be loaded with AutoModel"),
+        ("classifier", tmp_path / "config", "cannot be loaded .*no file named model.safetensors"),
+        ("classifier", tmp_path / "cut_off", r"cannot be loaded with AutoModelForImageClassification \("),
+    ]:
+        with pytest.raises((OSError, ValueError), match=message):
+            make_extractor(protocol, weights=weights)
+
+
+def test_a_missing_library_is_said_with_the_way_to_install_it(stand_in, monkeypatch):
+    real_import = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.split(".")[0] in ("cleanfid", "torchvision"):
+            raise ImportError(f"No module named {name!r}")
+        return real_import(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for protocol in ("clean", "original"):
+        message = rf"{protocol} needs another library: pip install 'imagenet64-diffusion\[eval\]' \(No module named"
+        with pytest.raises(ImportError, match=message):
+            make_extractor(protocol, weights=stand_in)
+    # the others need neither
+    make_extractor("legacy_tensorflow", weights=stand_in)

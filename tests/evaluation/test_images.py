@@ -1,3 +1,7 @@
+"""Images by their number: of files and datasets, and of a model, where they depend on seed and number alone."""
+
+import json
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -7,7 +11,10 @@ import torch
 from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.errors import DataError
 from imagenet64_diffusion.data.image_source import convert_image
-from imagenet64_diffusion.evaluation.images import open_images
+from imagenet64_diffusion.evaluation.images import GeneratedImages, count_classes, open_images
+from imagenet64_diffusion.pipelines.loading import load_pipeline
+from imagenet64_diffusion.pipelines.sampler import Sampler
+from imagenet64_diffusion.tests.components import make_pipeline, seeded
 
 from .conftest import make_pixels, write_images
 
@@ -21,69 +28,49 @@ def pixels() -> torch.Tensor:
     return make_pixels(0, count=23, size=16)
 
 
-def write_saved_dataset(folder, pixels, splits=("train",)):
+@pytest.fixture(scope="module")
+def sources(pixels, tmp_path_factory, prepared):
+    """Sources of each kind: where, with which labels, and how they are opened."""
+    folder = tmp_path_factory.mktemp("sources")
+    # in one folder and in folders in it; 2 comes before 10
+    for start in (0, 12):
+        write_images(folder / "folder" / f"part {start}", pixels[start : start + 12])
+    (folder / "folder" / "notes.txt").write_text("no image")
+    (folder / "folder" / ".hidden.png").write_text("no image")
     features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=list("abcde"))})
     images = [PIL.Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
     dataset = datasets.Dataset.from_dict({"photo": images, "kind": LABELS.tolist()}, features=features)
-    datasets.DatasetDict(dict.fromkeys(splits, dataset)).save_to_disk(folder)
-
-
-@pytest.fixture(params=["folder", "saved dataset", "parquet", "npz", "compressed npz", "two npz", "prepared"])
-def source(request, pixels, tmp_path, prepared):
-    """A source of each kind, its pixels, its labels and how it is opened."""
+    datasets.DatasetDict(dict.fromkeys(("test", "validation"), dataset)).save_to_disk(folder / "saved")
+    (folder / "parquet").mkdir()
+    dataset.to_parquet(folder / "parquet" / "train.parquet")
     arrays = {"arr_0": pixels.permute(0, 2, 3, 1).numpy(), "arr_1": LABELS.numpy()}
-    folder = tmp_path / "images"
-    options = {}
-    match request.param:
-        case "folder":
-            # in one folder and in folders in it; 2 comes before 10
-            for start in (0, 12):
-                write_images(folder / f"part {start}", pixels[start : start + 12])
-            (folder / "notes.txt").write_text("no image")
-            (folder / ".hidden.png").write_text("no image")
-            return folder, pixels, None, options
-        case "saved dataset":
-            write_saved_dataset(folder, pixels, ("test", "validation"))
-            options = {"split": "validation"}
-        case "parquet":
-            write_saved_dataset(tmp_path / "saved", pixels)
-            folder.mkdir()
-            datasets.load_from_disk(tmp_path / "saved")["train"].to_parquet(folder / "train.parquet")
-        case "npz":
-            folder = tmp_path / "images.npz"
-            np.savez(folder, **arrays)
-        case "compressed npz":
-            folder = tmp_path / "images.npz"
-            np.savez_compressed(folder, arr_0=arrays["arr_0"])
-            return folder, pixels, None, options
-        case "two npz":
-            folder.mkdir()
-            for name, rows in (("part2.npz", slice(15)), ("part10.npz", slice(15, None))):
-                np.savez(folder / name, **{key: value[rows] for key, value in arrays.items()})
-        case "prepared":
-            batch = PreparedImages(prepared)[range(96)]
-            return prepared, batch["pixel_values"], batch["class_labels"], options
-    return folder, pixels, LABELS, options
+    np.savez(folder / "one.npz", **arrays)
+    np.savez_compressed(folder / "compressed.npz", arr_0=arrays["arr_0"])
+    (folder / "npz").mkdir()
+    for name, rows in (("part2.npz", slice(15)), ("part10.npz", slice(15, None))):
+        np.savez(folder / "npz" / name, **{key: value[rows] for key, value in arrays.items()})
+    batch = PreparedImages(prepared)[range(96)]
+    found = {name: (folder / name, pixels, LABELS, {}) for name in ("parquet", "one.npz", "npz")}
+    found |= {name: (folder / name, pixels, None, {}) for name in ("folder", "compressed.npz")}
+    found["saved"] = (folder / "saved", pixels, LABELS, {"split": "validation"})
+    return found | {"prepared": (prepared, batch["pixel_values"], batch["class_labels"], {})}
 
 
-def test_every_source_gives_its_images_in_any_stretches(source):
-    path, pixels, labels, options = source
+@pytest.mark.parametrize("name", ["folder", "saved", "parquet", "one.npz", "compressed.npz", "npz", "prepared"])
+def test_every_source_gives_its_images_in_any_stretches(sources, name):
+    path, pixels, labels, options = sources[name]
     images = open_images(path, **options)
     assert len(images) == len(pixels)
     assert images.image_size == tuple(pixels.shape[1:])
-    # forwards, on, back, across the end of a file, nothing, all
-    for start, stop in [(0, 5), (5, 9), (20, 23), (3, 4), (10, 18), (7, 7), (0, len(pixels))]:
+    # forwards, on, back, across the end of a file, all
+    for start, stop in [(0, 5), (5, 9), (20, 23), (3, 4), (10, 18), (0, len(pixels))]:
         found = images.read(start, stop)
         assert found.pixels.dtype == torch.uint8
         assert torch.equal(found.pixels, pixels[start:stop])
-        if labels is None:
-            assert found.labels is None
-        else:
+        assert (found.labels is None) == (labels is None)
+        if labels is not None:
             assert found.labels.dtype == torch.int64
             assert torch.equal(found.labels, labels[start:stop])
-    for start, stop in [(-1, 3), (5, 4), (0, len(pixels) + 1)]:
-        with pytest.raises(IndexError, match=f"{len(pixels)} images: there is no stretch from {start} to {stop}"):
-            images.read(start, stop)
     # the same for who opens it next
     assert len(images.fingerprint) >= 16
     assert open_images(str(path), **options).fingerprint == images.fingerprint
@@ -95,18 +82,18 @@ def test_fingerprints_are_of_images_and_their_order(pixels, tmp_path):
         return open_images(tmp_path / name, **options).fingerprint
 
     def of_npz(name, chosen, labels=LABELS):
-        np.savez(tmp_path / name, images=chosen.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-        return open_images(tmp_path / name).fingerprint
+        arrays = {"images": chosen.permute(0, 2, 3, 1).numpy(), "labels": labels[: len(chosen)].numpy()}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        return open_images(tmp_path / f"{name}.npz").fingerprint
 
     changed = pixels.clone()
     changed[3, 0, 0, 0] ^= 1
-    for fingerprint, end, fewer_labels in ((of_folder, "", {}), (of_npz, ".npz", {"labels": LABELS[1:]})):
-        first = fingerprint(f"first{end}", pixels)
-        assert fingerprint(f"copy{end}", pixels) == first
-        assert fingerprint(f"changed{end}", changed) != first
-        assert fingerprint(f"turned{end}", pixels.flip(0)) != first
-        assert fingerprint(f"fewer{end}", pixels[1:], **fewer_labels) != first
-    assert of_npz("labels.npz", pixels, LABELS.flip(0)) == of_npz("copy.npz", pixels)
+    for fingerprint in (of_folder, of_npz):
+        first = fingerprint("first", pixels)
+        assert fingerprint("copy", pixels) == first
+        others = {"changed": changed, "turned": pixels.flip(0), "fewer": pixels[1:]}
+        assert first not in [fingerprint(name, chosen) for name, chosen in others.items()]
+    assert of_npz("labels", pixels, LABELS.flip(0)) == of_npz("copy", pixels)
     assert of_folder("first", pixels, resolution=8) != of_folder("first", pixels)
 
 
@@ -152,27 +139,120 @@ def test_broken_images_are_named(pixels, tmp_path):
             images.read(0, 23)
 
 
-def test_wrong_sources(pixels, tmp_path, prepared):
-    (tmp_path / "empty").mkdir()
+def test_wrong_sources(pixels, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("a")
     (tmp_path / "notes" / "b").write_text("b")
     np.savez(tmp_path / "images.npz", images=pixels.permute(0, 2, 3, 1).numpy())
     np.savez(tmp_path / "other.npz", mu=np.ones(4))
     write_images(tmp_path / "images", pixels[:2])
-    for path, options, message in [
-        (tmp_path / "absent", {}, "absent: no such file or folder, and it cannot be the id of a Hub dataset either"),
+    for name, options, message in [
+        ("absent", {}, "absent: no such file or folder, and it cannot be the id of a Hub dataset either"),
         ("absent.npz", {}, "absent.npz: no such file or folder"),
-        (tmp_path / "empty", {}, "empty holds nothing, but must hold images, .npz files, a dataset, or what"),
-        (tmp_path / "notes", {}, "notes holds .txt, files without ending, but must hold images"),
-        (tmp_path / "notes" / "a.txt", {}, "a.txt is a file, but images are read from .npz files, folders and"),
-        (tmp_path / "other.npz", {}, 'other.npz has no array "images" or "arr_0": it holds "mu"'),
-        (
-            tmp_path / "images.npz",
-            {"resolution": 8},
-            "resolution is 8, but .*images.npz is a set of .npz images, which has no",
-        ),
-        (tmp_path / "images", {"split": "test"}, "split is test, but .* is a folder of images, which has no such"),
+        ("notes", {}, "notes holds .txt, files without ending, but must hold images"),
+        ("notes/a.txt", {}, "a.txt holds .txt, but must hold images, .npz files"),
+        ("other.npz", {}, 'other.npz has no array "images" or "arr_0": it holds "mu"'),
+        ("images.npz", {"resolution": 8}, "resolution is 8, but .*images.npz is a set of .npz images, which has no"),
+        ("images", {"split": "test"}, "split is test, but .* is a folder of images, which has no such"),
     ]:
         with pytest.raises(DataError, match=message):
-            open_images(path, **options)
+            open_images(tmp_path / name, **options)
+
+
+# ---------------------------------------------------------------------- images of a model
+
+SAMPLER = Sampler(num_inference_steps=2, eta=1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("sampling") / "model"
+    make_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def test_by_number_and_seed_alone(model):
+    images = GeneratedImages(model, SAMPLER, 12, seed=30)
+    assert len(images) == 12
+    assert images.image_size == (1, 16, 16)
+    pipeline = load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "eta": 1.0, "guidance_scale": 1.0, "output_type": "np"}
+    for start, stop in ((0, 12), (4, 9), (11, 12)):
+        pixels, labels = images.read(start, stop)
+        assert pixels.dtype == torch.uint8
+        assert labels.tolist() == [number % 3 for number in range(start, stop)]
+        by_hand = pipeline(labels, generator=seeded(*range(30 + start, 30 + stop)), **options).images
+        np.testing.assert_array_equal(pixels.permute(0, 2, 3, 1).numpy(), (by_hand * 255).round().astype(np.uint8))
+    whole, _ = images.read(0, 12)
+    # image 5 under seed 30 has the noise of image 2 under seed 33, and 5 and 2 are of one class
+    shifted, _ = GeneratedImages(model, SAMPLER, 12, seed=33).read(0, 3)
+    assert (whole[3:6].int() - shifted.int()).abs().max() <= 1
+    assert not torch.equal(whole[3], whole[6])
+
+
+def test_given_classes_come_around(model):
+    for asked, labels in ((["crane", "null", "0"], [2, -1, 0, 2, -1, 0, 2]), (["null"], [-1, -1])):
+        images = GeneratedImages(model, Sampler(num_inference_steps=1), len(labels), class_labels=asked)
+        assert images.read(0, len(labels)).labels.tolist() == labels
+
+
+def test_frequencies_are_those_of_the_dataset(model, prepared):
+    counts = np.array([50, 0, 150])
+
+    def generated(count, seed=8):
+        options = {"class_labels": ["frequencies"], "class_counts": counts, "seed": seed}
+        return GeneratedImages(model, SAMPLER, count, **options)
+
+    labels = np.array(generated(4000)._labels)
+    # four standard deviations of a binomial distribution
+    assert abs((labels == 0).sum() - 1000) < 4 * np.sqrt(4000 * 0.25 * 0.75)
+    assert not (labels == 1).any()
+    # image i has its class whatever is generated with it
+    assert generated(10).read(3, 5).labels.tolist() == labels[3:5].tolist()
+    assert generated(4000, seed=9)._labels != labels.tolist()
+    assert generated(10).description["class_counts"] == [50, 0, 150]
+    assert count_classes(prepared).tolist() == [32, 32, 32]
+
+
+def test_the_description_is_json_and_names_what_matters(model, tmp_path):
+    sampler = Sampler("UniPCMultistep", step_size=None, num_inference_steps=5, guidance_scale=2.0)
+    description = GeneratedImages(model, sampler, 3, seed=4).description
+    assert json.loads(json.dumps(description)) == description
+    assert description["scheduler"] == "UniPCMultistepScheduler"
+    assert description["scheduler_config"]["num_train_timesteps"] == 1000
+    assert (description["num_inference_steps"], description["id2label"]["1"]) == (5, "goldfish")
+    by_size = GeneratedImages(model, Sampler(step_size=500), 3).description
+    assert (by_size["step_size"], by_size["timesteps"]) == (500, [500, 0])
+    # the same weights elsewhere have the same digest, and others have another
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        pipeline.unet.head.conv.bias[0] += 1e-6
+    pipeline.save_pretrained(tmp_path / "other")
+    same, other = (GeneratedImages(str(tmp_path / name), SAMPLER, 1).description for name in ("same", "other"))
+    assert same["weights_sha256"] == description["weights_sha256"] != other["weights_sha256"]
+
+
+def test_a_model_without_classes(tmp_path):
+    make_pipeline(num_class_embeds=None, layer_types=("resnet",)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="class_labels is 1, but the model has no classes"):
+        GeneratedImages(str(tmp_path), SAMPLER, 2, class_labels=["1"])
+    pixels, labels = GeneratedImages(str(tmp_path), SAMPLER, 2).read(0, 2)
+    assert labels is None
+    assert pixels.shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "message"),
+    [
+        (SAMPLER, {"class_labels": ["tabbi"]}, "did you mean 'tabby'"),
+        (SAMPLER, {"class_labels": ["frequencies"]}, "needs train_data_dir"),
+        (SAMPLER, {"class_labels": ["frequencies"], "class_counts": np.ones(5)}, "train_data_dir has 5 classes, but"),
+        (Sampler("DPMSolverMultistep", eta=0.5), {}, "eta is 0.5, but DPMSolverMultistepScheduler takes none"),
+        (Sampler("LCM"), {}, "LCMScheduler cannot generate with this network"),
+    ],
+)
+def test_what_does_not_fit_the_model(model, sampler, options, message):
+    with pytest.raises(ValueError, match=message):
+        GeneratedImages(model, sampler, 2, **options)

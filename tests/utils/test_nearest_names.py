@@ -4,8 +4,8 @@ import pytest
 
 from imagenet64_diffusion.conversion.original_params import check_params
 from imagenet64_diffusion.conversion.original_weights import build_empty_unet
+from imagenet64_diffusion.evaluation.extractors import make_extractor
 from imagenet64_diffusion.evaluation.options import ReferenceOptions, ScoreOptions
-from imagenet64_diffusion.evaluation.protocols import make_extractor
 from imagenet64_diffusion.pipelines.loading import load_pipeline, scheduler_class
 from imagenet64_diffusion.pretrained import DIGITS
 from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS

@@ -1,0 +1,300 @@
+"""KID, the Inception Score, precision, recall, density and coverage against their definitions and known answers."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid
+
+from imagenet64_diffusion.evaluation import (
+    density_and_coverage,
+    feature_metrics,
+    inception_score,
+    kernel_distance,
+    precision_and_recall,
+)
+
+
+def normal(num_images, num_features=16, shift=0.0, seed=0):
+    return np.random.default_rng(seed).standard_normal((num_images, num_features)) + shift
+
+
+# ---------------------------------------------------------------------- KID
+
+
+def kid_by_pairs(rows_a, rows_b):
+    """The unbiased estimator of the KID paper, one pair after the other."""
+
+    def kernel(x, y):
+        return (sum(float(a) * float(b) for a, b in zip(x, y, strict=True)) / len(x) + 1) ** 3
+
+    size = len(rows_a)
+    total = 0.0
+    for i, j in product(range(size), repeat=2):
+        if i != j:
+            total += (kernel(rows_a[i], rows_a[j]) + kernel(rows_b[i], rows_b[j])) / (size * (size - 1))
+        total -= 2 * kernel(rows_a[i], rows_b[j]) / size**2
+    return total
+
+
+def test_kid_is_the_papers_estimator_and_that_of_clean_fid():
+    a, b = normal(25, seed=1), normal(25, shift=0.5, seed=2)
+    estimate = kernel_distance(a, b)
+    assert estimate.mean == pytest.approx(kid_by_pairs(a, b), abs=1e-12)
+    assert estimate.standard_deviation == 0
+    a, b = normal(200, 64, seed=1), normal(200, 64, shift=0.1, seed=2)
+    assert kernel_distance(a, b).mean == pytest.approx(fid.kernel_distance(a, b, num_subsets=1), rel=1e-10)
+
+
+def test_kid_of_subsets():
+    """Each takes its images without replacement, of both sets, and the mean and the spread are over them."""
+    a, b = normal(9, seed=1), normal(7, shift=0.4, seed=2)
+    rng = np.random.default_rng(5)
+    each = [kid_by_pairs(a[rng.choice(9, 4, replace=False)], b[rng.choice(7, 4, replace=False)]) for _ in range(6)]
+    options = {"num_subsets": 6, "max_subset_size": 4}
+    estimate = kernel_distance(a, b, **options, seed=5)
+    assert tuple(estimate) == pytest.approx((np.mean(each), np.std(each)), abs=1e-12)
+    assert kernel_distance(a, b, **options, seed=4) != estimate
+
+
+def test_kid_is_without_bias():
+    """Between normal distributions it is known, by the moments of a product of two normal numbers."""
+    features, shift = 12, 0.5
+    a, b = normal(4000, features, seed=1), normal(4000, features, seed=2)
+    estimate = kernel_distance(a, b, num_subsets=50, max_subset_size=50)
+    assert abs(estimate.mean) < 4 * estimate.standard_deviation / math.sqrt(50)
+
+    def expected_kernel(mean_x, mean_y):
+        """E (1 + p)^3 of x ~ N(mean_x 1, I) and y ~ N(mean_y 1, I): p = x.y / D is a mean of independent products."""
+        first = mean_x * mean_y
+        second = (1 + mean_x**2) * (1 + mean_y**2)
+        third = (mean_x**3 + 3 * mean_x) * (mean_y**3 + 3 * mean_y)
+        variance = (second - first**2) / features
+        skew = (third - 3 * first * second + 2 * first**3) / features**2
+        return 1 + 3 * first + 3 * (variance + first**2) + skew + 3 * first * variance + first**3
+
+    expected = expected_kernel(0, 0) + expected_kernel(shift, shift) - 2 * expected_kernel(0, shift)
+    estimate = kernel_distance(a, b + shift, num_subsets=50, max_subset_size=200)
+    assert estimate.mean == pytest.approx(expected, rel=0.1)
+
+
+# ---------------------------------------------------------------------- Inception Score
+
+
+def random_logits(num_images=2500, num_classes=7, seed=0):
+    return 3 * np.random.default_rng(seed).standard_normal((num_images, num_classes))
+
+
+def softmax(logits):
+    return torch.from_numpy(logits).softmax(dim=1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "score"),
+    [
+        (np.full((100, 8), 1 / 8), 1),
+        # a one-hot row for each class: the number of classes
+        (np.tile(np.eye(8), (50, 1)), 8),
+        (np.tile(np.eye(8)[:1], (50, 1)), 1),
+        # each image leaves half of the classes: KL = log 2
+        (np.repeat([[0.25] * 4 + [0.0] * 4, [0.0] * 4 + [0.25] * 4], 20, axis=0), 2),
+    ],
+)
+def test_inception_scores_that_are_known(probabilities, score):
+    assert inception_score(probabilities, num_splits=1) == pytest.approx((score, 0), rel=1e-13)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3, 10])
+def test_inception_score_by_its_formula(num_splits):
+    probabilities = softmax(random_logits())
+    split = np.random.default_rng(4).permutation(2500) % num_splits
+    each = []
+    for rows in (probabilities[split == index] for index in range(num_splits)):
+        divergences = [sum(p * np.log(p / q) for p, q in zip(row, rows.mean(axis=0), strict=True)) for row in rows]
+        each.append(np.exp(np.mean(divergences)))
+    score = inception_score(probabilities, num_splits=num_splits, seed=4)
+    assert score.mean == pytest.approx(np.mean(each), rel=1e-12)
+    assert score.standard_deviation == pytest.approx(np.std(each), rel=1e-9, abs=1e-12)
+
+
+def test_inception_score_of_logits_of_half_precision_and_of_classes_in_order():
+    logits = random_logits()
+    expected = inception_score(softmax(logits))
+    assert inception_score(logits, from_logits=True) == pytest.approx(expected, rel=1e-12)
+    # exp of these would overflow
+    assert inception_score(logits + 1e4, from_logits=True) == pytest.approx(expected, rel=1e-9)
+    assert inception_score(1.005 * softmax(logits)) == pytest.approx(expected, rel=1e-12)
+    many = softmax(random_logits(num_classes=1000))
+    assert inception_score(many.astype(np.float16)).mean == pytest.approx(inception_score(many).mean, rel=1e-3)
+    # splits in the order of the file would see one class each and score 1
+    assert inception_score(np.repeat(np.eye(10), 1000, axis=0)).mean == pytest.approx(10, rel=0.01)
+    # rounding goes either way
+    assert all(1 <= inception_score(np.tile(row, (70, 1)), num_splits=1).mean < 1 + 1e-12 for row in many[:50])
+
+
+# ---------------------------------------------------------------------- precision, recall, density, coverage
+
+
+def squared_distances(a, b):
+    return np.stack([np.square(row - b).sum(axis=1) for row in a])
+
+
+def brute_force(real, generated, k):
+    """Precision, recall, density and coverage by the equations of their papers."""
+    real, generated = real.astype(np.float64), generated.astype(np.float64)
+    # to the k-th nearest neighbour; the nearest of all is the point
+    radii = [np.sort(squared_distances(points, points), axis=1)[:, k] for points in (real, generated)]
+    in_real = squared_distances(generated, real) <= radii[0]
+    in_generated = squared_distances(real, generated) <= radii[1]
+    return (
+        in_real.any(axis=1).mean(),
+        in_generated.any(axis=1).mean(),
+        in_real.sum() / (k * len(generated)),
+        in_real.any(axis=0).mean(),
+    )
+
+
+def all_four(real, generated, k=5, **options):
+    return (*precision_and_recall(real, generated, k, **options), *density_and_coverage(real, generated, k, **options))
+
+
+def lattice(offset):
+    return np.stack(np.meshgrid(*[np.arange(5.0)] * 3), axis=-1).reshape(-1, 3) + offset
+
+
+TWINS = np.repeat(normal(20, seed=1), 12, axis=0), np.concatenate([normal(20, seed=1), normal(20, seed=2)])
+
+
+@pytest.mark.parametrize(
+    ("real", "generated", "k"),
+    [
+        *((normal(300, seed=1).astype(f"f{k + 1}"), normal(250, shift=0.3, seed=2).astype(f"f{k + 1}"), k)
+          for k in (1, 3, 7)),
+        # radii of 0 and distances of 0: the balls are closed
+        (*TWINS, 5),
+        # distances that are equal by the dozen, at the edge of the balls
+        (lattice(0.1), lattice(np.array([0.6, 0.1, 0.1])), 4),
+        # two modes far apart, so that no centre suits both
+        (np.concatenate([normal(200, seed=1), normal(180, shift=500, seed=2)]),
+         np.concatenate([normal(150, seed=3), normal(150, shift=500.2, seed=4)]), 5),
+    ],
+)  # fmt: skip
+def test_manifolds_by_their_definitions(real, generated, k, monkeypatch):
+    # several blocks, of unequal sizes, of few images
+    monkeypatch.setattr(feature_metrics, "BLOCK", 64)
+    assert all_four(real, generated, k) == pytest.approx(brute_force(real, generated, k), abs=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1, 1e3), (1, 1e6), (1e-25, 0), (1e25, 0)])
+def test_features_far_from_zero_tiny_and_huge(scale, offset):
+    """Without centring, |x|^2 + |y|^2 - 2 x.y would lose its digits."""
+    real, generated = normal(100, seed=1), normal(100, shift=0.3, seed=2)
+    expected = brute_force(real, generated, 5)
+    assert all_four(scale * real + offset, scale * generated + offset) == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_and_disjoint_sets():
+    """Each point lies in its own ball and in those of k others, sometimes at the very edge."""
+    points, same = normal(150).astype(np.float32), np.ones((70, 16))
+    assert all_four(points, points) == pytest.approx((1, 1, 6 / 5, 1), abs=1e-12)
+    assert all_four(points, points[::-1].copy()) == pytest.approx((1, 1, 6 / 5, 1), abs=1e-12)
+    assert all_four(same, same) == pytest.approx((1, 1, 70 / 5, 1))
+    assert all_four(normal(100, seed=1), normal(120, shift=100, seed=2)) == (0, 0, 0, 0)
+
+
+def test_dropped_mode_and_outliers():
+    """Generated images of one of two modes: all good, and half of the variety."""
+    real = np.concatenate([normal(200, seed=1), normal(200, shift=50, seed=2)])
+    precision, recall, density, coverage = all_four(real, normal(400, seed=3))
+    assert precision > 0.6
+    assert 0.3 < recall <= 0.5
+    assert 0.8 < density < 1.2
+    assert 0.4 < coverage <= 0.5
+    # Naeem et al.: the ball of one real outlier, of a radius of 11, takes in all that lies far off
+    real = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [12.0, 0.0]])
+    generated = np.array([[6.0, 0.1 * number] for number in range(10)])
+    precision, _, density, coverage = all_four(real, generated, k=1)
+    assert (precision, density, coverage) == pytest.approx((1, 1, 1 / 5))
+    # one generated image far off makes recall perfect, and leaves coverage, whose balls are real, at 0
+    real = normal(100, num_features=2, seed=1)
+    generated = np.concatenate([normal(50, num_features=2, shift=30, seed=2), [[-40.0, -40.0]]])
+    assert all_four(real, generated, k=3) == (0, 1, 0, 0)
+
+
+def test_one_generated_image_for_density():
+    real, generated = normal(50, seed=1), normal(1, seed=2) / 2
+    inside = squared_distances(generated, real) <= np.sort(squared_distances(real, real), axis=1)[:, 3]
+    assert inside.any()
+    assert density_and_coverage(real, generated, k=3) == pytest.approx((inside.sum() / 3, inside.mean()), abs=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_device(precision):
+    real, generated = normal(3000, 256, seed=1), normal(2500, 256, shift=0.05, seed=2)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert all_four(real, generated, device="cuda") == pytest.approx(brute_force(real, generated, 5), abs=1e-12)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ---------------------------------------------------------------------- all of them
+
+
+def test_memory_maps_and_tensors(tmp_path):
+    a, b = normal(100, seed=1).astype(np.float32), normal(90, shift=0.2, seed=2).astype(np.float32)
+    probabilities = softmax(random_logits(100)).astype(np.float32)
+    np.save(tmp_path / "a.npy", a)
+    np.save(tmp_path / "probabilities.npy", probabilities)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    assert all_four(mapped, torch.from_numpy(b)) == pytest.approx(brute_force(a, b, 5), abs=1e-12)
+    expected = kernel_distance(a.astype(np.float64), b.astype(np.float64), 3, 30)
+    assert kernel_distance(mapped, torch.from_numpy(b), 3, 30) == expected
+    expected = inception_score(probabilities)
+    assert inception_score(np.load(tmp_path / "probabilities.npy", mmap_mode="r")) == expected
+    assert inception_score(torch.from_numpy(probabilities)) == expected
+
+
+def late_nan():
+    features = np.ones((1500, 4))
+    features[1200, 2] = np.nan
+    return features
+
+
+ONES, ONE_HOT = np.ones((9, 4)), np.tile(np.eye(4), (5, 1))
+
+
+@pytest.mark.parametrize(
+    ("metric", "arguments", "message"),
+    [
+        (kernel_distance, (ONES, np.ones((9, 5))), "features_a has 4 features an image and features_b has 5"),
+        (kernel_distance, (ONES, np.ones((1, 4))), "features_b has 1 images, but at least 2 are needed"),
+        (kernel_distance, (ONES, np.ones(4)), "features_b must have the shape"),
+        (kernel_distance, (ONES, ONES * np.nan), "a subset of features_b must be finite"),
+        (kernel_distance, (ONES, ONES, 0), "num_subsets must be at least 1"),
+        (kernel_distance, (ONES, ONES, 1, 1), "max_subset_size must be at least 2"),
+        (inception_score, (3 * ONE_HOT,), "add up to 3 to 3; of logits say from_logits=True"),
+        (inception_score, (np.concatenate([ONE_HOT, [[1.5, -0.5, 0, 0]]]), 1), "but the smallest is -0.5"),
+        (inception_score, (np.concatenate([ONE_HOT, [[np.nan] * 4]]), 1), "must be finite, but row 20 is not"),
+        (inception_score, (ONE_HOT[:9],), r"from 1 to the number of images \(9\), but is 10"),
+        (inception_score, (ONE_HOT, 0), "but is 0"),
+        (inception_score, (ONE_HOT[0], 1), r"predictions must have the shape .* but have \(4,\)"),
+        (precision_and_recall, (ONES, np.ones((9, 5))), "real_features has 4 features an image and generated_f"),
+        (precision_and_recall, (ONES[:3], ONES), "below the 3 images of real_features, but is 3"),
+        (precision_and_recall, (ONES, ONES[:3]), "below the 3 images of generated_features, but is 3"),
+        (precision_and_recall, (ONES, ONES * np.inf), "generated_features must be finite, but row 0 is not"),
+        (precision_and_recall, (ONES * np.nan, ONES), "real_features must be finite, but row 0 is not"),
+        (precision_and_recall, (ONES, late_nan()), "generated_features must be finite, but row 1200 is not"),
+        (precision_and_recall, (ONES, ONES, 0), "k must be at least 1 .* but is 0"),
+        (precision_and_recall, (ONES, ONES.astype(int)), "floating-point numbers, but are int64"),
+        (density_and_coverage, (ONES, ONES[:0]), "generated_features has 0 images, but at least 1 are needed"),
+    ],
+)
+def test_what_is_refused(metric, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        metric(*arguments)
