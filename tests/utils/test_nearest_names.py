@@ -33,7 +33,7 @@ def test_nearest_name(name, nearest):
         (lambda: load_model_config("rse_res"), "'rse_res', but .*; perhaps res_res$"),
         (
             lambda: ScoreOptions(reference="a", model="b", metrics=["FDI"]),
-            "metrics names 'FDI', but must be .*; perhaps fid$",
+            "metrics is 'FDI', but must be .*; perhaps fid$",
         ),
         (
             lambda: ReferenceOptions(output_dir="a", source="b", protocol="dinov"),
