@@ -1,10 +1,12 @@
 """Reads ImageNet-64 as published, class folders, an image dataset, arrays or digits, and writes a prepared dataset."""
 
 import dataclasses
+import functools
+import inspect
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from imagenet64_diffusion.utils.command_line import CheckedOptions, option, option_list, run_command
@@ -89,52 +91,50 @@ def prepare(options: PrepareOptions) -> pathlib.Path:
     from imagenet64_diffusion.data.preparation import find_finished, write_prepared
 
     output_dir = pathlib.Path(options.output_dir).expanduser()
-    source = _source(options)
-    if not options.overwrite:
-        finished = find_finished(output_dir, source, options.max_images)
-        if finished is not None:
-            print(f"already prepared: {finished.summary()} in {output_dir}")
-            return output_dir
+    source = _make_source(options)
+    finished = find_finished(output_dir, source, options.max_images, options.overwrite)
+    if finished is not None:
+        print(f"already prepared: {finished.summary()} in {output_dir}")
+        return output_dir
     print(f"reading {source.summary}", flush=True)
     for warning in source.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     start = time.perf_counter()
     preparation = write_prepared(output_dir, source, options.max_images, options.overwrite)
     seconds = time.perf_counter() - start
-    print(
-        f"prepared {output_dir}: {preparation.summary()} in {seconds:.1f} s "
-        f"({preparation.num_images / seconds:,.0f} images/s)"
-    )
+    rate = f"{seconds:.1f} s ({preparation.num_images / seconds:,.0f} images/s)"
+    print(f"prepared {output_dir}: {preparation.summary()} in {rate}")
     return output_dir
 
 
-def _source(options: PrepareOptions) -> "ImageSource":
-    from imagenet64_diffusion.data.errors import DataError
+def _sources() -> dict[str, Callable[..., "ImageSource"]]:
+    """What --source names: each takes those of the other options that are its parameters."""
     from imagenet64_diffusion.data.image_source import ImageDatasetSource
     from imagenet64_diffusion.data.npz_source import NpzSource
     from imagenet64_diffusion.data.published_source import PublishedSource
     from imagenet64_diffusion.data.sources import DigitsSource
 
-    conversion = {
-        name: getattr(options, name)
-        for name in ("resolution", "resize_filter", "color_mode", "image_column", "label_column")
-        if getattr(options, name) is not None
+    return {
+        "imagenet64": PublishedSource,
+        "imagefolder": functools.partial(ImageDatasetSource, "imagefolder"),
+        "dataset": functools.partial(ImageDatasetSource, "dataset"),
+        "npz": NpzSource,
+        "mnist": DigitsSource,
     }
-    if options.source in ("imagefolder", "dataset"):
-        if options.source == "imagefolder" and {"image_column", "label_column"} & conversion.keys():
-            raise DataError(
-                "--image_column and --label_column are for --source dataset; class folders have no columns"
-            )
-        return ImageDatasetSource(options.source, options.input, options.split, **conversion)
-    if conversion:
-        raise DataError(f"--{next(iter(conversion))} is for --source imagefolder and dataset, not {options.source}")
-    if options.source == "mnist":
-        if options.input:
-            raise DataError(f"--input {' '.join(options.input)}: --source mnist takes none")
-        return DigitsSource(options.split)
-    if options.source == "npz":
-        return NpzSource(options.input, options.split)
-    return PublishedSource(options.input, options.split)
+
+
+def _make_source(options: PrepareOptions) -> "ImageSource":
+    from imagenet64_diffusion.data.errors import DataError
+
+    names = ("split", "resolution", "resize_filter", "color_mode", "image_column", "label_column")
+    given = {"inputs": options.input, **{name: getattr(options, name) for name in names}}
+    given = {name: value for name, value in given.items() if value not in (None, [])}
+    sources = _sources()
+    known = {source: inspect.signature(make).parameters for source, make in sources.items()}
+    if wrong := [name for name in given if name not in known[options.source]]:
+        takers = " and ".join(source for source in sources if wrong[0] in known[source])
+        raise DataError(f"--{wrong[0].removesuffix('s')} is for --source {takers}, not {options.source}")
+    return sources[options.source](**given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,20 +18,12 @@ def _rows() -> list[list[str]]:
 
 
 def imagenet64_names() -> list[str]:
-    """Names of the classes, such as ``"tabby, tabby cat"``: the lemmas of each synset, no two equal.
-
-    Returns:
-        1000 names; the index is the 0-based label.
-    """
+    """The 1000 names of the classes, such as ``"tabby, tabby cat"``: the lemmas of each synset, no two equal."""
     return [names for _, names in _rows()]
 
 
 def imagenet64_wnids() -> list[str]:
-    """WordNet ids of the classes, such as ``"n02123045"``.
-
-    Returns:
-        1000 ids; the index is the 0-based label.
-    """
+    """The 1000 WordNet ids of the classes, such as ``"n02123045"``."""
     return [wnid for wnid, _ in _rows()]
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ..data.dataset import PreparedImages
 from ..data.errors import DataError
-from ..data.image_source import ImageDatasetSource, convert_colors, convert_image, decode_image, to_planes
+from ..data.image_source import ImageDatasetSource, convert_image, decode_image
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
 from ..data.sources import ImageBlock
@@ -155,8 +155,6 @@ class _Conversion(NamedTuple):
     color_mode: str
 
     def __call__(self, image: PIL.Image.Image) -> np.ndarray:
-        if self.resolution is None:
-            return to_planes(convert_colors(image, self.color_mode))
         return convert_image(image, self.resolution, self.resize_filter, self.color_mode)
 
 
