@@ -21,6 +21,7 @@ from .sources import (
     ImageStream,
     check_labels,
     check_split,
+    first_repeated,
     label_blocks,
 )
 from .stored_arrays import NpzArray, open_arrays, read_rows
@@ -89,16 +90,9 @@ class NpzSource(ImageSource):
 def find_files(
     inputs: Sequence[str | pathlib.Path], what: str, ending: str = "", depth: int = 1
 ) -> list[pathlib.Path]:
-    """Lists files that were named and those in folders that were, without hidden ones, which macOS leaves.
+    """Lists the files that --input names, in its order, and those in folders, in the natural order of their names.
 
-    Args:
-        inputs: files, in their order, and folders.
-        what: what the inputs should be, for errors.
-        ending: of the files that are taken from a folder, in lower case.
-        depth: how many folders deep to look.
-
-    Raises:
-        DataError: there are no inputs, one does not exist, there are no files, or one is named twice.
+    From folders, ``depth`` deep, come those with the ending that are not hidden, as what macOS leaves is.
     """
     if not inputs:
         raise DataError(f"--input is missing: give the {what}, or the folder that holds them")
@@ -111,9 +105,8 @@ def find_files(
         found += sorted(inside, key=natural_order) if item.is_dir() else [item]
     if not found:
         raise DataError(f"--input {' '.join(map(str, inputs))}: the folder holds no {what}")
-    resolved = [path.resolve() for path in found]
-    if repeated := [path for index, path in enumerate(found) if resolved.index(resolved[index]) < index]:
-        raise DataError(f"--input names {repeated[0]} twice: its images would be there twice")
+    if repeated := first_repeated([path.resolve() for path in found]):
+        raise DataError(f"--input names {repeated} twice")
     return found
 
 

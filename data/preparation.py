@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 
 from ..utils.atomic_write import atomic_folder, lock_path, only_writer
-from .sources import DataError, ImageSource
+from .sources import DataError, ImageSource, first_repeated
 
 
 RECORD_NAME = "preparation.json"
@@ -61,10 +61,6 @@ class Preparation:
     images_per_class: list[int]
     fingerprint: str
     files: dict[str, int]
-
-    def write(self, folder: pathlib.Path) -> None:
-        """Writes preparation.json into the folder."""
-        _write_json(folder / RECORD_NAME, {**_FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Preparation":
@@ -132,7 +128,9 @@ def find_finished(
     if overwrite or not names:
         return None
     preparation = Preparation.read(output_dir)
-    if (preparation.source, preparation.max_images) != (_as_json(source.description), max_images):
+    # as it comes back from a JSON file
+    wanted = json.loads(json.dumps(source.description))
+    if (preparation.source, preparation.max_images) != (wanted, max_images):
         origin = f"prepared from {json.dumps(preparation.source)[:300]} with max_images {preparation.max_images}"
         raise DataError(
             f"--output_dir {output_dir} holds other images, {preparation.summary()}, {origin}: name another folder, "
@@ -171,27 +169,24 @@ def write_prepared(
             with atomic_folder(output_dir) as folder:
                 scratch = folder / "scratch"
                 scratch.mkdir()
-                preparation = _write_images(folder, source, scratch, max_images)
+                _write_images(folder, source, scratch, max_images)
                 shutil.rmtree(scratch)
-                preparation.write(folder)
         except OSError as error:
             # what a full disk says does not say where
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise OSError(f"{output_dir.parent} cannot hold the images ({error.strerror})") from error
-    return preparation
+    return Preparation.read(output_dir)
 
 
-def _write_images(
-    folder: pathlib.Path, source: ImageSource, scratch: pathlib.Path, max_images: int | None
-) -> Preparation:
+def _write_images(folder: pathlib.Path, source: ImageSource, scratch: pathlib.Path, max_images: int | None) -> None:
     import datasets
     import pyarrow
 
     stream = source.open(scratch)
     class_names = stream.class_names
-    if repeated := [name for index, name in enumerate(class_names) if class_names.index(name) < index]:
-        raise DataError(f"two classes are called {repeated[0]!r}: each needs a name of its own")
+    if repeated := first_repeated(class_names):
+        raise DataError(f"two classes are called {repeated!r}: each needs a name of its own")
     names = datasets.ClassLabel(names=class_names)
     features = datasets.Features({PIXELS_COLUMN: datasets.Value("binary"), LABEL_COLUMN: names})
     schema = features.arrow_schema
@@ -235,24 +230,18 @@ def _write_images(
     state = dict.fromkeys(["_format_columns", "_format_type", "_split"])
     state |= {"_fingerprint": digest[:16], "_format_kwargs": {}, "_output_all_columns": False}
     _write_json(folder / "state.json", {"_data_files": [{"filename": _ARROW_NAME}], **state})
-    return Preparation(
-        source=_as_json(source.description),
-        source_details=_as_json(stream.details),
-        max_images=max_images,
-        channels=channels,
-        height=height,
-        width=width,
-        num_images=num_images,
-        class_names=class_names,
-        images_per_class=images_per_class.tolist(),
-        fingerprint=f"sha256:{digest}",
-        files={_ARROW_NAME: (folder / _ARROW_NAME).stat().st_size},
-    )
-
-
-def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the value as it comes back from a JSON file."""
-    return json.loads(json.dumps(value))
+    record = {
+        **_FORMAT,
+        "source": source.description,
+        "source_details": stream.details,
+        "max_images": max_images,
+        **{"channels": channels, "height": height, "width": width, "num_images": num_images},
+        "class_names": class_names,
+        "images_per_class": images_per_class.tolist(),
+        "fingerprint": f"sha256:{digest}",
+        "files": {_ARROW_NAME: (folder / _ARROW_NAME).stat().st_size},
+    }
+    _write_json(folder / RECORD_NAME, record)
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

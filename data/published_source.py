@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -41,12 +41,8 @@ class _BatchFile(NamedTuple):
         return str(self.path) if self.entry is None else f"{self.path} entry {self.entry}"
 
 
-class _Batch(NamedTuple):
-    """A batch whose outside has been checked; the labels are from 0."""
-
-    name: str
-    data: np.ndarray | NpzArray
-    labels: np.ndarray
+# its name, its pixels as rows, and its labels from 0
+_Batch: TypeAlias = tuple[str, np.ndarray | NpzArray, np.ndarray]
 
 
 class PublishedSource(ImageSource):
@@ -77,22 +73,17 @@ class PublishedSource(ImageSource):
             self.warnings = (f"{len(missing)} of the 10 batches are missing: {names}. This is not all of ImageNet-64",)
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Starts reading: opens the first batch, which tells the size of the images.
-
-        Args:
-            work_folder: an existing folder, with room for one unpacked batch when the input is zipped.
-
-        Raises:
-            DataError: the first batch is not what a published batch is.
-        """
+        """Opens the first batch, which tells the image size; each batch in turn is unpacked to the work folder."""
         batches = _open_batches(self._files, work_folder)
         first = next(batches)
-        size = math.isqrt(first.data.shape[1] // 3)
+        _, data, labels = first
+        size = math.isqrt(data.shape[1] // 3)
         # A batch is hardly more than its pixels, so its share of the bytes is its share of the images.
         num_bytes = sum(file.num_bytes for file in self._files)
-        num_images = round(num_bytes * len(first.labels) / self._files[0].num_bytes)
-        blocks = _blocks(itertools.chain([first], batches), size)
-        return ImageStream(imagenet64_names(), (3, size, size), num_images, blocks)
+        num_images = round(num_bytes * len(labels) / self._files[0].num_bytes)
+        return ImageStream(
+            imagenet64_names(), (3, size, size), num_images, _blocks(itertools.chain([first], batches), size)
+        )
 
 
 def _blocks(batches: Iterable[_Batch], size: int) -> Generator[ImageBlock, None, None]:
@@ -166,4 +157,4 @@ def _check_batch(name: str, opened: BinaryIO) -> _Batch:
             labels = np.array(labels, np.int64)
     if not isinstance(labels, np.ndarray | NpzArray):
         raise DataError(f'{name} has something in "labels", which must be a list of integers')
-    return _Batch(name, data, check_labels(labels, f'{name} "labels"', shape[0], 1, NUM_CLASSES))
+    return name, data, check_labels(labels, f'{name} "labels"', shape[0], 1, NUM_CLASSES)

@@ -99,13 +99,8 @@ def read_pickle(file: BinaryIO, name: str) -> dict[Any, Any]:
     Nothing in the file is run. Memory does not grow with the size of the arrays, but for those written as text
     (protocols 0 to 2 by Python 3).
 
-    Args:
-        file: the opened file.
-        name: what errors call it.
-
     Returns:
-        The dict, its keys as text: lists, tuples, numbers and strings (bytes where Python 2 wrote them), numpy numbers
-        as int or float, arrays of numbers as read-only arrays, other arrays as None.
+        The dict, its keys as text; numpy numbers as int or float, arrays of numbers read-only, other arrays as None.
 
     Raises:
         DataError: it is not a whole pickle, asks for anything else, or holds something else than a dict.
