@@ -175,7 +175,7 @@ class ImageDatasetSource(ImageSource):
         """
         import datasets
 
-        dataset = _load_class_folders(self._folder) if self._kind == "imagefolder" else self._load(work_folder)
+        dataset = _load_class_folders(self._folder) if self.kind == "imagefolder" else self._load(work_folder)
         image_column = self._column(dataset, "image", self.image_column, datasets.Image, ("binary", "string"))
         labels = class_names = label_column = None
         try:

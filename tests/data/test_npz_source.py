@@ -133,7 +133,7 @@ def wrong_arrays():
     planes = np.moveaxis(make(height=16, width=16, channels=3)[0], -1, 1)
     rows = np.zeros((10, 12288), np.uint8)
     names = [f"c{number}" for number in range(40)]
-    for arrays, message in [
+    return [
         ({"data": rows, "labels": np.arange(10)}, 'no array "images" or "arr_0": .*read with --source imagenet64'),
         ({"pictures": images}, 'no array "images" or "arr_0": it holds "pictures"$'),
         ({"images": images, "arr_0": labels}, 'has both "images" and "arr_0"'),
@@ -163,8 +163,7 @@ def wrong_arrays():
         ({"images": images, "class_names": np.array(["a", "", "c"])}, "every class needs a name"),
         ({"images": images, "class_names": np.array(["\ud800"])}, "cannot be read"),
         ({"images": images, "class_names": np.array([0x7FFFFFFF], "<u4").view("<U1")}, "cannot be read"),
-    ]:
-        yield pytest.param(arrays, message, id=message)
+    ]
 
 
 @pytest.mark.parametrize(("arrays", "message"), wrong_arrays())
