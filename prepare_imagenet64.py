@@ -24,14 +24,9 @@ class PrepareOptions(CheckedOptions):
     """Options of imagenet64-prepare."""
 
     output_dir: str = option(help="The folder to write, in one atomic step.", group="output", metavar="FOLDER")
-    overwrite: bool = option(
-        False, "Replace the prepared dataset in output_dir; other files are never touched.", group="output"
-    )
+    overwrite: bool = option(False, "Replace a prepared dataset in output_dir, and nothing else.", group="output")
     max_images: int | None = option(
-        None,
-        "Stop after so many images, at least 1, for a try; sources sorted by class give few classes.",
-        at_least=1,
-        group="output",
+        None, "Stop after so many images; sources sorted by class give few classes.", at_least=1, group="output"
     )
 
     source: str = option(
@@ -76,13 +71,7 @@ class PrepareOptions(CheckedOptions):
 
 
 def prepare(options: PrepareOptions) -> pathlib.Path:
-    """Writes the prepared dataset, unless it is already there.
-
-    Args:
-        options: what to read and where to write.
-
-    Returns:
-        The prepared folder.
+    """Writes the prepared dataset, unless it is already there, and returns its folder.
 
     Raises:
         DataError: an option or the data is not what it should be; nothing has been written then.

@@ -14,14 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from ..utils.nearest_names import perhaps
-from .sources import (
-    MOST_UNNAMED_CLASSES,
-    DataError,
-    ImageSource,
-    ImageStream,
-    check_labels,
-    label_blocks,
-)
+from .sources import MOST_UNNAMED_CLASSES, DataError, ImageSource, ImageStream, check_labels, label_blocks
 
 
 if TYPE_CHECKING:
@@ -77,7 +70,7 @@ def decode_image(
     Args:
         stored: what datasets stores of an image: "bytes", its file's content, or else "path", its file, or nothing.
         name: what errors call it where there is no path.
-        convert: what makes pixels of it.
+        convert: makes pixels of it.
 
     Raises:
         DataError: it is missing, broken, or of a kind that ``convert`` refuses with a ValueError.
@@ -115,8 +108,6 @@ class ImageDatasetSource(ImageSource):
         resolution, resize_filter, color_mode: what to make of the images, as for `convert_image`.
         image_column, label_column: of a dataset; None to find them by their types.
 
-    Raises:
-        DataError: the inputs do not exist or are too many.
     """
 
     kind: str
@@ -133,24 +124,19 @@ class ImageDatasetSource(ImageSource):
             wanted = {"dataset": "a dataset id or folder (and a configuration)", "imagefolder": "a folder of classes"}
             raise DataError(f"--input has {len(self.inputs)} values, but {self.kind} takes {wanted[self.kind]}")
         if self.kind == "imagefolder" and (self.image_column or self.label_column):
-            raise DataError(
-                "--image_column and --label_column are for --source dataset: class folders have no columns"
-            )
+            raise DataError("--image_column and --label_column are for --source dataset, not for class folders")
         options = dataclasses.asdict(self)
         self._input, self._configuration = [*options.pop("inputs"), None][:2]
         self._folder = pathlib.Path(self._input).expanduser()
         if self.kind == "imagefolder":
             self._folder = _folder_of_classes(self._folder, self.split)
         self._is_local = self._folder.exists()
-        place, sizes = self._input, {}
+        options |= {"input": self._input, "configuration": self._configuration}
         if self._is_local:
-            found = [file.stat().st_size for file in _files_under(self._folder)]
-            place, sizes = self._folder.absolute().name, {"files": len(found), "bytes": sum(found)}
+            sizes = [file.stat().st_size for file in _files_under(self._folder)]
+            options |= {"input": self._folder.absolute().name, "files": len(sizes), "bytes": sum(sizes)}
         what = "class folders" if self.kind == "imagefolder" else "dataset"
-        super().__init__(
-            {**options, "input": place, "configuration": self._configuration, **sizes},
-            f"{what} {self._folder if self._is_local else self._input} ({self.split})",
-        )
+        super().__init__(options, f"{what} {self._folder if self._is_local else self._input} ({self.split})")
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
         """Loads the dataset, as `load` does."""
@@ -198,6 +184,7 @@ class ImageDatasetSource(ImageSource):
     def _load(self, work_folder: pathlib.Path) -> "datasets.Dataset":
         import datasets
 
+        generation_error = datasets.exceptions.DatasetGenerationError
         try:
             if any((self._folder / name).exists() for name in ("state.json", "dataset_dict.json")):
                 loaded = datasets.load_from_disk(str(self._folder), keep_in_memory=False)
@@ -212,10 +199,10 @@ class ImageDatasetSource(ImageSource):
             return datasets.load_dataset(str(name), self._configuration, split=self.split, cache_dir=cache)
         except DataError:
             raise
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        except (OSError, ValueError, generation_error) as error:
             # datasets says only that generating failed; why is in the error before it
-            reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-            message = " ".join(str(reason or error).split()) or type(reason or error).__name__
+            reason = (error.__cause__ if isinstance(error, generation_error) else None) or error
+            message = " ".join(str(reason).split()) or type(reason).__name__
             raise DataError(f"--input {self._input} --split {self.split}: cannot be loaded ({message})") from error
 
     def _column(
@@ -228,7 +215,7 @@ class ImageDatasetSource(ImageSource):
         found = [column] if column else found or [name for name in features if name == role == "label"]
         feature = features.get(found[0]) if len(found) == 1 else None
         if not isinstance(feature, kind) and not str(getattr(feature, "dtype", "")).startswith(other_types):
-            state = f"{column} is not" if column else "must name"
+            state = f"{column}: not" if column else "must name"
             wanted = f"a column of type {kind.__name__} or {' or '.join(other_types)}"
             types = [f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items()]
             near = perhaps(column, features) if column else ""

@@ -42,15 +42,7 @@ class _ImageFile(NamedTuple):
 
 
 class NpzSource(ImageSource):
-    """Images of .npz files, one file after the other.
-
-    Args:
-        inputs: .npz files, in this order, or folders that hold them, in the natural order of their names.
-        split: only "train" exists.
-
-    Raises:
-        DataError: there is no such file, or one does not hold what it should.
-    """
+    """Images of .npz files, in this order, or of those in folders, in the natural order of their names."""
 
     def __init__(self, inputs: Sequence[str | pathlib.Path] = (), split: str = "train") -> None:
         check_split(split, ".npz files have", "train")
@@ -117,32 +109,28 @@ def natural_order(path: pathlib.PurePath) -> list[list[int | str]]:
 
 def _open_file(path: pathlib.Path) -> _ImageFile:
     if path.suffix.lower() == ".npy":
-        raise DataError(
-            f"--input {path}: a .npy file is one array; store all with numpy.savez(file, images=, labels=)"
-        )
+        raise DataError(f"--input {path}: a .npy file is one array; use numpy.savez(file, images=, labels=)")
     arrays = open_arrays(path, str(path))
     for name, other in (("images", "arr_0"), ("labels", "arr_1")):
         if name in arrays and other in arrays:
             raise DataError(f'{path} has both "{name}" and "{other}": store one of them only')
-    images, labels, class_names = arrays.get("images"), arrays.get("labels"), arrays.get("class_names")
-    images, labels = images or arrays.get("arr_0"), labels or arrays.get("arr_1")
+    images, labels = (
+        arrays.get(name, arrays.get(other)) for name, other in (("images", "arr_0"), ("labels", "arr_1"))
+    )
     if images is None:
         held = ", ".join(f'"{key}"' for key in arrays) or "no array"
         hint = "; batches of ImageNet-64 as published are read with --source imagenet64" if "data" in arrays else ""
         raise DataError(f'{path} has no array "images" or "arr_0": it holds {held}{hint}')
     _check_images(images)
-    names = None if class_names is None else _read_class_names(class_names)
+    names = _read_class_names(arrays["class_names"]) if "class_names" in arrays else None
     num_images, last = images.shape[0], (len(names) if names else MOST_UNNAMED_CLASSES) - 1
     if labels is None and names and len(names) > 1:
         raise DataError(f'{path} has {len(names)} class_names, but no array "labels" or "arr_1"')
     values = check_labels(labels, labels.name, num_images, 0, last) if labels else np.zeros(num_images, np.int64)
     # the checksums are in the zip anyway, and tell a file from another of the same name and size
-    used = {
-        array.entry.filename[: -len(".npy")]: f"{array.entry.CRC:08x}"
-        for array in (images, labels, class_names)
-        if array
-    }
-    description = {"file": path.name, "bytes": path.stat().st_size, "crc32": used}
+    used = [key for key in ("images", "arr_0", "labels", "arr_1", "class_names") if key in arrays]
+    checksums = {key: f"{arrays[key].entry.CRC:08x}" for key in used}
+    description = {"file": path.name, "bytes": path.stat().st_size, "crc32": checksums}
     return _ImageFile(path, images, labels is not None, values, names, description)
 
 

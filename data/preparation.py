@@ -103,19 +103,13 @@ class Preparation:
 def find_finished(
     output_dir: pathlib.Path, source: ImageSource, max_images: int | None, overwrite: bool = False
 ) -> Preparation | None:
-    """Looks whether output_dir already holds what would be prepared.
-
-    Args:
-        output_dir: the folder.
-        source: where the images would come from.
-        max_images: how many of them at most; None for all.
-        overwrite: whether a prepared folder is to be replaced, whatever it holds.
+    """Looks whether output_dir already holds what `write_prepared` would write.
 
     Returns:
         Its record, or None when the folder is to be written.
 
     Raises:
-        DataError: it holds something else.
+        DataError: it holds something else, that is not to be replaced.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise DataError(f"--output_dir {output_dir} is a file: name a folder")
@@ -131,11 +125,9 @@ def find_finished(
     # as it comes back from a JSON file
     wanted = json.loads(json.dumps(source.description))
     if (preparation.source, preparation.max_images) != (wanted, max_images):
-        origin = f"prepared from {json.dumps(preparation.source)[:300]} with max_images {preparation.max_images}"
-        raise DataError(
-            f"--output_dir {output_dir} holds other images, {preparation.summary()}, {origin}: name another folder, "
-            "or replace them with --overwrite"
-        )
+        found = f"{preparation.summary()}, from {preparation.source!s:.300}, with max_images {preparation.max_images}"
+        hint = "name another folder, or replace them with --overwrite"
+        raise DataError(f"--output_dir {output_dir} holds other images, {found}: {hint}")
     return preparation
 
 
@@ -202,9 +194,9 @@ def _write_images(folder: pathlib.Path, source: ImageSource, scratch: pathlib.Pa
             desc="preparing",
             total=min(limit, stream.num_images),
             unit=" images",
+            dynamic_ncols=True,
             # a log file gets a line now and then, a terminal a moving bar
             mininterval=0.5 if sys.stderr.isatty() else 10,
-            dynamic_ncols=True,
         ) as progress,
     ):
         for pixels, labels in blocks:
@@ -230,18 +222,10 @@ def _write_images(folder: pathlib.Path, source: ImageSource, scratch: pathlib.Pa
     state = dict.fromkeys(["_format_columns", "_format_type", "_split"])
     state |= {"_fingerprint": digest[:16], "_format_kwargs": {}, "_output_all_columns": False}
     _write_json(folder / "state.json", {"_data_files": [{"filename": _ARROW_NAME}], **state})
-    record = {
-        **_FORMAT,
-        "source": source.description,
-        "source_details": stream.details,
-        "max_images": max_images,
-        **{"channels": channels, "height": height, "width": width, "num_images": num_images},
-        "class_names": class_names,
-        "images_per_class": images_per_class.tolist(),
-        "fingerprint": f"sha256:{digest}",
-        "files": {_ARROW_NAME: (folder / _ARROW_NAME).stat().st_size},
-    }
-    _write_json(folder / RECORD_NAME, record)
+    counts, files = images_per_class.tolist(), {_ARROW_NAME: (folder / _ARROW_NAME).stat().st_size}
+    of_source = (source.description, stream.details, max_images)
+    record = Preparation(*of_source, *stream.image_size, num_images, class_names, counts, f"sha256:{digest}", files)
+    _write_json(folder / RECORD_NAME, _FORMAT | dataclasses.asdict(record))
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -46,15 +46,7 @@ _Batch: TypeAlias = tuple[str, np.ndarray | NpzArray, np.ndarray]
 
 
 class PublishedSource(ImageSource):
-    """ImageNet-64 in any of its published forms.
-
-    Args:
-        inputs: zips, batch files, or folders that hold them (directly or one folder down).
-        split: "train" for train_data_batch_N, "validation" for val_data.
-
-    Raises:
-        DataError: an input does not exist, holds no such batch, is not a whole zip, or a batch is there twice.
-    """
+    """ImageNet-64 in any of its published forms: zips, batch files, or folders that hold them, or folders of those."""
 
     def __init__(self, inputs: Sequence[str | pathlib.Path] = (), split: str = "train") -> None:
         check_split(split, "ImageNet-64 has", "train", "validation")
@@ -128,17 +120,14 @@ def _batches_in_file(path: pathlib.Path) -> Iterator[_BatchFile]:
 def _open_batches(files: Iterable[_BatchFile], work_folder: pathlib.Path) -> Iterator[_Batch]:
     for file in files:
         # a nameless file, gone when it is closed and no array of it is left
-        with tempfile.TemporaryFile(dir=work_folder) if file.entry else file.path.open("rb") as opened:
+        content: Any = tempfile.TemporaryFile(dir=work_folder) if file.entry else file.path.open("rb")
+        with content:
             if file.entry:
                 # Unpacked first: pixels come before labels in it, and unpacking to the end checks the checksum.
-                with (
-                    naming_damage(file.name),
-                    zipfile.ZipFile(file.path) as archive,
-                    archive.open(file.entry) as packed,
-                ):
-                    shutil.copyfileobj(packed, opened, 1 << 20)
-                opened.flush()
-            yield _check_batch(file.name, cast(BinaryIO, opened))
+                with naming_damage(file.name), zipfile.ZipFile(file.path) as zipped, zipped.open(file.entry) as packed:
+                    shutil.copyfileobj(packed, content, 1 << 20)
+                content.flush()
+            yield _check_batch(file.name, content)
 
 
 def _check_batch(name: str, opened: BinaryIO) -> _Batch:

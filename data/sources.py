@@ -1,5 +1,6 @@
 """What every source of images offers, and the source of MNIST digits."""
 
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Generator, Iterable, Sequence
@@ -24,21 +25,13 @@ class ImageBlock(NamedTuple):
 
 @dataclasses.dataclass
 class ImageStream:
-    """An opened source.
+    """An opened source: its images in their order, and what all of them have in common."""
 
-    Attributes:
-        class_names: the name of each class, all different; the index is the label.
-        image_size: (channels, height, width) of every image.
-        num_images: how many there will be, perhaps only nearly.
-        blocks: the images in their order. Reading it may raise DataError.
-        details: what was found out on opening that the record should keep; JSON values.
-    """
-
-    class_names: list[str]
-    image_size: tuple[int, int, int]
-    num_images: int
-    blocks: Generator[ImageBlock, None, None]
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    class_names: list[str]  # by label, all different
+    image_size: tuple[int, int, int]  # (channels, height, width)
+    num_images: int  # perhaps only nearly
+    blocks: Generator[ImageBlock, None, None]  # reading it may raise DataError
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON values that the record keeps
 
 
 class ImageSource:
@@ -56,25 +49,14 @@ class ImageSource:
         self.description, self.summary, self.warnings = description, summary, warnings
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Starts reading.
-
-        Args:
-            work_folder: an existing folder for temporary files, removed when the stream has been read.
-
-        Raises:
-            DataError: what is there cannot be read as images with labels.
-        """
+        """Starts reading, and may raise DataError; temporary files go to the work folder, which must exist."""
         raise NotImplementedError
 
 
 def first_repeated(values: Sequence[Any]) -> Any:
-    """The first value that was there before; None where all are different."""
-    seen: set[Any] = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    return None
+    """The first value that comes again; None where all are different."""
+    counts = collections.Counter(values)
+    return next((value for value in values if counts[value] > 1), None)
 
 
 def check_split(split: str, what: str, *known: str) -> None:

@@ -72,8 +72,7 @@ def names(folder: pathlib.Path) -> list[str]:
 def test_the_published_zips(here, published, capsys):
     paths, pixels, labels = published
     arguments = ["--input", *paths, "--output_dir", "out"]
-    (here / "home").mkdir()
-    first = run_command("prepare_imagenet64", *arguments, directory=here, environment={"HOME": str(here / "home")})
+    first = run_command("prepare_imagenet64", *arguments, directory=here)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("reading 10 batches of ImageNet-64 (train) from ")
     assert "prepared out: 1,010 images, 1000 classes, 8x8 RGB, 0.2 MB in " in first.stdout
@@ -94,9 +93,7 @@ def test_the_published_zips(here, published, capsys):
     assert error.startswith("error: --output_dir out holds other images, 1,010 images")
     assert "--overwrite" in error
     assert error.count("\n") == 1
-    assert names(here) == ["home", "out"]
-    # nothing in ~/.cache
-    assert not [path for path in (here / "home").rglob("*") if path.is_file()]
+    assert names(here) == ["out"]
 
 
 def test_killed_in_the_middle_and_run_again(here, published):
@@ -105,7 +102,6 @@ def test_killed_in_the_middle_and_run_again(here, published):
     for number, code, left in [
         (signal.SIGKILL, -signal.SIGKILL, [".out.lock", ".out.writing"]),
         (signal.SIGINT, 130, []),
-        (signal.SIGTERM, 143, []),
     ]:
         stopped = run_command("tests.commands.test_prepare", number.value, *arguments, directory=here)
         assert (stopped.returncode, names(here)) == (code, left), stopped.stderr
@@ -126,28 +122,30 @@ def test_class_folders_leave_nothing_behind(here):
 
 
 def test_npz_files_of_four_channels(here, capsys):
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (90, 8, 12, 4), dtype=np.uint8)
-    labels = generator.permutation(np.arange(90) % 3)
-    class_names = np.array(["cytoplasm", "membrane", "nucleus"])
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (90, 8, 12, 4), dtype=np.uint8), np.arange(90) % 3
+    class_names = ["cytoplasm", "membrane", "nucleus"]
     (here / "in").mkdir()
-    for part, rows in ((2, slice(20)), (10, slice(20, 90))):
-        path = here / "in" / f"part{part}.npz"
-        np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=class_names)
+
+    def write() -> pathlib.Path:
+        for part, rows in ((2, slice(20)), (10, slice(20, 90))):
+            path = here / "in" / f"part{part}.npz"
+            np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=class_names)
+        return path
+
+    path = write()
     arguments = ["--source", "npz", "--input", "in", "--output_dir", "out"]
     assert run(*arguments) == 0
     output = capsys.readouterr().out
     assert output.startswith("reading 2 .npz files: in/part2.npz, in/part10.npz\n")
     assert "prepared out: 90 images, 3 classes, 12x8 4-channel, 0.0 MB in " in output
     images = PreparedImages("out")
-    assert images.class_names == class_names.tolist()
+    assert (images.channels, images.image_size, images.class_names) == (4, (8, 12), class_names)
     batch = images[list(range(90))]
     np.testing.assert_array_equal(batch["pixel_values"], np.moveaxis(pixels, -1, 1))
     np.testing.assert_array_equal(batch["class_labels"], labels)
-
     # another pixel in a file of the same name
     pixels[50, 3, 3, 3] ^= 1
-    np.savez_compressed(path, images=pixels[20:], labels=labels[20:], class_names=class_names)
+    write()
     assert run(*arguments) == 2
     assert "error: --output_dir out holds other images" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:-100])
@@ -160,36 +158,27 @@ def test_npz_files_of_four_channels(here, capsys):
 
 
 class HubStandIn(http.server.BaseHTTPRequestHandler):
-    """Answers what the Hub answers for a dataset called mice/pictures, and that there is no other."""
+    """Answers what the Hub answers for a dataset mice/pictures of one file, and that there is no other."""
 
     protocol_version = "HTTP/1.1"
-    commit = "0" * 40
+    commit, name = "0" * 40, "data/train-00000-of-00001.parquet"
 
-    def __init__(self, files: dict[str, bytes], *arguments) -> None:
-        self.files = files
+    def __init__(self, content: bytes, *arguments) -> None:
+        self.content = content
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
+        api, folder = "/api/datasets/mice/pictures", {"type": "directory", "path": "data", "oid": self.commit}
+        file = {"type": "file", "path": self.name, "size": len(self.content), "oid": self.commit}
+        info = {"id": "mice/pictures", "sha": self.commit, "tags": [], "siblings": [{"rfilename": self.name}]}
         path = urllib.parse.urlparse(self.path).path
-        repository, _, name = path.partition(f"/resolve/{self.commit}/")
-        if repository == "/datasets/mice/pictures" and name in self.files:
-            digest = hashlib.sha256(self.files[name]).hexdigest()
-            self.answer(200, self.files[name], {"ETag": f'"{digest}"'})
+        if path == f"/datasets/mice/pictures/resolve/{self.commit}/{self.name}":
+            self.answer(200, self.content, {"ETag": f'"{hashlib.sha256(self.content).hexdigest()}"'})
         elif path.startswith("/datasets/mice/pictures/resolve/"):
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        elif path == f"/api/datasets/mice/pictures/tree/{self.commit}/data":
-            entries = [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in self.files.items()
-            ]
-            self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
-        elif path == f"/api/datasets/mice/pictures/tree/{self.commit}":
-            entries = [{"type": "directory", "path": "data", "oid": self.commit}]
-            self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
-        elif path.startswith("/api/datasets/mice/pictures"):
-            repository = {"id": "mice/pictures", "sha": self.commit, "tags": []}
-            repository["siblings"] = [{"rfilename": name} for name in self.files]
-            self.answer(200, json.dumps(repository).encode(), {"Content-Type": "application/json"})
+        elif path.startswith(api):
+            tree = {f"{api}/tree/{self.commit}/data": [file], f"{api}/tree/{self.commit}": [folder]}
+            self.answer(200, json.dumps(tree.get(path, info)).encode(), {"Content-Type": "application/json"})
         else:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
 
@@ -207,58 +196,63 @@ class HubStandIn(http.server.BaseHTTPRequestHandler):
         """Keeps the requests out of the output of the tests."""
 
 
-def test_a_dataset_of_the_hub(here):
+def test_datasets_of_the_hub_and_local_ones(here):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     pictures = [PIL.Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 100, 200)]
     dataset = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 1]}, features=features)
-    dataset.to_parquet(here / "train.parquet")
-    files = {"data/train-00000-of-00001.parquet": (here / "train.parquet").read_bytes()}
-    (here / "train.parquet").unlink()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubStandIn, files))
+    for folder in ("local", "home"):
+        (here / folder).mkdir()
+    dataset.to_parquet(here / "local" / "train.parquet")
+    content = (here / "local" / "train.parquet").read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubStandIn, content))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    # where the Hub is, its client asks once, when it is imported
+    # where the Hub and its cache are, its client asks once, when it is imported
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
     environment |= {"HOME": str(here / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    program = (
-        "from imagenet64_diffusion.prepare_imagenet64 import main\n"
-        "arguments = ['--source', 'dataset', '--output_dir', 'out', '--input']\n"
-        "assert main([*arguments, 'mice/pictures']) == 0\n"
-        "assert main([*arguments, 'mice/none', '--overwrite']) == 2\n"
-    )
+    program = """if True:
+        import pathlib
+        from imagenet64_diffusion.prepare_imagenet64 import main
+        assert main(["--source", "dataset", "--output_dir", "copy", "--input", "local"]) == 0
+        # what local files are made into is not kept
+        assert not [path for path in pathlib.Path.home().rglob("*") if path.is_file()]
+        assert main(["--source", "dataset", "--output_dir", "out", "--input", "mice/pictures"]) == 0
+        assert main(["--source", "dataset", "--output_dir", "none", "--input", "mice/none"]) == 2
+    """
+    command = [sys.executable, "-c", program]
     try:
-        result = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200
-        )
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     finally:
         server.shutdown()
         server.server_close()
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: --input mice/none --split train: cannot be loaded (")
-    batch = PreparedImages("out")[[0, 1, 2]]
-    assert batch["class_labels"].tolist() == [0, 1, 1]
-    assert batch["pixel_values"][:, 0].flatten(1).unique(dim=1).flatten().tolist() == [0, 100, 200]
-    assert names(here) == ["home", "out"]
+    for folder in ("copy", "out"):
+        batch = PreparedImages(folder)[[0, 1, 2]]
+        assert batch["class_labels"].tolist() == [0, 1, 1]
+        assert batch["pixel_values"][:, 0].flatten(1).unique(dim=1).flatten().tolist() == [0, 100, 200]
+    assert names(here) == ["copy", "home", "local", "out"]
 
 
-@pytest.mark.parametrize("content", ["html", "truncated zip", "malicious", "labels"])
-def test_wrong_data_is_one_line_and_leaves_nothing(here, published, capsys, content):
+@pytest.mark.parametrize(
+    ("cut", "content", "message"),
+    [
+        (-1000, b"", "cannot be read"),
+        (None, b"cposix\nsystem\n(Vtouch marker\ntR.", "entry train_data_batch_2 cannot be read (wants posix.system"),
+        (
+            None,
+            pickle.dumps({"data": np.zeros((2, 192), np.uint8), "labels": [1, 1001]}),
+            'entry train_data_batch_2 "labels" has the label 1001 for image 1, but they go from 1 to 1000',
+        ),
+    ],
+    ids=["truncated", "malicious", "labels"],
+)
+def test_wrong_data_is_one_line_and_leaves_nothing(here, published, capsys, cut, content, message):
     (whole, _), _, _ = published
     path = here / "Imagenet64_train_part1.zip"
-    evil = b"cposix\nsystem\n(V" + f"touch {here / 'marker'}".encode() + b"\ntR."
-    wrong = pickle.dumps({"data": np.zeros((2, 192), np.uint8), "labels": [1, 1001]})
     with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(whole) as good:
         archive.writestr("train_data_batch_1", good.read("train_data_batch_1"))
-        archive.writestr("train_data_batch_2", evil if content == "malicious" else wrong)
-    if content == "html":
-        path.write_bytes(b"<!DOCTYPE html><html>moved</html>")
-    elif content == "truncated zip":
-        path.write_bytes(path.read_bytes()[:-1000])
-    message = {
-        "html": "cannot be read",
-        "truncated zip": "cannot be read",
-        "malicious": "entry train_data_batch_2 cannot be read (wants posix.system",
-        "labels": 'entry train_data_batch_2 "labels" has the label 1001 for image 1, but',
-    }[content]
+        archive.writestr("train_data_batch_2", content)
+    path.write_bytes(path.read_bytes()[:cut])
     assert run("--input", path, "--output_dir", "out") == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert error.startswith(f"error: {path} {message}")

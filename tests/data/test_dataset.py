@@ -90,18 +90,6 @@ def test_no_prepared_folder(tmp_path):
         PreparedImages(tmp_path / "soon")
 
 
-def test_images_of_five_channels(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 6, 4, 5), dtype=np.uint8)
-    labels = np.arange(30) % 7
-    np.savez(tmp_path / "images.npz", pixels, labels)
-    write_prepared(tmp_path / "out", NpzSource([tmp_path / "images.npz"]))
-    images = PreparedImages(tmp_path / "out")
-    assert (images.channels, images.image_size, images.num_classes) == (5, (6, 4), 7)
-    batch = images[list(range(30))]
-    np.testing.assert_array_equal(batch["pixel_values"], np.moveaxis(pixels, -1, 1))
-    np.testing.assert_array_equal(batch["class_labels"], labels)
-
-
 ROWS = [bytes(range(row, row + 8)) for row in range(30)]
 LABELS = [row % 3 for row in range(30)]
 

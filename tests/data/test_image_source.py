@@ -129,7 +129,7 @@ def test_wrong_folders(class_folders, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path, "no such folder", "imagefolder", [str(tmp_path / "nowhere")])
     refused(tmp_path, "--input has 2 values", "imagefolder", ["a", "b"])
-    refused(tmp_path, "class folders have no columns", "imagefolder", [str(class_folders)], label_column="label")
+    refused(tmp_path, "not for class folders", "imagefolder", [str(class_folders)], label_column="label")
     refused(tmp_path, "empty: there are no folders of images", "imagefolder", [str(tmp_path / "empty")])
     noise().save(class_folders / "loose.png")
     refused(tmp_path, r"loose\.png lies outside", "imagefolder", [str(class_folders)])
@@ -187,9 +187,9 @@ INTEGER, NAMED = datasets.Value("int64"), {"label_column": "animal"}
         (INTEGER, [1, None], NAMED, '"animal" is .* instead of 2 integers'),
         (INTEGER, [2**31 - 2], NAMED, "from 0 to 65535"),
         (datasets.ClassLabel(names=["a"]), [-1], {}, "-1 marks no labels"),
-        (datasets.Value("string"), ["a"], NAMED, "--label_column animal is not a column of type ClassLabel or int"),
-        (INTEGER, [1], {"label_column": "anmal"}, "--label_column anmal is not .* has picture .*; perhaps animal$"),
-        (INTEGER, [1], {"image_column": "animal"}, "--image_column animal is not a column of type Image"),
+        (datasets.Value("string"), ["a"], NAMED, "--label_column animal: not a column of type ClassLabel or int"),
+        (INTEGER, [1], {"label_column": "anmal"}, "--label_column anmal: not .* has picture .*; perhaps animal$"),
+        (INTEGER, [1], {"image_column": "animal"}, "--image_column animal: not a column of type Image"),
         (None, [1], {}, "--image_column must name a column of type Image"),
     ],
 )

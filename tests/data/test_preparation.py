@@ -1,7 +1,6 @@
 import hashlib
 import json
 import pathlib
-import pickle
 import resource
 import signal
 import struct
@@ -17,8 +16,6 @@ from imagenet64_diffusion.data.errors import DataError
 from imagenet64_diffusion.data.preparation import Preparation, find_finished, write_prepared
 from imagenet64_diffusion.data.published_source import PublishedSource
 from imagenet64_diffusion.data.sources import ImageSource, ImageStream, label_blocks
-
-from .conftest import make_batches, write_zips
 
 
 class ArraySource(ImageSource):
@@ -153,13 +150,6 @@ def test_a_full_disk_is_one_sentence(tmp_path, images):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(("channels", "said"), [(1, "grayscale"), (2, "2-channel"), (3, "RGB"), (4, "4-channel")])
-def test_summary_says_the_channels(tmp_path, channels, said):
-    pixels = np.zeros((5, channels, 4, 6), np.uint8)
-    record = write_prepared(tmp_path / "out", ArraySource(pixels, np.arange(5) % 3))
-    assert f"5 images, 3 classes, 6x4 {said}, " in record.summary()
-
-
 def test_no_images_equal_names_and_two_writers_are_errors(tmp_path, images):
     with pytest.raises(DataError, match="there are no images"):
         write_prepared(tmp_path / "out", ArraySource(images[0][:0], images[1][:0]))
@@ -190,19 +180,6 @@ def test_damaged_folders_are_named(tmp_path, images):
         with pytest.raises(DataError, match=rf"\.arrow has {found} bytes instead of"):
             Preparation.read(out)
         arrow.unlink(missing_ok=True)
-
-
-def test_published_zips_and_raw_files_give_equal_data(tmp_path):
-    batches = make_batches()
-    from_zips = write_prepared(tmp_path / "one", PublishedSource(write_zips(tmp_path, batches)))
-    assert from_zips.num_images == 1030
-    assert from_zips.images_per_class == [2] * 30 + [1] * 970
-    (tmp_path / "raw").mkdir()
-    for index, (pixels, labels) in enumerate(batches):
-        content = pickle.dumps({"labels": np.array(labels), "data": pixels}, 5)
-        (tmp_path / "raw" / f"train_data_batch_{index + 1}").write_bytes(content)
-    from_files = write_prepared(tmp_path / "two", PublishedSource([tmp_path / "raw"]))
-    assert from_files.fingerprint == from_zips.fingerprint
 
 
 def test_memory_does_not_grow_with_the_batch(tmp_path, monkeypatch):
