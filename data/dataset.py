@@ -41,9 +41,8 @@ class PreparedImages(torch.utils.data.Dataset):
         fingerprint: equal for two folders with the same images in the same order.
 
     Raises:
-        DataError: the folder is not a whole prepared one, an image has another size than the record says, a
-            label is none of the classes, or there are more or fewer images. Every row is looked at, and no pixel
-            is read.
+        DataError: the folder is not a whole prepared one, or an image's size or label is not what the record says.
+            Every row is looked at, and no pixel is read.
     """
 
     def __init__(self, folder: str | pathlib.Path, in_memory: bool = False) -> None:

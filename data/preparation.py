@@ -140,13 +140,10 @@ def write_prepared(
     or by the next call when this process is killed. A folder that holds the same already is left as it is.
 
     Args:
-        output_dir: the folder to make; its parents are made too.
+        output_dir: the folder to make, with its parents.
         source: where the images come from.
         max_images: how many of them at most; None for all.
         overwrite: whether to replace a prepared folder at output_dir.
-
-    Returns:
-        The record of the folder.
 
     Raises:
         DataError: the source is not what it should be, or output_dir holds something that is not to be replaced.

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -73,17 +73,14 @@ class PublishedSource(ImageSource):
         # A batch is hardly more than its pixels, so its share of the bytes is its share of the images.
         num_bytes = sum(file.num_bytes for file in self._files)
         num_images = round(num_bytes * len(labels) / self._files[0].num_bytes)
-        return ImageStream(
-            imagenet64_names(), (3, size, size), num_images, _blocks(itertools.chain([first], batches), size)
-        )
+        blocks = _blocks(itertools.chain([first], batches), size)
+        return ImageStream(imagenet64_names(), (3, size, size), num_images, blocks)
 
 
 def _blocks(batches: Iterable[_Batch], size: int) -> Generator[ImageBlock, None, None]:
     for name, data, labels in batches:
         if data.shape[1] != 3 * size * size:
-            raise DataError(
-                f'{name} has "data" rows of {data.shape[1]} values instead of {3 * size * size} as the first'
-            )
+            raise DataError(f"{name} has rows of {data.shape[1]} values instead of {3 * size * size} as the first")
         yield from label_blocks((rows.reshape(-1, 3, size, size) for rows in read_rows(data)), labels)
 
 
@@ -120,8 +117,7 @@ def _batches_in_file(path: pathlib.Path) -> Iterator[_BatchFile]:
 def _open_batches(files: Iterable[_BatchFile], work_folder: pathlib.Path) -> Iterator[_Batch]:
     for file in files:
         # a nameless file, gone when it is closed and no array of it is left
-        content: Any = tempfile.TemporaryFile(dir=work_folder) if file.entry else file.path.open("rb")
-        with content:
+        with tempfile.TemporaryFile(dir=work_folder) if file.entry else file.path.open("rb") as content:
             if file.entry:
                 # Unpacked first: pixels come before labels in it, and unpacking to the end checks the checksum.
                 with naming_damage(file.name), zipfile.ZipFile(file.path) as zipped, zipped.open(file.entry) as packed:
@@ -130,7 +126,7 @@ def _open_batches(files: Iterable[_BatchFile], work_folder: pathlib.Path) -> Ite
             yield _check_batch(file.name, content)
 
 
-def _check_batch(name: str, opened: BinaryIO) -> _Batch:
+def _check_batch(name: str, opened: Any) -> _Batch:
     content: dict[str, Any] = open_arrays(opened, name) if name.endswith(".npz") else read_pickle(opened, name)
     for key in ("data", "labels"):
         if key not in content:

@@ -66,14 +66,7 @@ def check_split(split: str, what: str, *known: str) -> None:
 
 
 def check_labels(labels: np.ndarray | NpzArray, name: str, num_images: int, first: int, last: int) -> np.ndarray:
-    """Reads labels, looks whether there is one from first to last for every image, and counts them from 0.
-
-    Returns:
-        int64 (images,), from 0 to last - first.
-
-    Raises:
-        DataError: there is not; the message begins with the name.
-    """
+    """Reads labels, int64 (images,) from 0, where from ``first`` to ``last`` are stored; others are a DataError."""
     if labels.dtype.kind not in "iu" or labels.shape != (num_images,):
         raise DataError(f"{name} is {labels.dtype} of shape {labels.shape} instead of {num_images} integers")
     values = np.concatenate([np.empty(0, labels.dtype), *read_rows(labels)])
