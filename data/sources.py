@@ -35,7 +35,7 @@ class ImageStream:
 
 
 class ImageSource:
-    """Images with labels. A further source is a subclass, and a line in prepare_imagenet64._sources.
+    """Images with labels. A further source is a subclass, and a line in prepare_imagenet64.SOURCES.
 
     Making one lists the files and checks them, and raises DataError for what cannot be images with labels.
 

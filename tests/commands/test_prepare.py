@@ -6,7 +6,6 @@ import http.server
 import json
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
@@ -233,29 +232,15 @@ def test_datasets_of_the_hub_and_local_ones(here):
     assert names(here) == ["copy", "home", "local", "out"]
 
 
-@pytest.mark.parametrize(
-    ("cut", "content", "message"),
-    [
-        (-1000, b"", "cannot be read"),
-        (None, b"cposix\nsystem\n(Vtouch marker\ntR.", "entry train_data_batch_2 cannot be read (wants posix.system"),
-        (
-            None,
-            pickle.dumps({"data": np.zeros((2, 192), np.uint8), "labels": [1, 1001]}),
-            'entry train_data_batch_2 "labels" has the label 1001 for image 1, but they go from 1 to 1000',
-        ),
-    ],
-    ids=["truncated", "malicious", "labels"],
-)
-def test_wrong_data_is_one_line_and_leaves_nothing(here, published, capsys, cut, content, message):
+def test_wrong_data_is_one_line_and_leaves_nothing(here, published, capsys):
     (whole, _), _, _ = published
     path = here / "Imagenet64_train_part1.zip"
     with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(whole) as good:
         archive.writestr("train_data_batch_1", good.read("train_data_batch_1"))
-        archive.writestr("train_data_batch_2", content)
-    path.write_bytes(path.read_bytes()[:cut])
+        archive.writestr("train_data_batch_2", b"cposix\nsystem\n(Vtouch marker\ntR.")
     assert run("--input", path, "--output_dir", "out") == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert error.startswith(f"error: {path} {message}")
+    assert error.startswith(f"error: {path} entry train_data_batch_2 cannot be read (wants posix.system")
     assert names(here) == [path.name]
 
 
@@ -263,18 +248,12 @@ def test_wrong_data_is_one_line_and_leaves_nothing(here, published, capsys, cut,
     ("arguments", "message"),
     [
         ("", "--input is missing"),
-        ("--input nowhere.zip", "--input nowhere.zip: no such file"),
         ("--resolution 64", "--resolution is for --source imagefolder and dataset, not imagenet64"),
         ("--source mnist --color_mode rgb", "--color_mode is for"),
         ("--source mnist --input x", "--input is for --source imagenet64 and imagefolder and dataset and npz, not"),
         ("--source mnist --split test", "--split test: the digits have only the split train"),
         ("--source mnist --max_images 0", "max_images is 0, but must be at least 1"),
-        ("--source npz", "--input is missing: give the .npz files"),
         ("--source npz --input nowhere.npz", "--input nowhere.npz: no such file"),
-        ("--source npz --input x --split test", "--split test: .npz files have only"),
-        ("--source npz --resolution 64", "--resolution is for --source imagefolder and dataset, not npz"),
-        ("--source imagefolder", "--input has 0 values"),
-        ("--source imagefolder --input x --label_column y", "--image_column and --label_column are for --source data"),
         ("--source dataset", "--input has 0 values"),
         ("--source cifar", "source is 'cifar', but"),
         ("--source mnist --y", "unrecognized arguments: --y"),

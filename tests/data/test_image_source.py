@@ -28,12 +28,18 @@ def refused(tmp_path: pathlib.Path, message: str, *arguments, **options) -> None
 
 @pytest.fixture
 def class_folders(tmp_path) -> pathlib.Path:
-    """Two classes with the names of splits, in a folder whose name is a glob pattern."""
+    """Many kinds of image, of two classes with the names of splits, in a folder whose name is a glob pattern."""
     folder = tmp_path / "images [v2]*"
-    for label in ("cat", "test"):
-        (folder / label).mkdir(parents=True)
-        for index in range(3):
-            noise(seed=index + 10 * len(label)).save(folder / label / f"{index}.png")
+    for name, image in {
+        "cat/0.gif": noise((30, 20)).convert("P"),
+        "cat/1.png": noise((20, 30), "RGBA"),
+        "test/large.jpg": noise((200, 100)),
+        "test/tiny.bmp": noise((3, 3)),
+        "test/grey.webp": noise((64, 64), "L"),
+        ".hidden/a.png": noise(),
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name)
     return folder
 
 
@@ -86,33 +92,14 @@ def test_exif_orientation(tmp_path):
 
 
 def test_class_folders(class_folders, tmp_path):
-    source = ImageDatasetSource("imagefolder", [str(class_folders)])
+    source = ImageDatasetSource("imagefolder", [str(class_folders)], resolution=32)
     pixels, labels, stream = read_all(source, tmp_path / "work")
-    assert stream.class_names == ["cat", "test"]
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
-    for row, path in zip(pixels, sorted(class_folders.glob("*/*")), strict=True):
-        with PIL.Image.open(path) as image:
-            np.testing.assert_array_equal(row, planes(image))
-    assert (source.description["files"], source.description["input"]) == (6, "images [v2]*")
-
-
-def test_class_folders_of_many_kinds_of_image(tmp_path):
-    for name, image in {
-        "a/palette.gif": noise((30, 20)).convert("P"),
-        "a/alpha.png": noise((20, 30), "RGBA"),
-        "b/large.jpg": noise((200, 100)),
-        "b/tiny.bmp": noise((3, 3)),
-        "b/grey.webp": noise((64, 64), "L"),
-    }.items():
-        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(tmp_path / "train" / name)
-    source = ImageDatasetSource("imagefolder", [str(tmp_path)], resolution=32)
-    pixels, labels, stream = read_all(source, tmp_path / "work")
-    assert stream.image_size == (3, 32, 32)
+    assert (stream.class_names, stream.image_size) == (["cat", "test"], (3, 32, 32))
     assert labels.tolist() == [0, 0, 1, 1, 1]
-    for path, row in zip(sorted((tmp_path / "train").glob("*/*")), pixels, strict=True):
+    for row, path in zip(pixels, sorted(class_folders.glob("[ct]*/*")), strict=True):
         with PIL.Image.open(path) as image:
             np.testing.assert_array_equal(row, convert_image(image, 32))
+    assert (source.description["files"], source.description["input"]) == (6, "images [v2]*")
 
 
 def test_splits_of_class_folders(class_folders, tmp_path):

@@ -1,5 +1,6 @@
 import pathlib
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
@@ -37,28 +38,22 @@ def test_every_image_and_label_of_the_two_zips(tmp_path, protocol, num_images, s
     assert [file["entry"] for file in source.description["files"]] == [f"train_data_batch_{n}" for n in range(1, 11)]
 
 
-def test_a_folder_with_raw_batches_is_read_in_numeric_order(tmp_path):
+@pytest.mark.parametrize("form", ["pickles", "npz", "compressed npz", "zipped npz"])
+def test_a_folder_with_other_forms_is_read_in_numeric_order(tmp_path, form):
     batches = make_batches()
-    (tmp_path / "Imagenet64_train").mkdir()
-    for index, (pixels, labels) in enumerate(batches):
-        write_batch(tmp_path / "Imagenet64_train" / f"train_data_batch_{index + 1}", pixels, labels)
+    folder = tmp_path / "Imagenet64_train"
+    folder.mkdir()
+    for number, (pixels, labels) in enumerate(batches, start=1):
+        if form == "pickles":
+            write_batch(folder / f"train_data_batch_{number}", pixels, labels)
+        else:
+            save = np.savez_compressed if form == "compressed npz" else np.savez
+            save(folder / f"train_data_batch_{number}.npz", data=pixels, labels=labels, mean=pixels.mean(0))
     (tmp_path / "notes.txt").write_text("not a batch")
+    if form == "zipped npz":
+        shutil.make_archive(str(tmp_path / "Imagenet64_train_npz"), "zip", tmp_path, folder.name)
+        shutil.rmtree(folder)
     assert_reads(PublishedSource([tmp_path]), tmp_path / "work", batches)
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("zipped", [False, True])
-def test_npz(tmp_path, save, zipped):
-    batches = make_batches()
-    paths = [tmp_path / f"train_data_batch_{number}.npz" for number in range(1, 11)]
-    for path, (pixels, labels) in zip(paths, batches, strict=True):
-        save(path, data=pixels, labels=labels, mean=pixels.mean(0))
-    if zipped:
-        with zipfile.ZipFile(tmp_path / "Imagenet64_train_npz.zip", "w") as archive:
-            for path in paths:
-                archive.write(path, f"npz/{path.name}")
-        paths = [tmp_path / "Imagenet64_train_npz.zip"]
-    assert_reads(PublishedSource(paths), tmp_path / "work", batches)
 
 
 def test_splits_and_missing_batches(tmp_path):
