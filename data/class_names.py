@@ -12,29 +12,17 @@ NUM_CLASSES = 1000
 
 
 @functools.cache
-def _rows() -> list[list[str]]:
+def _names() -> tuple[str, ...]:
     text = (importlib.resources.files(__package__) / "imagenet64_classes.tsv").read_text(encoding="utf-8")
-    return [line.split("\t") for line in text.splitlines()]
+    # WordNet id, name
+    return tuple(line.split("\t")[1] for line in text.splitlines())
 
 
 def imagenet64_names() -> list[str]:
-    """Names of the classes, such as ``"tabby, tabby cat"``: the lemmas of each synset, no two equal.
-
-    Returns:
-        1000 names; the index is the 0-based label.
-    """
-    return [names for _, names in _rows()]
-
-
-def imagenet64_wnids() -> list[str]:
-    """WordNet ids of the classes, such as ``"n02123045"``.
-
-    Returns:
-        1000 ids; the index is the 0-based label.
-    """
-    return [wnid for wnid, _ in _rows()]
+    """The 1000 names of the classes, such as ``"tabby, tabby cat"``: the lemmas of each synset, no two equal."""
+    return list(_names())
 
 
 def imagenet64_id2label() -> dict[int, str]:
     """The mapping that a pipeline stores: 0-based label -> name, for all 1000 classes in order."""
-    return dict(enumerate(imagenet64_names()))
+    return dict(enumerate(_names()))

@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 
 
 def to_model_range(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Maps stored pixels to what the model sees, x / 127.5 - 1.
-
-    Args:
-        pixel_values: uint8, any shape, on any device, where the work is done.
-
-    Returns:
-        float32 of the same shape, -1 to 1.
-    """
+    """Maps stored pixels, uint8 on any device, to what the model sees: x / 127.5 - 1, float32 from -1 to 1."""
     return pixel_values.to(torch.float32).div_(127.5).sub_(1.0)
 
 
@@ -43,19 +36,17 @@ class PreparedImages(torch.utils.data.Dataset):
         preparation: the record of the folder.
         channels: at least 1; 1 is grayscale and 3 is RGB.
         image_size: (height, width) in pixels.
-        class_names: the name of each class; the index is the label.
-        id2label: label -> name.
+        class_names, id2label: the name of each class, by its label.
         num_classes: how many classes there are.
         fingerprint: equal for two folders with the same images in the same order.
 
     Raises:
-        DataError: the folder is not a whole prepared one, an image has another size than the record says, a
-            label is none of the classes, or there are more or fewer images. Every row is looked at, and no pixel
-            is read.
+        DataError: the folder is not a whole prepared one, or an image's size or label is not what the record says.
+            Every row is looked at, and no pixel is read.
     """
 
     def __init__(self, folder: str | pathlib.Path, in_memory: bool = False) -> None:
-        self.folder = pathlib.Path(folder)
+        self.folder, self._in_memory = pathlib.Path(folder), in_memory
         self.preparation = Preparation.read(self.folder)
         self.channels = self.preparation.channels
         self.image_size = (self.preparation.height, self.preparation.width)
@@ -63,20 +54,13 @@ class PreparedImages(torch.utils.data.Dataset):
         self.id2label = dict(enumerate(self.class_names))
         self.num_classes = len(self.class_names)
         self.fingerprint = self.preparation.fingerprint
-        self._in_memory = in_memory
-        self._open()
-
-    def _open(self) -> None:
         # Every image has the same number of bytes, so a record batch of the file is a piece of memory cut into rows.
         self._row_width = self.channels * self.image_size[0] * self.image_size[1]
         pixels, self._labels = self._checked_columns()
-        chunks = [chunk for chunk in pixels.chunks if len(chunk)]
-        self._pieces = [_bytes_of(chunk, self._row_width) for chunk in chunks]
-        self._ends = np.cumsum([len(chunk) for chunk in chunks])
-        if self._in_memory:
+        self._pieces = [_bytes_of(chunk, self._row_width) for chunk in pixels.chunks if len(chunk)]
+        if in_memory:
             self._pieces = [memoryview(b"".join(self._pieces))]
-            self._ends = self._ends[-1:]
-        self._starts = np.concatenate([[0], self._ends[:-1]])
+        self._starts = np.cumsum([0, *(len(piece) // self._row_width for piece in self._pieces)])
 
     def _checked_columns(self) -> tuple["pyarrow.ChunkedArray", np.ndarray]:
         """Opens the files and looks at every row, but at no pixel."""
@@ -86,29 +70,26 @@ class PreparedImages(torch.utils.data.Dataset):
 
         try:
             table = datasets.load_from_disk(str(self.folder), keep_in_memory=False).data
-            columns = {name: table.column(name) for name in (PIXELS_COLUMN, LABEL_COLUMN)}
-            for column in columns.values():
+            pixels, labels = columns = [table.column(name) for name in (PIXELS_COLUMN, LABEL_COLUMN)]
+            for column, kind in zip(columns, (pyarrow.binary(), pyarrow.int64()), strict=True):
                 # only whether the buffers are there and as long as they must be, in no time
                 column.validate()
+                if column.type != kind:
+                    raise ValueError(f"a column of type {column.type} instead of {kind}")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
             raise self._damaged(f"files that cannot be read ({' '.join(str(error).split())})") from error
-        for (name, column), kind in zip(columns.items(), (pyarrow.binary(), pyarrow.int64()), strict=True):
-            if column.type != kind:
-                raise self._damaged(f'a column "{name}" of type {column.type} instead of {kind}')
-        pixels, labels = columns.values()
-        widths = pyarrow.compute.binary_length(pixels).fill_null(-1).to_numpy()
-        wrong = np.flatnonzero(widths != self._row_width)
-        if len(wrong):
-            found = "no pixels" if widths[wrong[0]] < 0 else f"{widths[wrong[0]]:,} bytes"
-            raise self._damaged(f"{found} for image {wrong[0]} instead of {self._row_width:,}")
+        if len(pixels) != len(self):
+            raise self._damaged(f"{len(pixels):,} images instead of {len(self):,}")
         # filled only where something is missing: the labels of all images need not be copied
         values = (labels.fill_null(-1) if labels.null_count else labels).to_numpy()
-        wrong = np.flatnonzero((values < 0) | (values >= self.num_classes))
-        if len(wrong):
-            found = f"the label {labels[wrong[0]]}"
-            raise self._damaged(f"{found} for image {wrong[0]}, where labels go from 0 to {self.num_classes - 1}")
-        if len(values) != len(self):
-            raise self._damaged(f"{len(values):,} images instead of {len(self):,}")
+        widths = pyarrow.compute.binary_length(pixels).fill_null(-1).to_numpy()
+        for what, found, least, most in (
+            ("bytes", widths, self._row_width, self._row_width),
+            ("as label", values, 0, self.num_classes - 1),
+        ):
+            wrong = np.flatnonzero((found < least) | (found > most))
+            if len(wrong):
+                raise self._damaged(f"{found[wrong[0]]} {what} for image {wrong[0]} instead of {least} to {most}")
         return pixels, values
 
     def _damaged(self, found: str) -> DataError:
@@ -129,7 +110,7 @@ class PreparedImages(torch.utils.data.Dataset):
         """Reads one image, or a batch when given several indices.
 
         Args:
-            index: from -len to len - 1; or several of them.
+            index: from -len to len - 1; or several of them, in any order.
 
         Returns:
             "pixel_values": uint8 (channels, height, width) and "class_labels": int64 (); with a leading batch
@@ -139,38 +120,23 @@ class PreparedImages(torch.utils.data.Dataset):
             IndexError: an index is out of range.
         """
         if isinstance(index, int | np.integer):
-            batch = self.__getitems__([index])
-            return {name: values[0] for name, values in batch.items()}
-        return self.__getitems__(index)
-
-    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
-        """Reads a batch.
-
-        Args:
-            indices: from -len to len - 1, in any order.
-
-        Returns:
-            "pixel_values": uint8 (batch, channels, height, width) and "class_labels": int64 (batch,).
-
-        Raises:
-            IndexError: an index is out of range.
-        """
-        rows = np.asarray(indices, np.int64)
+            return {name: values[0] for name, values in self[[index]].items()}
+        rows = np.asarray(index, np.int64)
         labels = self._labels[rows]
         rows = np.where(rows < 0, rows + len(self), rows)
-        pieces = np.searchsorted(self._ends, rows, side="right")
+        pieces = np.searchsorted(self._starts, rows, side="right") - 1
         offsets = (rows - self._starts[pieces]) * self._row_width
         # One join of views is the quickest way to gather rows from many pieces: each is copied once.
         pixels = bytearray().join(
             self._pieces[piece][offset : offset + self._row_width]
             for piece, offset in zip(pieces.tolist(), offsets.tolist(), strict=True)
         )
-        return {
-            "pixel_values": torch.from_numpy(np.frombuffer(pixels, np.uint8)).view(
-                len(rows), self.channels, *self.image_size
-            ),
-            "class_labels": torch.from_numpy(labels),
-        }
+        shape = (len(rows), self.channels, *self.image_size)
+        pixel_values = torch.from_numpy(np.frombuffer(pixels, np.uint8)).view(shape)
+        return {"pixel_values": pixel_values, "class_labels": torch.from_numpy(labels)}
+
+    # what a DataLoader with a batch_size of its own calls
+    __getitems__ = __getitem__
 
 
 def _bytes_of(chunk: "pyarrow.BinaryArray", row_width: int) -> memoryview:

@@ -2,12 +2,6 @@
 
 import contextlib
 import errno
-import lzma
-import pickle
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterator
 
 
@@ -18,16 +12,6 @@ class DataError(ValueError):
     """
 
 
-# What zipfile and its decompressors, numpy's reader of headers (which parses a Python literal) and the pickle machine
-# raise for bytes that are cut off, damaged or something else.
-_DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, pickle.UnpicklingError, struct.error, tokenize.TokenError),
-    *(SyntaxError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError),
-    # numpy makes strings of any four bytes, also of those that are no character
-    *(ValueError, OSError, SystemError),
-)
-
-
 @contextlib.contextmanager
 def naming_damage(name: str) -> Iterator[None]:
     """Turns what reading a damaged file raises into a DataError that begins with its name."""
@@ -35,7 +19,8 @@ def naming_damage(name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except _DAMAGE as error:
+    # zipfile, its decompressors, numpy's reader of headers and the pickle machine raise nearly anything
+    except Exception as error:
         # a damaged offset points outside of the file, and bz2 has no number for its errors; the rest is the system's
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise

@@ -6,141 +6,97 @@ planes one after the other, and "labels", integers from 1 to 1000. The same file
 .npz.
 """
 
-import dataclasses
+import itertools
 import math
 import pathlib
 import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .array_pickles import StoredArray, read_pickle
 from .class_names import NUM_CLASSES, imagenet64_names
 from .errors import DataError, naming_damage
-from .npz_source import NpzArray, array_keys, find_files, open_array
-from .sources import ImageBlock, ImageStream, check_labels
+from .npz_source import find_files
+from .sources import ImageBlock, ImageSource, ImageStream, check_labels, check_split, label_blocks
+from .stored_arrays import NpzArray, open_arrays, read_pickle, read_rows
 
 
 _BATCH_NAME = re.compile(r"(?:train_data_batch_(?P<number>[1-9]|10)|val_data)(?:\.npz|\.pkl|\.pickle)?")
 
 
-@dataclasses.dataclass(frozen=True)
-class _BatchFile:
-    """One batch: a file, or an entry of a zip."""
+class _BatchFile(NamedTuple):
+    """One batch: a file, or an entry of a zip; 0 is the number of val_data."""
 
-    number: int  # 0: val_data
+    number: int
     path: pathlib.Path
     entry: str | None
-    size: int  # bytes, unpacked
+    num_bytes: int  # unpacked
 
     @property
     def name(self) -> str:
         return str(self.path) if self.entry is None else f"{self.path} entry {self.entry}"
 
 
-class _Batch(NamedTuple):
-    """A batch whose outside has been checked; the labels are from 0."""
-
-    file: _BatchFile
-    data: StoredArray | NpzArray
-    labels: np.ndarray
+# its name, its pixels as rows, and its labels from 0
+_Batch: TypeAlias = tuple[str, np.ndarray | NpzArray, np.ndarray]
 
 
-class PublishedSource:
-    """ImageNet-64 in any of its published forms.
+class PublishedSource(ImageSource):
+    """ImageNet-64 in any of its published forms: zips, batch files, or folders that hold them, or folders of those."""
 
-    Args:
-        inputs: zips, batch files, or folders that hold them (directly or one folder down).
-        split: "train" for train_data_batch_N, "validation" for val_data.
-
-    Raises:
-        DataError: an input does not exist, holds no such batch, is not a whole zip, or a batch is there twice.
-    """
-
-    def __init__(self, inputs: Sequence[str | pathlib.Path], split: str = "train") -> None:
-        if split not in ("train", "validation"):
-            raise DataError(f"--split {split}: ImageNet-64 has the splits train and validation")
+    def __init__(self, inputs: Sequence[str | pathlib.Path] = (), split: str = "train") -> None:
+        check_split(split, "ImageNet-64 has", "train", "validation")
         self._files = _find_batches(inputs, split)
-        self.description: dict[str, Any] = {
-            "kind": "imagenet64",
-            "split": split,
-            "files": [
-                {"file": file.path.name, **({"entry": file.entry} if file.entry else {}), "bytes": file.size}
-                for file in self._files
-            ],
-        }
-        places = dict.fromkeys(str(file.path) for file in self._files)
-        self.summary = f"{len(self._files)} batches of ImageNet-64 ({split}) from {', '.join(places)}"
-        self.warnings: list[str] = []
+        files = [
+            {"file": file.path.name, **({"entry": file.entry} if file.entry else {}), "bytes": file.num_bytes}
+            for file in self._files
+        ]
+        places = ", ".join(dict.fromkeys(str(file.path) for file in self._files))
+        summary = f"{len(files)} batches of ImageNet-64 ({split}) from {places}"
+        super().__init__({"kind": "imagenet64", "split": split, "files": files}, summary)
         missing = sorted(set(range(1, 11)) - {file.number for file in self._files})
         if split == "train" and missing:
             self.description["missing_batches"] = missing
-            self.warnings.append(
-                f"{len(missing)} of the 10 batches are missing: "
-                + ", ".join(f"train_data_batch_{number}" for number in missing)
-                + ". The result will not be the whole of ImageNet-64"
-            )
+            names = ", ".join(f"train_data_batch_{number}" for number in missing)
+            self.warnings = (f"{len(missing)} of the 10 batches are missing: {names}. This is not all of ImageNet-64",)
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Starts reading: opens the first batch, which tells the size of the images.
-
-        Args:
-            work_folder: an existing folder, with room for one unpacked batch when the input is zipped.
-
-        Raises:
-            DataError: the first batch is not what a published batch is.
-        """
-        batches = self._batches(work_folder)
+        """Opens the first batch, which tells the image size; each batch in turn is unpacked to the work folder."""
+        batches = _open_batches(self._files, work_folder)
         first = next(batches)
-        size = math.isqrt(first.data.shape[1] // 3)
+        _, data, labels = first
+        size = math.isqrt(data.shape[1] // 3)
         # A batch is hardly more than its pixels, so its share of the bytes is its share of the images.
-        num_images = round(sum(file.size for file in self._files) * len(first.labels) / first.file.size)
-        return ImageStream(imagenet64_names(), (3, size, size), num_images, _blocks(first, batches, size))
-
-    def _batches(self, work_folder: pathlib.Path) -> Iterator[_Batch]:
-        for file in self._files:
-            # What a batch needs on the disk lives only until the next one is asked for.
-            with tempfile.TemporaryDirectory(dir=work_folder, prefix="batch-") as folder:
-                yield _open_batch(file, pathlib.Path(folder))
+        num_bytes = sum(file.num_bytes for file in self._files)
+        num_images = round(num_bytes * len(labels) / self._files[0].num_bytes)
+        blocks = _blocks(itertools.chain([first], batches), size)
+        return ImageStream(imagenet64_names(), (3, size, size), num_images, blocks)
 
 
-def _blocks(first: _Batch, others: Iterator[_Batch], size: int) -> Generator[ImageBlock, None, None]:
-    batch: _Batch | None = first
-    while batch is not None:
-        if batch.data.shape[1] != first.data.shape[1]:
-            raise DataError(
-                f'{batch.file.name} has "data" rows of {batch.data.shape[1]} values, but {first.file.name} has '
-                f"{first.data.shape[1]}: all batches must be of one resolution"
-            )
-        start = 0
-        for rows in batch.data.read_rows(batch.file.name):
-            yield ImageBlock(rows.reshape(-1, 3, size, size), batch.labels[start : start + len(rows)])
-            start += len(rows)
-        batch = next(others, None)
+def _blocks(batches: Iterable[_Batch], size: int) -> Generator[ImageBlock, None, None]:
+    for name, data, labels in batches:
+        if data.shape[1] != 3 * size * size:
+            raise DataError(f"{name} has rows of {data.shape[1]} values instead of {3 * size * size} as the first")
+        yield from label_blocks((rows.reshape(-1, 3, size, size) for rows in read_rows(data)), labels)
 
 
 def _find_batches(inputs: Sequence[str | pathlib.Path], split: str) -> list[_BatchFile]:
     batches: dict[int, _BatchFile] = {}
-    for path in find_files(inputs, "ImageNet-64 zips or batches", deep=True):
+    for path in find_files(inputs, "ImageNet-64 zips or batches", depth=2):
         for file in _batches_in_file(path):
             if (file.number == 0) != (split == "validation"):
                 continue
             if file.number in batches:
-                raise DataError(
-                    f"{batches[file.number].name} and {file.name} are the same batch, which is there twice: give "
-                    "--input the files of one of them"
-                )
+                raise DataError(f"{batches[file.number].name} and {file.name} are the same batch: give one of them")
             batches[file.number] = file
     if not batches:
         wanted = "train_data_batch_1 to 10" if split == "train" else "val_data"
-        raise DataError(
-            f"--input {' '.join(map(str, inputs))}: holds no {wanted} (--split train reads train_data_batch_1 to 10, "
-            "--split validation val_data, and --source npz other .npz files of images)"
-        )
+        hint = "--split validation reads val_data, --source npz other .npz files"
+        raise DataError(f"--input {' '.join(map(str, inputs))}: holds no {wanted} ({hint})")
     return [batches[number] for number in sorted(batches)]
 
 
@@ -158,56 +114,32 @@ def _batches_in_file(path: pathlib.Path) -> Iterator[_BatchFile]:
                 yield _BatchFile(int(match["number"] or 0), path, entry.filename, entry.file_size)
 
 
-def _open_batch(file: _BatchFile, folder: pathlib.Path) -> _Batch:
-    path, name = file.path, file.name
-    if file.entry is not None:
-        # Unpacked first: pixels come before labels in it, and unpacking to the end checks the checksum.
-        path = folder / "batch"
-        with (
-            naming_damage(name),
-            zipfile.ZipFile(file.path) as archive,
-            archive.open(file.entry) as packed,
-            path.open("wb") as unpacked,
-        ):
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
-    if (file.entry or file.path.name).endswith(".npz"):
-        keys = array_keys(path, name)
-        content: Any = {key: open_array(path, name, key) for key in ("data", "labels") if key in keys}
-    else:
-        content = read_pickle(path, name)
-    if not isinstance(content, dict):
-        raise DataError(f'{name} holds a {type(content).__name__} instead of a dict with "data" and "labels"')
-    # Python 2 wrote the keys as bytes
-    content = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
+def _open_batches(files: Iterable[_BatchFile], work_folder: pathlib.Path) -> Iterator[_Batch]:
+    for file in files:
+        # a nameless file, gone when it is closed and no array of it is left
+        with tempfile.TemporaryFile(dir=work_folder) if file.entry else file.path.open("rb") as content:
+            if file.entry:
+                # Unpacked first: pixels come before labels in it, and unpacking to the end checks the checksum.
+                with naming_damage(file.name), zipfile.ZipFile(file.path) as zipped, zipped.open(file.entry) as packed:
+                    shutil.copyfileobj(packed, content, 1 << 20)
+                content.flush()
+            yield _check_batch(file.name, content)
+
+
+def _check_batch(name: str, opened: Any) -> _Batch:
+    content: dict[str, Any] = open_arrays(opened, name) if name.endswith(".npz") else read_pickle(opened, name)
     for key in ("data", "labels"):
         if key not in content:
             raise DataError(f'{name} has no "{key}" (--source npz reads other .npz files of images)')
-    data = _check_data(name, content["data"])
-    labels = _label_values(name, content["labels"])
-    return _Batch(file, data, check_labels(labels, f'{name} "labels"', data.shape[0], 1, NUM_CLASSES))
-
-
-def _check_data(name: str, data: Any) -> StoredArray | NpzArray:
-    if not isinstance(data, StoredArray | NpzArray):
-        raise DataError(f'{name} has a {type(data).__name__} as "data" instead of a uint8 array')
-    num_images, row_width = data.shape if len(data.shape) == 2 else (0, 0)
-    size = math.isqrt(row_width // 3)
-    if data.dtype != np.uint8 or not num_images or not size or 3 * size * size != row_width or data.fortran_order:
-        order = " in Fortran order" if data.fortran_order else ""
-        raise DataError(
-            f'{name} has "data" of type {data.dtype} and shape {data.shape}{order} instead of uint8 (images, '
-            "3 * size * size), one image a row (12288 values for 64x64)"
-        )
-    return data
-
-
-def _label_values(name: str, labels: Any) -> np.ndarray:
-    if isinstance(labels, StoredArray | NpzArray):
-        if labels.dtype is None or len(labels.shape) != 1:
-            raise DataError(f'{name} has "labels" of shape {labels.shape} instead of a list of integers')
-        return np.concatenate([np.empty(0, labels.dtype), *labels.read_rows(name)])
+    data, labels = content["data"], content["labels"]
+    shape = data.shape if isinstance(data, np.ndarray | NpzArray) and data.dtype == np.uint8 else ()
+    if len(shape) != 2 or 0 in shape or 3 * math.isqrt(shape[1] // 3) ** 2 != shape[1]:
+        found = f"{getattr(data, 'dtype', type(data).__name__)} of shape {getattr(data, 'shape', None)}"
+        raise DataError(f'{name} has "data" that is {found} instead of uint8 (images, 3 * size * size)')
     # bool is a kind of int in Python, but no label
-    if not isinstance(labels, list | tuple) or not all(type(label) is int for label in labels):
+    if isinstance(labels, list | tuple) and all(type(label) is int for label in labels):
+        with naming_damage(f'{name} "labels"'):
+            labels = np.array(labels, np.int64)
+    if not isinstance(labels, np.ndarray | NpzArray):
         raise DataError(f'{name} has something in "labels", which must be a list of integers')
-    with naming_damage(f'{name} "labels"'):
-        return np.array(labels, np.int64)
+    return name, data, check_labels(labels, f'{name} "labels"', shape[0], 1, NUM_CLASSES)

@@ -44,41 +44,33 @@ class GlobalBatchSampler:
         start_step: int = 0,
         first_image: int = 0,
     ) -> None:
-        if num_images < 1:
-            raise ValueError(f"num_images is {num_images}, but must be at least 1")
+        least = (("num_images", num_images, 1), ("seed", seed, 0), ("start_step", start_step, 0))
+        for name, value, lowest in (*least, ("first_image", first_image, 0)):
+            if value < lowest:
+                raise ValueError(f"{name} is {value}, but must be at least {lowest}")
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}, but must be from 0 to world_size - 1")
         if global_batch_size < 1 or global_batch_size % world_size:
             raise ValueError(f"global_batch_size is {global_batch_size}, but must be a multiple of {world_size} ranks")
-        for name, value in (("seed", seed), ("start_step", start_step), ("first_image", first_image)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}, but must not be negative")
         self.num_images = num_images
-        self.global_batch_size = global_batch_size
-        self.batch_size = global_batch_size // world_size
-        self.seed = seed
-        self.rank = rank
+        self.batch_size, self.global_batch_size = global_batch_size // world_size, global_batch_size
         self.start_step = start_step
-        self.first_image = first_image
-        self._epoch = -1
-        self._order = np.empty(0, np.int64)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            # Sorted raw bits: numpy promises that the bits of PCG64 stay the same for ever, but not what
-            # Generator.permutation makes of them, and a run may resume with a newer numpy.
-            keys = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_images)
-            self._order = np.argsort(keys, kind="stable")
-            self._epoch = epoch
-        return self._order
+        self._seed = seed
+        self._first_position = first_image + rank * self.batch_size
+        self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, step: int) -> list[int]:
         """Returns this rank's image indices in global batch ``step``."""
-        position = self.first_image + step * self.global_batch_size + self.rank * self.batch_size
+        position = self._first_position + step * self.global_batch_size
         indices: list[int] = []
         while len(indices) < self.batch_size:
             epoch, offset = divmod(position + len(indices), self.num_images)
-            indices += self._permutation(epoch)[offset : offset + self.batch_size - len(indices)].tolist()
+            if epoch != self._epoch:
+                # Sorted raw bits: numpy promises that the bits of PCG64 stay the same for ever, but not what
+                # Generator.permutation makes of them, and a run may resume with a newer numpy.
+                keys = np.random.PCG64(np.random.SeedSequence([self._seed, epoch])).random_raw(self.num_images)
+                self._epoch, self._order = epoch, np.argsort(keys, kind="stable")
+            indices += self._order[offset : offset + self.batch_size - len(indices)].tolist()
         return indices
 
     def __iter__(self) -> Iterator[list[int]]:

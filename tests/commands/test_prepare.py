@@ -6,12 +6,10 @@ import http.server
 import json
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.parse
 import zipfile
 
@@ -20,208 +18,166 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from imagenet64_diffusion import prepare_imagenet64
 from imagenet64_diffusion.data.dataset import PreparedImages
-from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions, main, prepare
+from imagenet64_diffusion.data.published_source import PublishedSource
+from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions, prepare
+from imagenet64_diffusion.tests.commands.processes import run_command
+from imagenet64_diffusion.tests.data.conftest import make_batches, write_zips
 
 
-ROOT = pathlib.Path(__file__).parents[2]
+def main(arguments: list[str]) -> int:
+    """The command, which gets the signal of the first argument once it has read a batch."""
+    number, *arguments = arguments
+    open_source = PublishedSource.open
+
+    def interrupted(blocks):
+        yield next(blocks)
+        os.kill(os.getpid(), int(number))
+        yield from blocks
+
+    def open_interrupted(source, work_folder):
+        stream = open_source(source, work_folder)
+        stream.blocks = interrupted(stream.blocks)
+        return stream
+
+    PublishedSource.open = open_interrupted
+    return prepare_imagenet64.main(arguments)
 
 
-def run(folder: pathlib.Path, *arguments, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), **process_options(folder), **options)
-
-
-def command(*arguments) -> list[str]:
-    return [sys.executable, str(ROOT / "prepare_imagenet64.py"), *map(str, arguments)]
-
-
-def process_options(folder: pathlib.Path) -> dict:
-    home = folder / "home"
-    home.mkdir(exist_ok=True)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-    environment |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 100}
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> pathlib.Path:
+    """The current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> tuple[list[pathlib.Path], np.ndarray, np.ndarray]:
     """Two zips with ten batches at 8x8, and all of their images and labels."""
-    folder = tmp_path_factory.mktemp("published")
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (1010, 192), dtype=np.uint8)
-    labels = generator.permutation(np.arange(1010) % 1000 + 1)
-    paths = [folder / "Imagenet64_train_part1.zip", folder / "Imagenet64_train_part2.zip"]
-    for part, path in enumerate(paths):
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for index in range(5 * part, 5 * part + 5):
-                rows = slice(101 * index, 101 * index + 101)
-                content = {"data": pixels[rows], "labels": labels[rows].tolist(), "mean": pixels.mean(0)}
-                archive.writestr(f"train_data_batch_{index + 1}", pickle.dumps(content, 3))
-    return paths, pixels.reshape(-1, 3, 8, 8), labels - 1
+    batches = make_batches(num_images=101)
+    pixels, labels = (np.concatenate([batch[item] for batch in batches]) for item in (0, 1))
+    return write_zips(tmp_path_factory.mktemp("published"), batches), pixels.reshape(-1, 3, 8, 8), labels - 1
+
+
+def run(*arguments) -> int:
+    return prepare_imagenet64.main(list(map(str, arguments)))
 
 
 def names(folder: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_published_zips(tmp_path, published, monkeypatch, capsys):
+def test_the_published_zips(here, published, capsys):
     paths, pixels, labels = published
     arguments = ["--input", *paths, "--output_dir", "out"]
-    first = run(tmp_path, *arguments)
+    first = run_command("prepare_imagenet64", *arguments, directory=here)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("reading 10 batches of ImageNet-64 (train) from ")
     assert "prepared out: 1,010 images, 1000 classes, 8x8 RGB, 0.2 MB in " in first.stdout
     assert "images/s" in first.stderr
     assert "warning" not in first.stderr
-    images = PreparedImages(tmp_path / "out")
+    images = PreparedImages("out")
     batch = images[list(range(len(images)))]
     np.testing.assert_array_equal(batch["pixel_values"], pixels)
     np.testing.assert_array_equal(batch["class_labels"], labels)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in (here / "out").iterdir()}
 
-    monkeypatch.chdir(tmp_path)
-    assert main([*map(str, arguments)]) == 0
+    assert run(*arguments) == 0
     assert capsys.readouterr().out == "already prepared: 1,010 images, 1000 classes, 8x8 RGB, 0.2 MB in out\n"
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in (here / "out").iterdir()} == files
 
-    assert main([*map(str, arguments), "--max_images", "10"]) == 2
+    assert run(*arguments, "--max_images", "10") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --output_dir out holds other images, 1,010 images")
     assert "--overwrite" in error
     assert error.count("\n") == 1
-    assert names(tmp_path) == ["home", "out"]
-    # nothing in ~/.cache
-    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert names(here) == ["out"]
 
 
-def test_killed_in_the_middle_and_run_again(tmp_path, published):
+def test_killed_in_the_middle_and_run_again(here, published):
     paths, pixels, _ = published
-    # a fifo is a batch that never arrives: the run is caught while it waits
-    inputs = tmp_path / "in"
-    inputs.mkdir()
-    with zipfile.ZipFile(paths[0]) as archive:
-        for index in range(1, 6):
-            (inputs / f"train_data_batch_{index}").write_bytes(archive.read(f"train_data_batch_{index}"))
-    last = (inputs / "train_data_batch_5").read_bytes()
-    (inputs / "train_data_batch_5").unlink()
-    os.mkfifo(inputs / "train_data_batch_5")
-    arguments = ["--output_dir", "out", "--input", *(inputs / f"train_data_batch_{index}" for index in range(1, 6))]
+    arguments = ["--output_dir", "out", "--input", paths[0]]
     for number, code, left in [
-        (signal.SIGKILL, -signal.SIGKILL, [".out.lock", ".out.writing", "home", "in"]),
-        (signal.SIGINT, 130, ["home", "in"]),
+        (signal.SIGKILL, -signal.SIGKILL, [".out.lock", ".out.writing"]),
+        (signal.SIGINT, 130, []),
     ]:
-        scratch = tmp_path / ".out.writing" / "scratch"
-        left_before = set(scratch.glob("batch-*"))
-        environment = process_options(tmp_path)["env"]
-        process = subprocess.Popen(
-            command(*arguments),
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            # a shell that runs the tests in the background makes its children deaf to Ctrl-C
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        deadline = time.monotonic() + 60
-        while not set(scratch.glob("batch-*")) - left_before:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        # time enough to come to the batch that never arrives
-        time.sleep(0.5)
-        process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode == code
-        assert names(tmp_path) == left
-    (inputs / "train_data_batch_5").unlink()
-    (inputs / "train_data_batch_5").write_bytes(last)
-    again = run(tmp_path, *arguments)
+        stopped = run_command("tests.commands.test_prepare", number.value, *arguments, directory=here)
+        assert (stopped.returncode, names(here)) == (code, left), stopped.stderr
+    again = run_command("prepare_imagenet64", *arguments, directory=here)
     assert again.returncode == 0, again.stderr
     assert "warning: 5 of the 10 batches are missing: train_data_batch_6" in again.stderr
-    assert names(tmp_path) == ["home", "in", "out"]
-    images = PreparedImages(tmp_path / "out")
-    np.testing.assert_array_equal(images[list(range(505))]["pixel_values"], pixels[:505])
+    assert names(here) == ["out"]
+    np.testing.assert_array_equal(PreparedImages("out")[list(range(505))]["pixel_values"], pixels[:505])
 
 
-def test_class_folders_leave_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_class_folders_leave_nothing_behind(here):
     for label in ("cat", "dog"):
-        (tmp_path / "images" / label).mkdir(parents=True)
-        PIL.Image.new("RGB", (100, 50), "red").save(tmp_path / "images" / label / "one.jpg")
-    arguments = ["--source", "imagefolder", "--input", "images", "--output_dir", "out", "--resolution", "16"]
-    assert main(arguments) == 0
-    assert PreparedImages(tmp_path / "out").id2label == {0: "cat", 1: "dog"}
-    assert names(tmp_path) == ["images", "out"]
+        (here / "images" / label).mkdir(parents=True)
+        PIL.Image.new("RGB", (100, 50), "red").save(here / "images" / label / "one.jpg")
+    assert run("--source", "imagefolder", "--input", "images", "--output_dir", "out", "--resolution", "16") == 0
+    assert PreparedImages("out").id2label == {0: "cat", 1: "dog"}
+    assert names(here) == ["images", "out"]
 
 
-def test_npz_files_of_four_channels(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (90, 8, 12, 4), dtype=np.uint8)
-    labels = generator.permutation(np.arange(90) % 3)
-    class_names = np.array(["cytoplasm", "membrane", "nucleus"])
-    (tmp_path / "in").mkdir()
-    for part, rows in ((2, slice(20)), (10, slice(20, 90))):
-        path = tmp_path / "in" / f"part{part}.npz"
-        np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=class_names)
+def test_npz_files_of_four_channels(here, capsys):
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (90, 8, 12, 4), dtype=np.uint8), np.arange(90) % 3
+    class_names = ["cytoplasm", "membrane", "nucleus"]
+    (here / "in").mkdir()
+
+    def write() -> pathlib.Path:
+        for part, rows in ((2, slice(20)), (10, slice(20, 90))):
+            path = here / "in" / f"part{part}.npz"
+            np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=class_names)
+        return path
+
+    path = write()
     arguments = ["--source", "npz", "--input", "in", "--output_dir", "out"]
-    assert main(arguments) == 0
+    assert run(*arguments) == 0
     output = capsys.readouterr().out
     assert output.startswith("reading 2 .npz files: in/part2.npz, in/part10.npz\n")
     assert "prepared out: 90 images, 3 classes, 12x8 4-channel, 0.0 MB in " in output
-    images = PreparedImages(tmp_path / "out")
-    assert images.class_names == class_names.tolist()
+    images = PreparedImages("out")
+    assert (images.channels, images.image_size, images.class_names) == (4, (8, 12), class_names)
     batch = images[list(range(90))]
     np.testing.assert_array_equal(batch["pixel_values"], np.moveaxis(pixels, -1, 1))
     np.testing.assert_array_equal(batch["class_labels"], labels)
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("already prepared: 90 images, 3 classes, 12x8 4-channel")
-
     # another pixel in a file of the same name
     pixels[50, 3, 3, 3] ^= 1
-    np.savez_compressed(path, images=pixels[20:], labels=labels[20:], class_names=class_names)
-    assert main(arguments) == 2
+    write()
+    assert run(*arguments) == 2
     assert "error: --output_dir out holds other images" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:-100])
-    assert main([*arguments, "--overwrite"]) == 2
+    assert run(*arguments, "--overwrite") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: in/part10.npz cannot be read")
     assert error.count("\n") == 1
-    assert names(tmp_path) == ["in", "out"]
-    assert len(PreparedImages(tmp_path / "out")) == 90
+    assert names(here) == ["in", "out"]
+    assert len(PreparedImages("out")) == 90
 
 
 class HubStandIn(http.server.BaseHTTPRequestHandler):
-    """Answers what the Hub answers for a dataset called mice/pictures, and that there is no other."""
+    """Answers what the Hub answers for a dataset mice/pictures of one file, and that there is no other."""
 
     protocol_version = "HTTP/1.1"
-    commit = "0" * 40
+    commit, name = "0" * 40, "data/train-00000-of-00001.parquet"
 
-    def __init__(self, files: dict[str, bytes], *arguments) -> None:
-        self.files = files
+    def __init__(self, content: bytes, *arguments) -> None:
+        self.content = content
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
+        api, folder = "/api/datasets/mice/pictures", {"type": "directory", "path": "data", "oid": self.commit}
+        file = {"type": "file", "path": self.name, "size": len(self.content), "oid": self.commit}
+        info = {"id": "mice/pictures", "sha": self.commit, "tags": [], "siblings": [{"rfilename": self.name}]}
         path = urllib.parse.urlparse(self.path).path
-        repository, _, name = path.partition(f"/resolve/{self.commit}/")
-        if repository == "/datasets/mice/pictures" and name in self.files:
-            digest = hashlib.sha256(self.files[name]).hexdigest()
-            self.answer(200, self.files[name], {"ETag": f'"{digest}"'})
+        if path == f"/datasets/mice/pictures/resolve/{self.commit}/{self.name}":
+            self.answer(200, self.content, {"ETag": f'"{hashlib.sha256(self.content).hexdigest()}"'})
         elif path.startswith("/datasets/mice/pictures/resolve/"):
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        elif path == f"/api/datasets/mice/pictures/tree/{self.commit}/data":
-            entries = [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in self.files.items()
-            ]
-            self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
-        elif path == f"/api/datasets/mice/pictures/tree/{self.commit}":
-            entries = [{"type": "directory", "path": "data", "oid": self.commit}]
-            self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
-        elif path.startswith("/api/datasets/mice/pictures"):
-            repository = {"id": "mice/pictures", "sha": self.commit, "tags": []}
-            repository["siblings"] = [{"rfilename": name} for name in self.files]
-            self.answer(200, json.dumps(repository).encode(), {"Content-Type": "application/json"})
+        elif path.startswith(api):
+            tree = {f"{api}/tree/{self.commit}/data": [file], f"{api}/tree/{self.commit}": [folder]}
+            self.answer(200, json.dumps(tree.get(path, info)).encode(), {"Content-Type": "application/json"})
         else:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
 
@@ -239,106 +195,94 @@ class HubStandIn(http.server.BaseHTTPRequestHandler):
         """Keeps the requests out of the output of the tests."""
 
 
-def test_a_dataset_of_the_hub(tmp_path):
+def test_datasets_of_the_hub_and_local_ones(here):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     pictures = [PIL.Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 100, 200)]
     dataset = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 1]}, features=features)
-    dataset.to_parquet(tmp_path / "train.parquet")
-    files = {"data/train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()}
-    (tmp_path / "train.parquet").unlink()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubStandIn, files))
+    for folder in ("local", "home"):
+        (here / folder).mkdir()
+    dataset.to_parquet(here / "local" / "train.parquet")
+    content = (here / "local" / "train.parquet").read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubStandIn, content))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = process_options(tmp_path)
-    options["env"] |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-    arguments = command("--source", "dataset", "--output_dir", "out", "--input")
+    # where the Hub and its cache are, its client asks once, when it is imported
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+    environment |= {"HOME": str(here / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    program = """if True:
+        import pathlib
+        from imagenet64_diffusion.prepare_imagenet64 import main
+        assert main(["--source", "dataset", "--output_dir", "copy", "--input", "local"]) == 0
+        # what local files are made into is not kept
+        assert not [path for path in pathlib.Path.home().rglob("*") if path.is_file()]
+        assert main(["--source", "dataset", "--output_dir", "out", "--input", "mice/pictures"]) == 0
+        assert main(["--source", "dataset", "--output_dir", "none", "--input", "mice/none"]) == 2
+    """
+    command = [sys.executable, "-c", program]
     try:
-        result = subprocess.run([*arguments, "mice/pictures"], **options)
-        missing = subprocess.run([*arguments, "mice/none", "--overwrite"], **options)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     finally:
         server.shutdown()
         server.server_close()
     assert result.returncode == 0, result.stderr
-    batch = PreparedImages(tmp_path / "out")[[0, 1, 2]]
-    assert batch["class_labels"].tolist() == [0, 1, 1]
-    assert batch["pixel_values"][:, 0].flatten(1).unique(dim=1).flatten().tolist() == [0, 100, 200]
-    assert missing.returncode == 2
-    assert missing.stderr.splitlines()[-1].startswith("error: --input mice/none --split train: cannot be loaded (")
-    assert names(tmp_path) == ["home", "out"]
+    assert result.stderr.splitlines()[-1].startswith("error: --input mice/none --split train: cannot be loaded (")
+    for folder in ("copy", "out"):
+        batch = PreparedImages(folder)[[0, 1, 2]]
+        assert batch["class_labels"].tolist() == [0, 1, 1]
+        assert batch["pixel_values"][:, 0].flatten(1).unique(dim=1).flatten().tolist() == [0, 100, 200]
+    assert names(here) == ["copy", "home", "local", "out"]
 
 
-@pytest.mark.parametrize("content", ["html", "truncated zip", "malicious", "labels"])
-def test_wrong_data_is_one_line_and_leaves_nothing(tmp_path, published, capsys, content):
-    paths, _, _ = published
-    path = tmp_path / "Imagenet64_train_part1.zip"
-    marker = tmp_path / "marker"
-    whole = paths[0].read_bytes()
-    if content == "html":
-        path.write_bytes(b"<!DOCTYPE html><html>moved</html>")
-    elif content == "truncated zip":
-        path.write_bytes(whole[:-1000])
-    else:
-        evil = b"cposix\nsystem\n(V" + f"touch {marker}".encode() + b"\ntR."
-        wrong = pickle.dumps({"data": np.zeros((2, 192), np.uint8), "labels": [1, 1001]})
-        with zipfile.ZipFile(path, "w") as archive:
-            with zipfile.ZipFile(paths[0]) as good:
-                archive.writestr("train_data_batch_1", good.read("train_data_batch_1"))
-            archive.writestr("train_data_batch_2", evil if content == "malicious" else wrong)
-    message = {
-        "html": f"error: {path} cannot be read",
-        "truncated zip": f"error: {path} cannot be read",
-        "malicious": f"error: {path} entry train_data_batch_2 cannot be read (wants posix.system",
-        "labels": f'error: {path} entry train_data_batch_2 "labels" has the label 1001 for image 1, but labels',
-    }[content]
-    assert main(["--input", str(path), "--output_dir", str(tmp_path / "out")]) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(error) == 1
-    assert error[0].startswith(message)
-    assert names(tmp_path) == [path.name]
+def test_wrong_data_is_one_line_and_leaves_nothing(here, published, capsys):
+    (whole, _), _, _ = published
+    path = here / "Imagenet64_train_part1.zip"
+    with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(whole) as good:
+        archive.writestr("train_data_batch_1", good.read("train_data_batch_1"))
+        archive.writestr("train_data_batch_2", b"cposix\nsystem\n(Vtouch marker\ntR.")
+    assert run("--input", path, "--output_dir", "out") == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert error.startswith(f"error: {path} entry train_data_batch_2 cannot be read (wants posix.system")
+    assert names(here) == [path.name]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: --input is missing"),
-        (["--input", "nowhere.zip"], "error: --input nowhere.zip: no such file"),
-        (["--resolution", "64"], "error: --resolution is for --source imagefolder and dataset, not imagenet64"),
-        (["--source", "mnist", "--color_mode", "rgb"], "error: --color_mode is for"),
-        (["--source", "mnist", "--input", "x"], "error: --input x: --source mnist takes none"),
-        (["--source", "mnist", "--split", "test"], "error: --split test: the digits have only"),
-        (["--source", "mnist", "--max_images", "0"], "error: max_images is 0, but must be at least 1"),
-        (["--source", "npz"], "error: --input is missing: give the .npz files"),
-        (["--source", "npz", "--input", "nowhere.npz"], "error: --input nowhere.npz: no such file"),
-        (["--source", "npz", "--input", "x", "--split", "test"], "error: --split test: .npz files have only"),
-        (["--source", "npz", "--resolution", "64"], "error: --resolution is for --source imagefolder and dataset"),
-        (["--source", "imagefolder"], "error: --input has 0 values"),
-        (
-            ["--source", "imagefolder", "--input", "x", "--label_column", "y"],
-            "error: --image_column and --label_column",
-        ),
-        (["--source", "dataset"], "error: --input has 0 values"),
+        ("", "--input is missing"),
+        ("--resolution 64", "--resolution is for --source imagefolder and dataset, not imagenet64"),
+        ("--source mnist --color_mode rgb", "--color_mode is for"),
+        ("--source mnist --input x", "--input is for --source imagenet64 and imagefolder and dataset and npz, not"),
+        ("--source mnist --split test", "--split test: the digits have only the split train"),
+        ("--source mnist --max_images 0", "max_images is 0, but must be at least 1"),
+        ("--source npz --input nowhere.npz", "--input nowhere.npz: no such file"),
+        ("--source dataset", "--input has 0 values"),
+        ("--source cifar", "source is 'cifar', but"),
+        ("--source mnist --y", "unrecognized arguments: --y"),
     ],
 )
-def test_wrong_options(tmp_path, capsys, arguments, message):
-    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 2
+def test_wrong_options(here, capsys, arguments, message):
+    assert run(*arguments.split(), "--output_dir", "out") == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(message)
+    assert captured.err.startswith(f"error: {message}")
     assert captured.err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
-def test_unknown_options_are_refused_by_the_parser(tmp_path, capsys):
-    for arguments in (["--source", "cifar", "--output_dir", "x"], ["--source", "mnist"], ["--output_dir", "x", "--y"]):
-        assert main(arguments) == 2
-    assert "unrecognized arguments: --y" in capsys.readouterr().err
-
-
-def test_from_python(tmp_path, capsys):
-    options = PrepareOptions(output_dir=str(tmp_path / "out"), source="mnist", max_images=20)
+def test_digits_from_python(tmp_path, capsys):
+    options = PrepareOptions(output_dir=str(tmp_path / "out"), source="mnist")
     assert prepare(options) == tmp_path / "out"
-    assert len(datasets.load_from_disk(str(tmp_path / "out"))) == 20
     assert prepare(options) == tmp_path / "out"
-    assert capsys.readouterr().out.splitlines()[-1].startswith("already prepared: 20 images")
-    options.max_images = 30
-    options.overwrite = True
-    prepare(options)
-    assert len(PreparedImages(tmp_path / "out")) == 30
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("already prepared: 5,000 images, 10 classes, 32x32 gray")
+    )
+    record = PreparedImages(tmp_path / "out").preparation
+    assert record.class_names == [str(digit) for digit in range(10)]
+    assert record.images_per_class == [500] * 10
+    loaded = datasets.load_from_disk(str(tmp_path / "out"))
+    pixels = np.stack([np.frombuffer(row, np.uint8).reshape(32, 32) for row in loaded["pixels"]])
+    assert pixels.max() == 255
+    padding = np.ones((32, 32), bool)
+    padding[2:-2, 2:-2] = False
+    assert not pixels[:, padding].any()
+    # the middle of a zero is empty, that of a one is inked
+    labels = np.array(loaded["label"])
+    assert pixels[labels == 0, 14:18, 14:18].mean() < 60 < pixels[labels == 1, 14:18, 14:18].mean()

@@ -8,10 +8,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from imagenet64_diffusion.data import npz_source
 from imagenet64_diffusion.data.errors import DataError
 from imagenet64_diffusion.data.npz_source import NpzSource
 from imagenet64_diffusion.data.preparation import write_prepared
+
+from .conftest import read_all, refused
 
 
 class Planted:
@@ -31,42 +32,23 @@ def make(num_images=50, height=6, width=6, channels=5, num_classes=7, seed=0) ->
     return images, labels
 
 
-def read_all(source: NpzSource, work_folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    stream = source.open(work_folder)
-    blocks = list(stream.blocks)
-    pixels = np.concatenate([block.pixels for block in blocks])
-    labels = np.concatenate([block.labels for block in blocks])
-    assert (pixels.dtype, labels.dtype) == (np.uint8, np.int64)
-    assert pixels.shape == (stream.num_images, *stream.image_size)
-    return pixels, labels, stream.class_names
-
-
 def assert_reads(source: NpzSource, work_folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> list[str]:
-    pixels, found, class_names = read_all(source, work_folder)
+    pixels, found, stream = read_all(source, work_folder)
     np.testing.assert_array_equal(pixels, np.moveaxis(images, -1, 1))
     np.testing.assert_array_equal(found, labels)
-    return class_names
-
-
-def refused(paths: pathlib.Path | list[pathlib.Path], message: str) -> None:
-    paths = paths if isinstance(paths, list) else [paths]
-    with pytest.raises(DataError, match=message):
-        read_all(NpzSource(paths), paths[0].parent)
+    return stream.class_names
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 64])
 def test_every_number_of_channels(tmp_path, save, channels, monkeypatch):
     # some images to a block, so that blocks have to be joined
-    monkeypatch.setattr(npz_source, "_BLOCK_BYTES", 64 * 80 * channels)
-    path = tmp_path / "images.npz"
-    for height, width in ((80, 80), (8, 8), (80, 64), (8, 24)):
-        images, labels = make(height=height, width=width, channels=channels)
-        if height == 8 and channels == 64:
-            # flat images of many channels look like planes one after the other
-            continue
-        save(path, images, labels)
-        class_names = assert_reads(NpzSource([path]), tmp_path, images, labels)
+    monkeypatch.setattr("imagenet64_diffusion.data.stored_arrays._BLOCK_BYTES", 64 * 80 * channels)
+    # flat images of many channels would look like planes one after the other
+    for height, width in ((80, 64),) if channels == 64 else ((8, 8), (8, 24)):
+        images, labels = make(20, height, width, channels)
+        save(tmp_path / "images.npz", images, labels)
+        class_names = assert_reads(NpzSource([tmp_path / "images.npz"]), tmp_path, images, labels)
         assert class_names == [str(label) for label in range(7)]
 
 
@@ -79,7 +61,7 @@ def test_named_arrays_and_names_of_classes(tmp_path):
             np.savez(path, notes=np.zeros(3), labels=labels.astype(dtype), images=images, class_names=text)
             source = NpzSource([path])
             assert assert_reads(source, tmp_path, images, labels) == names
-            assert source.warnings == []
+            assert list(source.warnings) == []
     np.savez(path, images, labels=labels)
     assert assert_reads(NpzSource([path]), tmp_path, images, labels) == ["0", "1", "2"]
 
@@ -92,12 +74,9 @@ def test_without_labels_there_is_one_class(tmp_path):
     assert assert_reads(source, tmp_path, images, np.zeros(50)) == ["image"]
     (warning,) = source.warnings
     assert 'images.npz has no array "labels" or "arr_1": all images are of one class' in warning
-    record = write_prepared(tmp_path / "out", source)
-    assert "50 images, 1 class, 6x6 5-channel" in record.summary()
+    assert "50 images, 1 class, 6x6 5-channel" in write_prepared(tmp_path / "out", source).summary()
     np.savez(path, images, class_names=np.array(["cell"]))
     assert assert_reads(NpzSource([path]), tmp_path, images, np.zeros(50)) == ["cell"]
-    np.savez(path, images, class_names=np.array(["cell", "nucleus"]))
-    refused(path, r'images\.npz has 2 class_names, but no array "labels"')
 
 
 def test_files_in_the_order_given_and_folders_in_natural_order(tmp_path):
@@ -108,77 +87,52 @@ def test_files_in_the_order_given_and_folders_in_natural_order(tmp_path):
         np.savez(folder / f"part{number}.npz", images, labels)
     (folder / "notes.txt").write_text("not images")
     (folder / "._part1.npz").write_bytes(b"what macOS leaves")
-    for inputs, order in [
-        ([folder], (1, 2, 10)),
-        ([folder / "part10.npz", folder / "part1.npz"], (10, 1)),
-    ]:
+    for inputs, order in [([folder], (1, 2, 10)), ([folder / "part10.npz", folder / "part1.npz"], (10, 1))]:
         images, labels = (np.concatenate([parts[number][item] for number in order]) for item in (0, 1))
         source = NpzSource(inputs)
         assert_reads(source, tmp_path, images, labels)
         assert [file["file"] for file in source.description["files"]] == [f"part{number}.npz" for number in order]
-    assert NpzSource([folder]).description != NpzSource([folder / "part1.npz"]).description
 
 
-def test_equal_descriptions_mean_equal_images(tmp_path):
-    images, labels = make()
-    path = tmp_path / "images.npz"
-    np.savez(path, images, labels)
-    before = NpzSource([path]).description
-    np.savez(path, images, labels)
-    assert NpzSource([path]).description == before
+def test_equal_descriptions_mean_equal_images_however_they_came(tmp_path):
+    images, labels = make(num_images=90)
+    one, first, second = (tmp_path / f"{name}.npz" for name in ("one", "first", "second"))
+    np.savez(one, images, labels)
+    before = NpzSource([one]).description
+    np.savez_compressed(first, images=images[:31], labels=labels[:31].astype(np.uint8))
+    np.savez(second, images=images[31:], labels=labels[31:])
+    whole, joined = (
+        write_prepared(tmp_path / f"{len(paths)}", NpzSource(paths)) for paths in ([one], [first, second])
+    )
+    assert joined.fingerprint == whole.fingerprint
+    assert (joined.channels, joined.height, joined.width, joined.num_images) == (5, 6, 6, 90)
+    assert joined.images_per_class == np.bincount(labels).tolist()
+    np.savez(one, images, labels)
+    assert NpzSource([one]).description == before
     # the same bytes of file, one pixel of another value
     images[20, 1, 1, 1] ^= 1
-    np.savez(path, images, labels)
-    assert NpzSource([path]).description != before
+    np.savez(one, images, labels)
+    assert NpzSource([one]).description != before
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_memory_is_that_of_a_block(tmp_path, save):
-    path = tmp_path / "images.npz"
-    save(path, np.zeros((6000, 64, 64, 6), np.uint8), np.zeros(6000, np.int64))
+def test_memory_is_that_of_a_block(tmp_path, save, monkeypatch):
+    monkeypatch.setattr("imagenet64_diffusion.data.stored_arrays._BLOCK_BYTES", 1 << 20)
+    save(tmp_path / "images.npz", np.zeros((1000, 64, 64, 6), np.uint8), np.zeros(1000, np.int64))
     tracemalloc.start()
-    num_images = sum(len(block.labels) for block in NpzSource([path]).open(tmp_path).blocks)
+    num_images = sum(len(block.labels) for block in NpzSource([tmp_path]).open(tmp_path).blocks)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert num_images == 6000
-    # the array has 147 MB; a block has 17, which reading a compressed one joins from pieces
-    assert peak < 60e6
-
-
-def test_prepared_files_do_not_depend_on_how_they_came(tmp_path):
-    images, labels = make(num_images=90)
-    np.savez(tmp_path / "one.npz", images, labels)
-    np.savez_compressed(tmp_path / "first.npz", images=images[:31], labels=labels[:31].astype(np.uint8))
-    np.savez(tmp_path / "second.npz", images=images[31:], labels=labels[31:])
-    one = write_prepared(tmp_path / "one", NpzSource([tmp_path / "one.npz"]))
-    two = write_prepared(tmp_path / "two", NpzSource([tmp_path / "first.npz", tmp_path / "second.npz"]))
-    assert one.fingerprint == two.fingerprint
-    assert (one.channels, one.height, one.width, one.num_images) == (5, 6, 6, 90)
-    assert one.images_per_class == np.bincount(labels).tolist()
-
-
-def test_wrong_inputs(tmp_path):
-    for inputs, message in [
-        ([], "--input is missing"),
-        ([tmp_path / "nowhere.npz"], r"--input .*nowhere\.npz: no such file or folder"),
-        ([tmp_path], "the folder holds no .npz file"),
-    ]:
-        with pytest.raises(DataError, match=message):
-            NpzSource(inputs)
-    path = tmp_path / "images.npz"
-    np.savez(path, *make())
-    with pytest.raises(DataError, match=r"--split test: \.npz files have only the split train"):
-        NpzSource([path], "test")
-    with pytest.raises(DataError, match=r"--input names .*images\.npz twice"):
-        NpzSource([path, tmp_path])
-    np.save(tmp_path / "images.npy", make()[0])
-    refused(tmp_path / "images.npy", r"images\.npy: a \.npy file is one array; .*numpy\.savez")
+    assert num_images == 1000
+    # of 25 MB; reading a compressed block joins it from pieces
+    assert peak < 5e6
 
 
 def wrong_arrays():
     images, labels = make()
     planes = np.moveaxis(make(height=16, width=16, channels=3)[0], -1, 1)
     rows = np.zeros((10, 12288), np.uint8)
+    names = [f"c{number}" for number in range(40)]
     return [
         ({"data": rows, "labels": np.arange(10)}, 'no array "images" or "arr_0": .*read with --source imagenet64'),
         ({"pictures": images}, 'no array "images" or "arr_0": it holds "pictures"$'),
@@ -192,50 +146,46 @@ def wrong_arrays():
         ({"images": images[..., :0]}, "instead of uint8"),
         ({"images": planes}, r"\(50, 3, 16, 16\), which looks like \(images, channels, height, width\).*moveaxis"),
         ({"images": planes[:, :, :, :12]}, r"\(50, 3, 16, 12\), which looks like"),
-        ({"images": make(height=80, width=80, channels=65)[0]}, "1 to 64 channels"),
+        ({"images": make(2, 80, 80, 65)[0]}, "1 to 64 channels"),
         ({"images": np.asfortranarray(images)}, "in Fortran order"),
         ({"images": images, "labels": labels[:-1]}, r'"labels" is int64 of shape \(49,\) instead of 50 integers'),
         ({"images": images, "labels": labels * 1.0}, '"labels" is float64 .* instead of 50 integers'),
         ({"images": images, "labels": labels > 0}, '"labels" is bool'),
         ({"images": images, "labels": labels[:, None]}, r"of shape \(50, 1\) instead of 50 integers"),
         ({"arr_0": images, "arr_1": np.array(["cat"] * 50)}, '"arr_1" is <U3 of shape .* instead of 50 integers'),
-        (
-            {"images": images, "labels": np.where(np.arange(50) == 9, -1, 0)},
-            "has the label -1 for image 9, but labels go from 0",
-        ),
-        (
-            {"images": images, "labels": np.full(50, -1).astype(np.uint32)},
-            "has the label 4294967295 for image 0, but labels go from 0 to 65535",
-        ),
-        (
-            {"images": images, "labels": np.arange(50), "class_names": np.array([f"c{i}" for i in range(40)])},
-            "has the label 40 for image 40, but labels go from 0 to 39",
-        ),
+        ({"images": images, "labels": np.where(np.arange(50) == 9, -1, 0)}, "the label -1 for image 9, but"),
+        ({"images": images, "labels": np.full(50, -1).astype(np.uint32)}, "4294967295 for image 0, .* 0 to 65535"),
+        ({"images": images, "labels": np.arange(50), "class_names": names}, "the label 40 for .* go from 0 to 39"),
+        ({"images": images, "class_names": names[:2]}, 'has 2 class_names, but no array "labels"'),
         ({"images": images, "class_names": np.array([b"cat"])}, r'"class_names" is \|S3 of shape \(1,\) instead of'),
         ({"images": images, "class_names": np.array("cat")}, r'"class_names" is <U3 of shape \(\) instead of text'),
         ({"images": images, "class_names": np.array([], "U1")}, "every class needs a name"),
         ({"images": images, "class_names": np.array(["a", "", "c"])}, "every class needs a name"),
-        ({"images": images, "class_names": np.array([""])}, "every class needs a name"),
         ({"images": images, "class_names": np.array(["\ud800"])}, "cannot be read"),
-        (
-            {"images": images, "class_names": np.array([0x7FFFFFFF], "<u4").view("<U1")},
-            "cannot be read",
-        ),
+        ({"images": images, "class_names": np.array([0x7FFFFFFF], "<u4").view("<U1")}, "cannot be read"),
     ]
 
 
 @pytest.mark.parametrize(("arrays", "message"), wrong_arrays())
 def test_wrong_arrays(tmp_path, arrays, message):
-    path = tmp_path / "wrong.npz"
-    np.savez(path, **arrays)
-    refused(path, rf"wrong\.npz.*{message}")
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    refused(rf"wrong\.npz.*{message}", NpzSource, [tmp_path / "wrong.npz"])
 
 
-def test_two_classes_of_one_name(tmp_path):
-    images, labels = make(num_classes=2)
-    np.savez(tmp_path / "images.npz", images=images, labels=labels, class_names=np.array(["cat", "cat"]))
-    with pytest.raises(DataError, match="two classes are called 'cat'"):
-        write_prepared(tmp_path / "out", NpzSource([tmp_path / "images.npz"]))
+def test_wrong_inputs(tmp_path):
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "images.npz"
+    np.savez(path, *make())
+    np.save(tmp_path / "images.npy", make()[0])
+    for inputs, split, message in [
+        ([], "train", "--input is missing"),
+        ([tmp_path / "nowhere.npz"], "train", r"--input .*nowhere\.npz: no such file or folder"),
+        ([tmp_path / "empty"], "train", "the folder holds no .npz file"),
+        ([path], "test", r"--split test: \.npz files have only the split train"),
+        ([path, tmp_path], "train", r"--input names .*images\.npz twice"),
+        ([tmp_path / "images.npy"], "train", r"images\.npy: a \.npy file is one array; .*numpy\.savez"),
+    ]:
+        refused(message, NpzSource, inputs, split)
 
 
 @pytest.mark.parametrize("key", ["images", "labels", "class_names"])
@@ -247,7 +197,7 @@ def test_objects_are_refused_and_not_unpickled(tmp_path, key):
     objects[:] = Planted(marker)
     path = tmp_path / "images.npz"
     np.savez(path, **arrays | {key: objects})
-    refused(path, rf'images\.npz array "{key}" holds Python objects, which are stored as a pickle and never read')
+    refused(rf'images\.npz array "{key}" is object of shape', NpzSource, [path])
     assert not marker.exists()
     np.load(path, allow_pickle=True)[key]
     # or else the test above would show nothing
@@ -257,14 +207,11 @@ def test_objects_are_refused_and_not_unpickled(tmp_path, key):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (
-            {"images": make(channels=4)[0]},
-            r"two\.npz has images of height x width 6x6 with 4 channels, but .*one\.npz",
-        ),
-        ({"images": make(width=8)[0]}, "height x width 6x8 with 5 channels, but .* 6x6 with 5"),
-        ({"labels": None}, r"of .*one\.npz and .*two\.npz only one has labels"),
-        ({"class_names": None}, r"two\.npz has other class_names than .*one\.npz"),
-        ({"class_names": np.array(list("bacdefg"))}, r"two\.npz has other class_names than .*one\.npz"),
+        ({"images": make(channels=4)[0]}, r"two\.npz has images of .* \(6, 6, 4\), but .*one\.npz has \(6, 6, 5\)"),
+        ({"images": make(width=8)[0]}, r"two\.npz has images of \(height, width, channels\) \(6, 8, 5\), but"),
+        ({"labels": None, "class_names": np.array(["a"])}, r"two\.npz has class_names \['a'\], but .*one\.npz has"),
+        ({"class_names": None}, r"two\.npz has class_names None, but .*one\.npz"),
+        ({"class_names": np.array(list("bacdefg"))}, r"two\.npz has class_names \['b', .*, but .*one\.npz has \['a'"),
     ],
 )
 def test_files_that_do_not_belong_together(tmp_path, arrays, message):
@@ -272,7 +219,7 @@ def test_files_that_do_not_belong_together(tmp_path, arrays, message):
     whole = {"images": images, "labels": labels, "class_names": np.array(list("abcdefg"))}
     np.savez(tmp_path / "one.npz", **whole)
     np.savez(tmp_path / "two.npz", **{key: value for key, value in (whole | arrays).items() if value is not None})
-    refused([tmp_path / "one.npz", tmp_path / "two.npz"], message)
+    refused(message, NpzSource, [tmp_path])
 
 
 def test_damaged_files(tmp_path):
@@ -281,16 +228,12 @@ def test_damaged_files(tmp_path):
     for save in (np.savez, np.savez_compressed):
         save(path, images=images, labels=labels)
         whole = path.read_bytes()
-        for length in (0, 10, len(whole) // 2, len(whole) - 1):
-            path.write_bytes(whole[:length])
-            refused(path, r"images\.npz.* cannot be read")
         # a flipped byte among the pixels is found by the checksum
-        changed = bytearray(whole)
-        changed[len(whole) // 2] ^= 0xFF
-        path.write_bytes(changed)
-        refused(path, r"images\.npz.* cannot be read")
-    path.write_bytes(b"<!DOCTYPE html>")
-    refused(path, r"images\.npz.* cannot be read")
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 0xFF
+        for content in (*(whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)), flipped, b"<html>"):
+            path.write_bytes(content)
+            refused(r"images\.npz.* cannot be read", NpzSource, [path])
 
 
 def test_any_damaged_byte_is_a_data_error_or_does_no_harm(tmp_path):
@@ -303,19 +246,15 @@ def test_any_damaged_byte_is_a_data_error_or_does_no_harm(tmp_path):
         members_end = archive.start_dir
     generator = np.random.default_rng(0)
     refusals = []
-    for position in generator.permutation(members_end)[:500]:
+    for position in generator.permutation(members_end)[:300]:
         changed = bytearray(whole)
         changed[position] ^= generator.integers(1, 256)
         path.write_bytes(changed)
         try:
-            pixels, found, class_names = read_all(NpzSource([path]), tmp_path)
+            assert assert_reads(NpzSource([path]), tmp_path, images, labels) == ["a", "b", "c", "d"]
         except DataError as error:
             refusals.append(str(error))
-        else:
-            np.testing.assert_array_equal(pixels, np.moveaxis(images, -1, 1))
-            np.testing.assert_array_equal(found, labels)
-            assert class_names == ["a", "b", "c", "d"]
-    assert len(refusals) > 300
+    assert len(refusals) > 200
     assert all("images.npz" in refusal for refusal in refusals)
 
 
@@ -325,41 +264,28 @@ def test_damaged_members(tmp_path):
     np.savez(path, images=images, labels=labels)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    version_3 = io.BytesIO()
-    np.lib.format.write_array(version_3, images, version=(3, 0))
     pixels, header = members["images.npy"], members["images.npy"][:128]
-    for changed, message in [
-        ({"images.npy": pixels[:-1]}, r'array "images" ends early: \(50, 6, 6, 5\) of uint8 makes 9,000 bytes'),
-        ({"images.npy": pixels + b"1"}, 'array "images" is longer than its shape asks for'),
-        ({"labels.npy": members["labels.npy"][:-1]}, 'array "labels" ends early'),
-        ({"images.npy": b""}, 'array "images" cannot be read'),
-        ({"images.npy": pixels[:60]}, 'array "images" cannot be read'),
-        ({"images.npy": b"<html>"}, 'array "images" cannot be read'),
-        ({"images.npy": version_3.getvalue()}, r"version \(3, 0\) of the format"),
-        ({"images.npy": pixels.replace(b"(50, 6", b"(-50,6")}, "cannot be read"),
-        ({"images.npy": header.replace(b"}", b"(")}, "cannot be read"),
-        ({"images.npy": header.replace(b"'descr'", b"__import")}, "cannot be read"),
-    ]:
+
+    def write(changed: dict[str, bytes]) -> NpzSource:
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in (members | changed).items():
                 archive.writestr(name, content)
-        refused(path, rf"images\.npz .*{message}")
+        return NpzSource([path])
 
-
-def test_arrays_that_are_read_whole(tmp_path):
-    generator = np.random.default_rng(0)
-    arrays = {
-        "rows": generator.standard_normal((40, 3)),
-        "columns": np.asfortranarray(generator.integers(0, 9, (5, 4, 3))),
-        "one": np.array(3, ">i4"),
-        "none": np.zeros((0, 3), np.uint8),
-        "text": np.array(["", ""], "U0"),
-    }
-    path = tmp_path / "arrays.npz"
-    np.savez(path, **arrays)
-    assert npz_source.array_keys(path, "arrays") == list(arrays)
-    with np.load(path) as expected:
-        for key in arrays:
-            array = npz_source.open_array(path, "arrays", key)
-            np.testing.assert_array_equal(array.read(), expected[key], strict=True)
-            assert (array.shape, array.dtype) == (expected[key].shape, expected[key].dtype)
+    for name, content in [
+        ("images", pixels[:-1]),
+        ("images", pixels + b"1"),
+        ("labels", members["labels.npy"][:-1]),
+        ("images", b""),
+        ("images", pixels[:60]),
+        ("images", b"<html>"),
+        ("images", pixels.replace(b"(50, 6", b"(-50,6")),
+        ("images", pixels.replace(b"(50, 6", b"(10**9,")),
+        ("images", header.replace(b"}", b"(")),
+        ("images", header.replace(b"'descr'", b"__import")),
+    ]:
+        with pytest.raises(DataError, match=rf'images\.npz array "{name}" cannot be read'):
+            write({f"{name}.npy": content})
+    version_2 = io.BytesIO()
+    np.lib.format.write_array(version_2, images, version=(2, 0))
+    assert_reads(write({"images.npy": version_2.getvalue()}), tmp_path, images, labels)
