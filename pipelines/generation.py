@@ -49,13 +49,10 @@ _MAY_DIFFER = {"unfinished", "versions", "device", "batch_size", "output_dir"}
 
 
 def generate(options: GenerateOptions) -> Path:
-    """Generates the images that the options ask for, see `GenerateOptions`, or resumes that.
+    """Generates the images that the options ask for, see `GenerateOptions`, or resumes that; returns their folder.
 
     Every image comes from its own seed, on the CPU, and so does not depend on batch size, place or device beyond
     rounding. The ranks that accelerate has started share the batches.
-
-    Returns:
-        The folder of the images.
 
     Raises:
         ValueError: If an option does not fit the model, or the folder holds something else.
@@ -147,14 +144,16 @@ class _Run:
         self.frames_folder.mkdir(exist_ok=True)
 
         present = _names(self.folder) | _names(self.frames_folder)
-        batches, size = [], self.options.batch_size
-        for start in range(0, len(self.labels), size):
-            batch = range(start, min(start + size, len(self.labels)))
-            needed = {self.image_files[index].name for index in batch}
-            if start in self.frames_files and ANIMATION_NAME not in present:
-                needed.add(self.frames_files[start].name)
-            batches += [batch] * (not needed <= present)
-        return batches
+        size, total = self.options.batch_size, len(self.labels)
+        batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+        def is_missing(batch: range) -> bool:
+            needed = [self.image_files[index].name for index in batch]
+            if batch.start in self.frames_files and ANIMATION_NAME not in present:
+                needed.append(self.frames_files[batch.start].name)
+            return not present.issuperset(needed)
+
+        return list(filter(is_missing, batches))
 
     def _write_manifest(self, entries: dict[str, Any]) -> None:
         with atomic_file(self.folder / MANIFEST_NAME) as writing:
@@ -223,10 +222,10 @@ def _read_manifest(file: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         manifest["options"] = dict(manifest.get("options", {}))
-        names = [*manifest["files"], *(image["file"] for image in manifest["images"])]
+        "".join([*manifest["files"], *(image["file"] for image in manifest["images"])])  # names, or a TypeError
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if all(isinstance(name, str) for name in names) else None
+    return manifest
 
 
 def _difference(earlier: dict[str, Any], manifest: dict[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ diffusers' own card says nothing of the model, and its upload may come in severa
 import hashlib
 import inspect
 import json
+import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,11 @@ def create_model_card(
         license: Of the whole repository, as the Hub calls it. The source files in it are Apache-2.0.
     """
     unet, scheduler, id2label = pipeline.unet.config, pipeline.scheduler, pipeline.config.id2label or {}
+
+    def how(result: EvalResult) -> str:
+        return ", ".join(f"{key} {value}" for key, value in (result.metric_args or {}).items())
+
+    betas = scheduler.config.get("trained_betas")
     conditional, count = unet.num_class_embeds is not None, pipeline.unet.num_parameters()
     name = "Pixel-space diffusion" if repo_id is None else repo_id.rpartition("/")[2]
     # by name where the first name of a class stands for it alone, else by id
@@ -108,22 +114,18 @@ def create_model_card(
         recipe=recipe_name(unet),
         parameters=f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}",
         classes=f" ({'; '.join(names[:3])}{'; …' * (len(names) > 3)})" if names else " without names",
-        num_train_timesteps=scheduler.config.num_train_timesteps,
         prediction=scheduler.config.get("prediction_type", "epsilon"),
-        noise_schedule=_noise_schedule(scheduler.config),
+        noise=scheduler.config,
+        is_original_noise=betas is not None
+        and np.allclose(betas, original_cosine_betas(len(betas)), rtol=1e-5, atol=0),
         scheduler_name=type(scheduler).__name__,
         guide_variance=pipeline.config.guide_variance,
         defaults={key: parameter.default for key, parameter in call.items()},
         defaults_of_a_call=", ".join(f"`{key}={call[key].default}`" for key in told),
         training_facts=training_facts,
         scores=[
-            (
-                result.metric_name or result.metric_type,
-                result.metric_value,
-                result.dataset_name,
-                ", ".join(f"{key} {value}" for key, value in (result.metric_args or {}).items()),
-            )
-            for result in eval_results
+            (each.metric_name or each.metric_type, each.metric_value, each.dataset_name, how(each))
+            for each in eval_results
         ],
     )
     return ModelCard(_sealed(str(card).rstrip() + "\n"))
@@ -135,26 +137,16 @@ def recipe_name(unet_config: Mapping[str, Any]) -> str | None:
     Image size, channels, classes, timesteps and drop-out do not matter; of the original's time encodings all are one.
     """
 
-    def comparable(value: Any) -> Any:
-        is_original = isinstance(value, str) and value.startswith("original_")
-        return "original" if is_original else list(value) if isinstance(value, tuple) else value
+    def of_the_recipe(config: Mapping[str, Any], names: Sequence[str]) -> str:
+        values = json.dumps([config.get(name) for name in names if name not in _NOT_OF_THE_RECIPE])
+        return re.sub(r"original_(interleaved|sine|alternating)", "original", values)
 
     for file in [*sorted(CONFIG_DIR.glob("*.json")), *sorted(CONFIG_DIR.glob("original/*.json"))]:
         recipe = json.loads(file.read_text(encoding="utf-8"))
-        names = [name for name in recipe if not name.startswith("_") and name not in _NOT_OF_THE_RECIPE]
-        if all(comparable(recipe[name]) == comparable(unet_config.get(name)) for name in names):
+        names = [name for name in recipe if not name.startswith("_")]
+        if of_the_recipe(recipe, names) == of_the_recipe(unet_config, names):
             return file.relative_to(CONFIG_DIR).with_suffix("").as_posix()
     return None
-
-
-def _noise_schedule(config: Mapping[str, Any]) -> str:
-    betas, schedule = config.get("trained_betas"), config.get("beta_schedule", "linear")
-    if betas is not None:
-        same = np.allclose(betas, original_cosine_betas(len(betas)), rtol=1e-5, atol=0)
-        return ("the original program's cosine, " if same else "") + "stored as `trained_betas`"
-    if schedule == "squaredcos_cap_v2":
-        return f"cosine (`{schedule}`)"
-    return f"`{schedule}`, beta from {config['beta_start']:g} to {config['beta_end']:g}"
 
 
 def _sealed(text: str) -> str:

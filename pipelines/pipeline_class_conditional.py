@@ -61,18 +61,14 @@ _MAX_FIRST_STEP_GAIN = 1000.0
 
 
 def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
-    """Refuses schedulers, or classes of schedulers, that cannot generate with a network of this kind.
-
-    Raises:
-        ValueError: With the reason and what would be right.
-    """
-    is_class = isinstance(scheduler, type)
-    scheduler_class = scheduler if is_class else type(scheduler)
-    reasons = [UNSUITABLE_SCHEDULERS.get(base.__name__) for base in scheduler_class.__mro__]
-    parameters = inspect.signature(scheduler_class.__init__).parameters
-    if "trained_betas" not in parameters if is_class else not hasattr(scheduler, "alphas_cumprod"):
-        reasons.append(_OF_ANOTHER_KIND)
-    if reason := next(filter(None, reasons), None):
+    """Raises ValueError for a scheduler, or a class of them, that cannot generate with a network of this kind."""
+    scheduler_class = scheduler if isinstance(scheduler, type) else type(scheduler)
+    knows_levels = hasattr(scheduler, "alphas_cumprod")
+    if scheduler is scheduler_class:
+        knows_levels = "trained_betas" in inspect.signature(scheduler_class.__init__).parameters
+    names = (base.__name__ for base in scheduler_class.__mro__ if base.__name__ in UNSUITABLE_SCHEDULERS)
+    reason = UNSUITABLE_SCHEDULERS.get(next(names, ""), None if knows_levels else _OF_ANOTHER_KIND)
+    if reason is not None:
         raise ValueError(
             f"{scheduler_class.__name__} cannot generate with this network: {reason}; take UniPCMultistepScheduler"
         )
@@ -99,14 +95,13 @@ def _check_noise_levels(scheduler: SchedulerMixin) -> None:
             f"{name} needs a different noise level at every step, but those of timesteps {first} and {second} are the"
             f" same: take fewer than {steps} steps, or EulerDiscreteScheduler"
         )
-    if scheduler.config.get("prediction_type") == "epsilon":
-        # x_0 = (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t), and the next sample has sqrt(abar_next) of it
-        gain = ((levels[1] if len(levels) > 1 else 1.0) / levels[0]) ** 0.5
-        if gain > _MAX_FIRST_STEP_GAIN:
-            logger.warning(
-                f"the first of {steps} steps of {name}, from timestep {visited[0].item()}, multiplies errors of the"
-                f" noise prediction by {gain:.0f}: take timestep_spacing='leading'"
-            )
+    # x_0 = (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t), and the next sample has sqrt(abar_next) of it
+    gain = ((levels[1] if len(levels) > 1 else 1.0) / levels[0]) ** 0.5
+    if scheduler.config.get("prediction_type") == "epsilon" and gain > _MAX_FIRST_STEP_GAIN:
+        logger.warning(
+            f"the first of {steps} steps of {name}, from timestep {visited[0].item()}, multiplies errors of the noise"
+            f" prediction by {gain:.0f}: take timestep_spacing='leading'"
+        )
 
 
 def _takes_learned_variance(scheduler: SchedulerMixin) -> bool:
@@ -194,11 +189,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return {name: ids[0] for name, ids in self._ids_by_name.items() if len(ids) == 1}
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class ids of class names, one name or several.
-
-        Raises:
-            ValueError: If a name is unknown (the message suggests close ones) or stands for more than one class.
-        """
+        """Class ids of class names, one name or several; ValueError if one is unknown or stands for several."""
         if not isinstance(label, str):
             return [index for name in label for index in self.get_label_ids(name)]
         if not self._ids_by_name:
@@ -283,7 +274,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 guidance), ``"pred_original_sample"`` (None for schedulers that do not tell it).
 
         Raises:
-            ValueError: If an argument does not fit; the message says which value was found and what would be right.
+            ValueError: If an argument does not fit.
         """
         # 1. One class id for each image. An image of the null class has no other branch to be guided away from.
         class_ids = [index for index in self._class_ids(class_labels) for _ in range(num_images_per_label)]
@@ -386,8 +377,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> SchedulerMixin:
         """The scheduler that a call with these arguments steps with, its timesteps set; they are `timesteps` then.
 
-        Raises:
-            ValueError: If the scheduler is not one for this network, or cannot take these arguments.
+        ValueError if the scheduler is not one for this network, or cannot take these arguments.
         """
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         check_scheduler(scheduler)
