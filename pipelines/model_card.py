@@ -73,23 +73,14 @@ def create_model_card(
         datasets: Ids on the Hub of what it was trained on.
         license: Of the whole repository, as the Hub calls it. The source files in it are Apache-2.0.
     """
-    unet, scheduler, id2label = pipeline.unet.config, pipeline.scheduler, pipeline.config.id2label or {}
-
-    def how(result: EvalResult) -> str:
-        return ", ".join(f"{key} {value}" for key, value in (result.metric_args or {}).items())
-
-    betas = scheduler.config.get("trained_betas")
-    conditional, count = unet.num_class_embeds is not None, pipeline.unet.num_parameters()
+    unet, noise, id2label = pipeline.unet.config, pipeline.scheduler.config, pipeline.config.id2label or {}
+    conditional, betas = unet.num_class_embeds is not None, noise.get("trained_betas")
     name = "Pixel-space diffusion" if repo_id is None else repo_id.rpartition("/")[2]
     # by name where the first name of a class stands for it alone, else by id
-    first_names = [
-        id2label.get(index, "").split(",")[0].strip() for index in range(min(2, unet.num_class_embeds or 0))
-    ]
-    labels = [each if pipeline.labels.get(each) == index else index for index, each in enumerate(first_names)]
-    names = list(id2label.values())
-    call = inspect.signature(type(pipeline).__call__).parameters
-    told = ["num_inference_steps", "eta"] + ["guidance_scale", "guidance_interval"] * conditional
-    height, width = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
+    shown = {
+        index: id2label.get(index, "").split(",")[0].strip() for index in range(min(2, unet.num_class_embeds or 0))
+    }
+    labels = [label if pipeline.labels.get(label) == index else index for index, label in shown.items()]
     card = ModelCard.from_template(
         ModelCardData(
             license=license,
@@ -107,26 +98,16 @@ def create_model_card(
         name=name,
         repo_id=repo_id or UNKNOWN_REPO_ID,
         conditional=conditional,
-        size=f"{height}x{width} {({1: 'grey', 3: 'RGB'}).get(unet.in_channels, f'{unet.in_channels}-channel')}",
         has_samples=has_samples,
         labels=[*(json.dumps(label, ensure_ascii=False) for label in labels), "None"],
+        pipeline=pipeline,
         unet=unet,
+        noise=noise,
+        is_original_noise=bool(betas) and np.allclose(betas, original_cosine_betas(len(betas)), rtol=1e-5, atol=0),
         recipe=recipe_name(unet),
-        parameters=f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}",
-        classes=f" ({'; '.join(names[:3])}{'; …' * (len(names) > 3)})" if names else " without names",
-        prediction=scheduler.config.get("prediction_type", "epsilon"),
-        noise=scheduler.config,
-        is_original_noise=betas is not None
-        and np.allclose(betas, original_cosine_betas(len(betas)), rtol=1e-5, atol=0),
-        scheduler_name=type(scheduler).__name__,
-        guide_variance=pipeline.config.guide_variance,
-        defaults={key: parameter.default for key, parameter in call.items()},
-        defaults_of_a_call=", ".join(f"`{key}={call[key].default}`" for key in told),
+        defaults={key: each.default for key, each in inspect.signature(type(pipeline).__call__).parameters.items()},
         training_facts=training_facts,
-        scores=[
-            (each.metric_name or each.metric_type, each.metric_value, each.dataset_name, how(each))
-            for each in eval_results
-        ],
+        scores=eval_results,
     )
     return ModelCard(_sealed(str(card).rstrip() + "\n"))
 
