@@ -188,9 +188,9 @@ def load_pipeline(
     if not file.is_file():
         raise ValueError(f"{folder} holds no pipeline: there is no {file.name}")
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        index = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not JSON of a pipeline: {error}") from error
     # a class that the folder brings is named with its module, as components are
     kinds = {key: entry[1] if isinstance(entry, list) and len(entry) == 2 else entry for key, entry in index.items()}
     if kinds.get("_class_name") not in (ClassConditionalPipeline.__name__, pipeline_class.__name__):

@@ -5,7 +5,6 @@ The file imports torch and diffusers only, so that a repository on the Hub can c
 
 import contextlib
 import difflib
-import functools
 import importlib
 import importlib.machinery
 import inspect
@@ -438,9 +437,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         A pipeline whose class was loaded from a repository's own files uploads as every diffusers pipeline does, with
         diffusers' card. Arguments and result are those of `DiffusionPipeline.push_to_hub`.
         """
-        package = _package_module("model_card")
-        push = super().push_to_hub if package is None else functools.partial(package.push_pipeline, self)
-        return push(repo_id, *args, **kwargs)
+        if (package := _package_module("model_card")) is not None:
+            return package.push_pipeline(self, repo_id, *args, **kwargs)
+        return super().push_to_hub(repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ClassConditionalPipeline":

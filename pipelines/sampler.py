@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,10 @@ def _is_interval(value: Any) -> bool:
     )
 
 
-_COUNT = (lambda value: value is None or _is_number(value, 1, kinds=int), "a whole number that is at least 1")
-_FACTOR = (lambda value: _is_number(value, 0), "a number that is at least 0")
-_CHECKS = {
+_Check = tuple[Callable[[Any], bool], str]
+_COUNT: _Check = (lambda value: value is None or _is_number(value, 1, kinds=int), "a whole number that is at least 1")
+_FACTOR: _Check = (lambda value: _is_number(value, 0), "a number that is at least 0")
+_CHECKS: dict[str, _Check] = {
     "scheduler": (lambda value: value is None or isinstance(value, str), "a name"),
     "num_inference_steps": _COUNT,
     "step_size": _COUNT,

@@ -125,6 +125,7 @@ def index(**entries) -> bytes:
     [
         ("model_index.json", None, "holds no pipeline: there is no model_index.json"),
         ("model_index.json", b"{", "model_index.json is not JSON"),
+        ("model_index.json", b"[1]", "model_index.json is not JSON of a pipeline"),
         ("model_index.json", index(_class_name="DDPMPipeline"), "holds a DDPMPipeline, but must hold a ClassCond"),
         ("model_index.json", index(), "has a None as its unet, not a ClassConditionalUNet2DModel"),
         ("model_index.json", index(unet=["diffusers", "UNet2DModel"]), "has a UNet2DModel as its unet, not a ClassC"),

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from imagenet64_diffusion.pipelines.generation import sample_images
+from imagenet64_diffusion.pipelines.generation import sample_images, weights_digest
 from imagenet64_diffusion.pipelines.sampler import Sampler
-from imagenet64_diffusion.tests.components import make_pipeline, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seeded
 
 
 def test_arguments_are_those_of_the_pipeline():
@@ -19,6 +19,13 @@ def test_arguments_are_those_of_the_pipeline():
     by_sampler = sample_images(pipeline, Sampler(step_size=400, **values), [0, None], 3, output_type="pt")
     options = {"generator": seeded(3, 4), "output_type": "pt", "timesteps": [800, 400, 0]}
     assert torch.equal(by_sampler, pipeline([0, None], **options, **values).images)
+
+
+def test_the_digest_of_weights_is_kept(monkeypatch):
+    unet = make_unet()
+    assert weights_digest(unet) == weights_digest(make_unet()) != weights_digest(make_unet(stem_channels=16))
+    monkeypatch.setattr(unet, "state_dict", None)
+    assert weights_digest(unet) == weights_digest(make_unet())
 
 
 def test_another_scheduler():
