@@ -369,10 +369,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return latents.to(device=device, dtype=dtype)
 
     def prepare_scheduler(
-        self,
-        num_inference_steps: int = 100,
-        timesteps: Sequence[int] | None = None,
-        clip_sample: bool | None = None,
+        self, num_inference_steps: int = 100, timesteps: Sequence[int] | None = None, clip_sample: bool | None = None
     ) -> SchedulerMixin:
         """The scheduler that a call with these arguments steps with, its timesteps set; they are `timesteps` then.
 

@@ -66,11 +66,8 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         accepts_learned_variance: Tells pipelines that `step` takes 2C channels, which most stock schedulers cannot.
     """
 
-    _compatibles = [  # noqa: RUF012
-        *(scheduler.name for scheduler in KarrasDiffusionSchedulers),
-        "EtaDDIMScheduler",
-        "LearnedVarianceDDPMScheduler",
-    ]
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012
+    _compatibles += ["EtaDDIMScheduler", "LearnedVarianceDDPMScheduler"]
     order = 1
     init_noise_sigma = 1.0
     accepts_learned_variance = True
@@ -313,9 +310,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Standard normal noise of the sample's shape; from a list of generators, one for each image."""
         if isinstance(generator, list) and len(generator) != sample.shape[0]:
-            raise ValueError(
-                f"generator is a list of {len(generator)}, but must hold one for each image: {sample.shape[0]}."
-            )
+            raise ValueError(f"generator is a list of {len(generator)}, not one for each image: {sample.shape[0]}.")
         return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
 
     def _rates(self, timesteps: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -369,9 +364,7 @@ class EtaDDIMScheduler(LearnedVarianceScheduler):
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One denoising step, from the sample at a timestep to the sample at the previous one.
-
-        Half precision is computed in float32, and its noise sampled in it.
+        """One denoising step, from the sample at a timestep to that at the previous one; half precision in float32.
 
         Args:
             model_output: The model's prediction, shape (batch, channels, height, width), or prediction and variance

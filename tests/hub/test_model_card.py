@@ -9,12 +9,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler
 from imagenet64_diffusion.configs import CONFIG_DIR
-from imagenet64_diffusion.pipelines.model_card import (
-    UNKNOWN_REPO_ID,
-    create_model_card,
-    recipe_name,
-    write_model_card,
-)
+from imagenet64_diffusion.pipelines.model_card import UNKNOWN_REPO_ID, create_model_card, recipe_name, write_model_card
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
 from imagenet64_diffusion.tests.components import make_pipeline, make_unet
 

@@ -83,7 +83,7 @@ def test_timesteps(arguments, message):
         ({"timestep": 5.0}, "timestep is 5.0, but must be an integer in [0, 999]"),
         ({"timestep": torch.tensor(5.0)}, "timestep is a tensor of () torch.float32"),
         ({"timestep": torch.tensor([5, 6])}, "timestep is a tensor of (2,) torch.int64"),
-        ({"generator": [torch.Generator()]}, "generator is a list of 1, but must hold one for each image: 2"),
+        ({"generator": [torch.Generator()]}, "generator is a list of 1, not one for each image: 2"),
     ],
 )
 def test_step(scheduler_class, changes, message):
