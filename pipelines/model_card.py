@@ -98,7 +98,7 @@ def create_model_card(
         name=name,
         repo_id=repo_id or UNKNOWN_REPO_ID,
         conditional=conditional,
-        has_samples=has_samples,
+        samples_name=SAMPLES_NAME if has_samples else None,
         labels=[*(json.dumps(label, ensure_ascii=False) for label in labels), "None"],
         pipeline=pipeline,
         unet=unet,
