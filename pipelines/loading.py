@@ -212,12 +212,9 @@ def load_pipeline(
 
 
 def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path:
-    """The local snapshot of a repository, without the code that it carries.
+    """The local snapshot of a repository's files of these patterns, as `huggingface_hub.snapshot_download` takes them.
 
-    Args:
-        repo_id: Its id.
-        patterns: The files that are wanted, as `huggingface_hub.snapshot_download` takes them.
-        options: Further arguments of that function, such as ``revision``.
+    The options are further arguments of that function, such as ``revision``.
 
     Raises:
         OSError: With one sentence that says why, whatever the Hub's client raises.

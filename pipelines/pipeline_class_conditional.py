@@ -104,10 +104,7 @@ def _check_noise_levels(scheduler: SchedulerMixin) -> None:
 
 
 def _takes_learned_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler's step takes (batch, 2 * channels, ...): a matter of its class, not of its config alone.
-
-    from_config carries variance_type into schedulers that have no use for it.
-    """
+    """Whether a scheduler's step takes (batch, 2 * channels, ...): by its class, as from_config carries any option."""
     if not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
         return getattr(scheduler, "accepts_learned_variance", False)
     if scheduler.config.variance_type == "learned":
