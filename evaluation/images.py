@@ -22,12 +22,10 @@ from ..data.errors import DataError
 from ..data.image_source import ImageDatasetSource, convert_image, decode_image
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
-from ..pipelines.generation import class_id, plain_config, weights_digest
-from ..pipelines.loading import download_snapshot, load_pipeline
+from ..pipelines.generation import class_id, open_model, plain_config, sample_images, weights_digest
+from ..pipelines.loading import download_snapshot
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
-from ..utils.devices import find_device
-from ..utils.memory import keep_freed_memory
 from .weights import file_digest
 
 
@@ -249,11 +247,7 @@ class GeneratedImages(ImageBatches):
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
     ):
-        if find_device(device).type == "cpu":
-            keep_freed_memory()
-        self.pipeline = load_pipeline(model, dtype=dtype, revision=revision).to(device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        sampler.prepare(self.pipeline)
+        self.pipeline, self._sampler = open_model(model, sampler, device, dtype, revision=revision), sampler
         scheduler, config = self.pipeline.scheduler, self.pipeline.unet.config
         name = type(scheduler).__name__
         if sampler.eta and "eta" not in inspect.signature(scheduler.step).parameters:
@@ -263,14 +257,13 @@ class GeneratedImages(ImageBatches):
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.image_size, self._num_images = (config.in_channels, height, width), num_images
-        self._arguments = sampler.arguments(self.pipeline)
         self._labels = _choose_classes(self.pipeline, class_labels, class_counts, num_images, seed)
         self.description: dict[str, Any] = {
             "model": self.model,
             "revision": revision,
             "weights_sha256": weights_digest(self.pipeline.unet),
             "scheduler_config": plain_config(scheduler.config),
-            **plain_config(dataclasses.asdict(sampler) | self._arguments),
+            **plain_config(dataclasses.asdict(sampler) | sampler.arguments(self.pipeline)),
             "scheduler": name,
             "class_labels": list(class_labels),
             "class_counts": None if class_counts is None else class_counts.tolist(),
@@ -285,8 +278,7 @@ class GeneratedImages(ImageBatches):
     def _read(self, start: int, stop: int) -> ImageBatch:
         """The pixels that generate_images.py writes, and labels, -1 for the null class."""
         labels = self._labels[start:stop]
-        generators = [torch.Generator().manual_seed(self.seed + index) for index in range(start, stop)]
-        generated = self.pipeline(labels, generator=generators, output_type="pt", **self._arguments).images
+        generated = sample_images(self.pipeline, self._sampler, labels, self.seed + start, output_type="pt")
         broken = (~generated.flatten(1).isfinite()).any(dim=1).nonzero()
         if len(broken):
             raise ValueError(

@@ -59,12 +59,7 @@ def captions(generation: "Generation") -> list[str]:
 
 def _manifest_of(generation: "Generation") -> dict[str, Any]:
     request = generation.request
-    images = [
-        {"file": f"{i:05d}.png", "class_label": class_id, "class_name": name, "seed": request.options.seed + i}
-        for i, (class_id, name) in enumerate(zip(request.class_ids, captions(generation), strict=True))
-    ]
-    manifest = make_manifest(request.pipeline, request.options, generation.timesteps, request.pipeline.unet.device)
-    return manifest | {"files": [GRID_NAME, ANIMATION_NAME], "images": images}
+    return make_manifest(request.pipeline, request.options, request.class_ids, generation.timesteps)
 
 
 def _animation(generation: "Generation") -> list[Image.Image]:

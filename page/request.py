@@ -5,13 +5,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import diffusers
-from diffusers.utils.import_utils import DummyObject
-
 from ..pipelines.generation import requested_class_ids
 from ..pipelines.generation_options import GenerateOptions
-from ..pipelines.loading import OUR_SCHEDULERS, scheduler_class
-from ..pipelines.pipeline_class_conditional import UNSUITABLE_SCHEDULERS, ClassConditionalPipeline
+from ..pipelines.loading import scheduler_class, scheduler_names
+from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
 from .app_options import AppOptions
 from .model_cache import ModelCache
@@ -55,18 +52,6 @@ class Request:
     options: GenerateOptions
     class_ids: list[int | None]
     title: str
-
-
-def scheduler_names() -> list[str]:
-    """The schedulers that sample from such networks and whose libraries are installed, ours first."""
-    stock = [
-        name
-        for name in sorted(dir(diffusers.schedulers))
-        if name.endswith("Scheduler")
-        and name not in UNSUITABLE_SCHEDULERS
-        and not isinstance(getattr(diffusers, name, None), (DummyObject, type(None)))
-    ]
-    return [*OUR_SCHEDULERS, *stock]
 
 
 def takes_eta(pipeline: ClassConditionalPipeline, scheduler: str) -> bool:
