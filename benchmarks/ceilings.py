@@ -1,146 +1,102 @@
-"""The most that a machine can compute: the best rate of several kernels, so that no share of it exceeds 100 %.
+"""The most that a machine can compute: the best rate of several kernels.
 
 A matrix product alone is no ceiling: libraries differ in the instructions that they use, and a network's convolutions
 may run at twice the rate of the best square product. So the ceiling is the maximum over square products, inner
 products by oneDNN, and the most expensive convolutions of the benchmarked network itself.
 """
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import rounded
-from torch.utils._python_dispatch import TorchDispatchMode
+from networks import OURS, meta_forward
+from timing import ratios_to, rounded
+from torch import nn
 from torch.utils.benchmark import Timer
+
+from imagenet64_diffusion import ClassConditionalUNet2DModel
 
 
 Kernel = tuple[int, Callable[[], torch.Tensor]]  # FLOPs of a call, and the call
 
 
-class _Convolutions(TorchDispatchMode):
-    """Collects the convolutions that are called, with their FLOPs."""
+def network_convolutions(config: Mapping[str, Any], count: int) -> list[tuple[int, tuple[int, ...], nn.Module]]:
+    """FLOPs for one image, input shape and layer of the most expensive of a network's different convolutions."""
+    unet, forward = meta_forward(ClassConditionalUNet2DModel, config)
+    found = {}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[tuple[Any, ...], int] = {}
+    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # each pixel of a transposed convolution's input, and of another one's output, meets the whole filter
+        pixels = (inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output)[:, :1].numel()
+        shape = tuple(inputs[0].shape[1:])
+        found[f"{layer} {shape}"] = 2 * layer.weight.numel() * pixels, shape, layer
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.convolution.default and args[1].ndim == 4:  # of images
-            sample, weight, _, *how = args
-            # of a transposed convolution each input pixel, else each output pixel meets the whole filter
-            pixels = sample if how[3] else output
-            shape = (tuple(sample.shape[1:]), tuple(weight.shape), *(tuple(each) if isinstance(each, list) else each
-                     for each in how))  # fmt: skip
-            self.found[shape] = 2 * weight.numel() * pixels[:, :1].numel() // len(sample)
-        return output
-
-
-def network_convolutions(forward: Callable[[], Any], count: int = 4) -> list[tuple[Any, ...]]:
-    """The different convolutions of a call with the most FLOPs, most first; networks on the meta device take no time.
-
-    Returns:
-        (channels, height, width), the weight's shape, and the other arguments of `torch.convolution`.
-    """
-    with _Convolutions() as mode, torch.no_grad():
-        forward()
-    return sorted(mode.found, key=mode.found.__getitem__, reverse=True)[:count]
+    for layer in unet.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.register_forward_hook(note)
+    forward()
+    return sorted(found.values(), key=lambda each: each[0], reverse=True)[:count]
 
 
 def kernels(
-    device: str, dtype: torch.dtype, convolutions: list[tuple[Any, ...]], batch: int, small: bool = False
+    config: Mapping[str, Any], device: str, dtype: torch.dtype, batch: int, small: bool, count: int = 4
 ) -> dict[str, Kernel]:
-    """The kernels whose best rate is the ceiling, by their names.
-
-    Args:
-        device: Where.
-        dtype: What they compute in.
-        convolutions: Of the benchmarked network, see `network_convolutions`.
-        batch: Images of each of these.
-        small: For a smoke run.
-    """
+    """The kernels whose best rate is the ceiling: products, and ``count`` convolutions in two memory formats."""
     found: dict[str, Kernel] = {}
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    sizes = (64, 128) if small else (2048, 4096, 8192) if device.startswith("cuda") else (512, 1024, 2048)
-    for size in sizes:
+    for size in (64, 128) if small else (2048, 4096, 8192) if device.startswith("cuda") else (512, 1024, 2048):
         left, right = noise(size, size), noise(size, size)
-        found[f"matrix product {size}"] = 2 * size**3, lambda left=left, right=right: left @ right
+        found[f"matrix product {size}"] = 2 * size**3, partial(torch.mm, left, right)
         if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            one, two = left.to_mkldnn(), right.to_mkldnn()
-            found[f"inner product {size}"] = 2 * size**3, lambda one=one, two=two: F.linear(one, two)
-    for shape in convolutions:
-        (channels, height, width), filters, *how = shape
-        weight = noise(*filters)
+            found[f"inner product {size}"] = 2 * size**3, partial(F.linear, left.to_mkldnn(), right.to_mkldnn())
+    for flops, shape, layer in network_convolutions(config, count):
+        convolve = F.conv_transpose2d if isinstance(layer, nn.ConvTranspose2d) else F.conv2d
+        settings = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
         for layout in (torch.contiguous_format, torch.channels_last):
-            sample = noise(batch, channels, height, width).to(memory_format=layout)
-            kernel = weight.to(memory_format=layout)
-
-            def convolve(sample: torch.Tensor = sample, kernel: torch.Tensor = kernel, how: Any = how) -> torch.Tensor:
-                return torch.convolution(sample, kernel, None, *how)
-
-            pixels = (sample if how[3] else convolve())[:, :1].numel()
-            words = f"{tuple(sample.shape)} with {filters}, stride {how[0][0]}, {str(layout).removeprefix('torch.')}"
-            name = f"convolution{' transposed' if how[3] else ''} {words}"
-            found[name] = 2 * weight.numel() * pixels, convolve
+            tensors = (noise(*sizes).to(memory_format=layout) for sizes in ((batch, *shape), layer.weight.shape))
+            name = f"{layer}, batch {batch}, size {shape[1:]}, {layout}".replace("torch.", "")
+            found[name] = batch * flops, partial(convolve, *tensors, **settings)
     return found
 
 
-def best_rate(kernel: Kernel, small: bool = False) -> float:
-    """FLOP/s of the fastest of some calls: another process on the machine does not lower what it can do."""
+def best_rate(kernel: Kernel, small: bool) -> float:
+    """FLOP/s of the fastest of some calls: other processes on the machine do not lower what it can do."""
     flops, call = kernel
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     with torch.no_grad():
-        call()
         return flops / min(timer.blocked_autorange(min_run_time=0.01 if small else 0.5).times)
 
 
-def copy_rate(device: str, small: bool = False) -> float:
-    """Bytes per second, read and written, of copying a tensor larger than any cache."""
-    source = torch.ones((1 << 20) if small else (1 << 28), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return best_rate((2 * source.nbytes, lambda: target.copy_(source)), small)
-
-
 class Ceilings:
-    """The ceilings of a run, measured at its begin and as often as `measure` is called; the largest is what counts.
+    """The ceilings of a run, measured at its beginning and end; the largest counts. Arguments as for `kernels`."""
 
-    Args:
-        device: Where.
-        dtype: What the kernels compute in.
-        convolutions: Of the benchmarked network, see `network_convolutions`.
-        batch: Images of each of these.
-        small: For a smoke run.
-    """
-
-    def __init__(
-        self, device: str, dtype: torch.dtype, convolutions: list[tuple[Any, ...]], batch: int, small: bool = False
-    ):
-        self._arguments = device, dtype, convolutions, batch, small
+    def __init__(self, config: Mapping[str, Any], device: str, dtype: torch.dtype, batch: int, small: bool):
+        self._measured = config, device, dtype, batch, small
         self.rates: dict[str, float] = {}
-        self.copy = 0.0
-        self.measure()
+        self._measure()
 
-    def measure(self) -> None:
-        """Measures once more."""
-        device, *_, small = self._arguments
-        for name, kernel in kernels(*self._arguments).items():
-            self.rates[name] = max(self.rates.get(name, 0.0), best_rate(kernel, small))
-        self.copy = max(self.copy, copy_rate(device, small))
+    def _measure(self) -> None:
+        for name, kernel in kernels(*self._measured).items():
+            self.rates[name] = max(self.rates.get(name, 0.0), best_rate(kernel, self._measured[-1]))
 
-    def share(self, flops: float, seconds: float) -> float:
-        """The share of the operations that the machine could have done meanwhile."""
-        return rounded(flops / seconds / max(self.rates.values()), 3)
-
-    def figures(self) -> dict[str, Any]:
-        """As JSON values; ``gflops`` is the ceiling, and ``kernel`` what reached it."""
+    def compare(self, seconds: Mapping[str, list[float]], flops: Mapping[str, float]) -> dict[str, Any]:
+        """Ratios of the seconds of each round, and shares of the ceiling, as JSON values."""
+        self._measure()
+        best = max(self.rates, key=self.rates.__getitem__)
+        shares = {name: flops[name] / statistics.median(each) / self.rates[best] for name, each in seconds.items()}
         return {
-            "gflops": rounded(max(self.rates.values()) / 1e9),
-            "kernel": max(self.rates, key=self.rates.__getitem__),
-            "kernels_gflops": {name: rounded(rate / 1e9) for name, rate in self.rates.items()},
-            "copy_gbytes_per_second": rounded(self.copy / 1e9),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "ratio_to_ours": ratios_to(OURS, seconds),
+            "share_of_ceiling": {name: rounded(share, 3) for name, share in shares.items()},
+            "ceilings": {
+                "gflops": rounded(self.rates[best] / 1e9),
+                "kernel": best,
+                "kernels_gflops": {name: rounded(rate / 1e9) for name, rate in self.rates.items()},
+                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            },
         }

@@ -1,105 +1,91 @@
-"""What benchmarks have in common: options, and writing down what was measured, with the machine."""
+"""What benchmarks share: their options, commands of the project, and the JSON file of a run with its machine."""
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-# where runs with --small write, whose figures mean nothing
-SMALL_RESULTS = ROOT / "outputs" / "bench"
+RESULTS = ROOT / "benchmarks" / "results"
+DIGITS_DATA = ROOT / "outputs" / "demo" / "data"
+DIGITS_PROTOCOL = ("--protocol", "classifier", "--weights", str(ROOT / "evaluation" / "digits_classifier"))
 
 
-def add_options(parser: argparse.ArgumentParser, device: bool = False) -> None:
-    """Adds the options that every benchmark has.
-
-    Args:
-        parser: That of the benchmark.
-        device: Whether it can run on several devices.
-    """
+def parse_options(description: str, device: bool = False, **options: Any) -> argparse.Namespace:
+    """Parses the options of a benchmark, named with their default, default with ``--small`` and help, or as a dict of
+    arguments of ``add_argument``; and those that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.set_defaults(device="cpu")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
-    parser.add_argument(
-        "--results_dir",
-        type=Path,
-        help="where the JSON goes (default: benchmarks/results, or outputs/bench with --small)",
-    )
+    where = "folder of the JSON (default: benchmarks/results, with --small outputs/bench)"
+    parser.add_argument("--results_dir", type=Path, help=where)
     if device:
-        parser.add_argument("--device", default="cpu", help="such as cpu, cuda (default: cpu)")
+        parser.add_argument("--device", help="such as cpu, cuda (default: cpu)")
+    sizes = {name: value for name, value in options.items() if isinstance(value, tuple)}
+    for name, (usual, _, words) in sizes.items():
+        options[name] = {"type": type(usual), "help": f"{words} (default: {usual})"}
+    for name, settings in options.items():
+        parser.add_argument(f"--{name}", **settings)
+    parsed = parser.parse_args()
+    for name, (usual, small, _) in sizes.items():
+        if getattr(parsed, name) is None:
+            setattr(parsed, name, small if parsed.small else usual)
+    parsed.results_dir = parsed.results_dir or (ROOT / "outputs" / "bench" if parsed.small else RESULTS)
+    return parsed
 
 
-def choose_sizes(options: argparse.Namespace, **sizes: tuple[Any, Any]) -> None:
-    """Gives options that are None their usual value, the first, or with --small the second."""
-    for name, (usual, small) in sizes.items():
-        if getattr(options, name) is None:
-            setattr(options, name, small if options.small else usual)
-
-
-def results_dir(options: argparse.Namespace) -> Path:
-    """Where the options say that results go."""
-    return options.results_dir or (SMALL_RESULTS if options.small else RESULTS)
+def call_command(command: str, *words: Any) -> None:
+    """Calls a command of the project, such as ``evaluate_models``, in this process."""
+    code = importlib.import_module(f"imagenet64_diffusion.{command}").main([str(word) for word in words])
+    if code:
+        raise SystemExit(code)
 
 
 def processor(device: str = "cpu") -> str:
-    """The name of the processor, or of the GPU that a device is."""
+    """The name of the processor, or of a GPU."""
     if device.startswith("cuda"):
-        import torch
-
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def command_line() -> str:
-    """How this process was started, as it would be typed in the root of the repository."""
-    words = ["python"]
-    if "OMP_NUM_THREADS" in os.environ:
-        words.insert(0, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
-    for word in sys.argv:
+    """This process's command, as typed in the root of the repository; other folders of this machine are left out."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    words = [f"OMP_NUM_THREADS={threads}"] if threads else []
+    words += ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
+    for word in sys.argv[1:]:
         path = Path(word)
-        if path.is_absolute():
-            # a place on this machine says nothing elsewhere
-            word = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-        words.append(word)
-    if not words[-len(sys.argv)].startswith("benchmarks/"):
-        words[-len(sys.argv)] = f"benchmarks/{Path(sys.argv[0]).name}"
+        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        words.append(str(shown) if path.is_absolute() else word)
     return " ".join(words)
 
 
 def write_result(
-    benchmark: str, figures: dict[str, Any], libraries: Sequence[str], folder: Path = RESULTS, device: str = "cpu"
-) -> Path:
-    """Writes figures to ``{folder}/{benchmark}-{processor}.json``.
-
-    Args:
-        benchmark: Name of the benchmark; what follows a hyphen tells its variants apart.
-        figures: What it measured, as JSON values.
-        libraries: Installed libraries whose versions matter.
-        folder: Where to.
-        device: Where it ran.
-    """
-    machine = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        **({"gpu": processor(device)} if device.startswith("cuda") else {}),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in libraries},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", processor(device).lower()).strip("-")
-    file = folder / f"{benchmark}-{slug}.json"
-    content = {"command": command_line(), **figures, "machine": machine}
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    benchmark: str, figures: Mapping[str, Any], options: argparse.Namespace, libraries: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Writes ``{results_dir}/{benchmark}-{processor}.json`` with the machine, and returns its content."""
+    machine = {"processor": processor(), "cores": os.cpu_count()}
+    if options.device.startswith("cuda"):
+        machine["gpu"] = processor(options.device)
+    versions = {name: importlib.metadata.version(name) for name in sorted(("diffusers", "torch", *libraries))}
+    machine |= {"python": platform.python_version(), **versions}
+    shared = {"command": command_line(), "device": options.device, "threads": torch.get_num_threads()}
+    result = {**shared, **figures, "machine": machine}
+    options.results_dir.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", processor(options.device).lower()).strip("-")
+    file = options.results_dir / f"{benchmark}-{slug}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {file}")
-    return file
+    return result

@@ -1,56 +1,46 @@
-"""Timing things against one another, in turn, so that what slows the machine slows them all."""
+"""Timing things alternately, so that whatever slows the machine slows all of them."""
 
+import multiprocessing
+import re
 import statistics
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch.utils.benchmark import timer  # waits for the device
 
 
-def synchronize(device: str | torch.device) -> None:
-    """Waits until a device has done what it was told."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(function: Callable[[], Any], device: str | torch.device = "cpu") -> float:
-    """How long a call takes, with the work that it leaves to the device."""
-    synchronize(device)
-    begin = time.perf_counter()
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Seconds of a call, with the work that it leaves to the device."""
+    begin = timer()
     function()
-    synchronize(device)
-    return time.perf_counter() - begin
+    return timer() - begin
 
 
-def alternate(measures: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Takes measurements in turn, every second round in the reverse order.
-
-    Args:
-        measures: Name -> what measures once, and gives seconds.
-        rounds: How often.
-        warmup: Rounds before these that do not count.
-
-    Returns:
-        Name -> the seconds of each round.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
+def alternate(measures: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[Any]]:
+    """The results of functions that measure once, called alternately, every second round in the reverse order."""
+    found: dict[str, list[Any]] = {name: [] for name in measures}
     for number in range(-warmup, rounds):
-        order = list(measures) if number % 2 else list(reversed(measures))
-        for name in order:
-            taken = measures[name]()
+        for name in measures if number % 2 else reversed(measures):
+            result = measures[name]()
             if number >= 0:
-                seconds[name].append(taken)
-    return seconds
+                found[name].append(result)
+    return found
 
 
-def spread(values: Iterable[float], digits: int = 4) -> dict[str, Any]:
-    """``median`` and ``quartiles`` of some numbers, to so many significant digits."""
+def rounded(value: float, digits: int = 4) -> float:
+    """A number to so many significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """``median`` and ``quartiles`` of some numbers."""
     values = list(values)
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": rounded(middle, digits), "quartiles": [rounded(low, digits), rounded(high, digits)]}
+    return {"median": rounded(middle), "quartiles": [rounded(low), rounded(high)]}
 
 
 def ratios_to(reference: str, seconds: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
@@ -62,50 +52,38 @@ def ratios_to(reference: str, seconds: Mapping[str, list[float]]) -> dict[str, d
     }
 
 
-def rounded(value: float, digits: int = 4) -> float:
-    """A number to so many significant digits, as JSON should have it."""
-    return float(f"{value:.{digits}g}")
-
-
-def words_of(spread: Mapping[str, Any]) -> str:
-    """A ratio for people, such as ``1.43 (1.41 to 1.46)``: the median, and the quartiles."""
-    low, high = spread["quartiles"]
-    return f"{spread['median']:.2f} ({low:.2f} to {high:.2f})"
-
-
 class Clock:
-    """Sums the time spent in functions that it has been wrapped around.
+    """Sums the seconds spent in methods, for each part that they belong to, in ``seconds``."""
 
-    Args:
-        device: Where their work is done; it is waited for.
-    """
-
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.device = device
         self._running = threading.local()
 
-    def around(self, owner: Any, name: str, part: str) -> Callable[[], None]:
-        """Times a method of an object, or of a class; what it calls does not count twice.
-
-        Returns:
-            What puts the method back.
-        """
+    def around(self, owner: Any, name: str, part: str) -> None:
+        """Times a method of a class or object from now on; timed methods that it calls do not count twice."""
         method = getattr(owner, name)
 
         def timed(*arguments: Any, **options: Any) -> Any:
-            if getattr(self._running, "part", None) is not None:
+            if getattr(self._running, "part", None):
                 return method(*arguments, **options)
             self._running.part = part
-            synchronize(self.device)
-            start = time.perf_counter()
+            begin = timer()
             try:
-                result = method(*arguments, **options)
-                synchronize(self.device)
-                return result
+                return method(*arguments, **options)
             finally:
-                self.seconds[part] += time.perf_counter() - start
+                self.seconds[part] += timer() - begin
                 self._running.part = None
 
         setattr(owner, name, timed)
-        return lambda: setattr(owner, name, method)
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a new process, whose peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def resident_bytes(key: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process, its present and its peak memory, as Linux reports them."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{key}:\s*(\d+) kB", status)[1]) * 1024
