@@ -43,7 +43,7 @@ def make_step(
     else:
         unet = networks.make_unet(config).to(options.device).train()
         scheduler = HybridLoss(networks.make_scheduler(config), device=options.device)
-        settings = TrainOptions(train_data_dir="", output_dir="")
+        settings = TrainOptions(train_data_dir=".", output_dir=".")
         optimizer = build_optimizer(settings, unet.parameters(), torch.device(options.device))
         if name == CHECKPOINTED:
             unet.enable_gradient_checkpointing()

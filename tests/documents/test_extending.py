@@ -1,6 +1,7 @@
 """The changes of docs/extending.md work as they are printed, in a copy of the package."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,59 +14,57 @@ from imagenet64_diffusion.tests.documents.pages import ROOT, Block, commands, re
 PAGE = ROOT / "docs" / "extending.md"
 
 
-def section(title: str) -> list[Block]:
-    """The code below one heading of the page."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    headings = [number for number, line in enumerate(lines, start=1) if line.startswith("## ")]
-    begin = lines.index(f"## {title}") + 1
-    end = min((number for number in headings if number > begin), default=len(lines) + 1)
-    return [block for block in read_blocks(PAGE) if begin < block.line < end]
+BLOCKS = read_blocks(PAGE)
+CHANGES = {change.file: change for change in (read_change(block) for block in BLOCKS if block.kind == "diff")}
 
 
 def test_the_changes_pass_their_tests(tmp_path):
     copy = tmp_path / "imagenet64_diffusion"
     left_out = shutil.ignore_patterns(".*", "outputs", "build", "*.egg-info", "__pycache__", "results", "images")
     shutil.copytree(ROOT, copy, ignore=left_out)
-    blocks = read_blocks(PAGE)
-    changes = [read_change(block) for block in blocks if block.kind == "diff"]
-    for change in changes:
+    for change in CHANGES.values():
         change.apply(copy)
-    lines = [words for block in blocks if block.kind == "shell" for _, words in commands(block)]
+    lines = [words for block in BLOCKS if block.kind == "shell" for _, words in commands(block)]
     assert all(words[:3] == ["python", "-m", "pytest"] for words in lines)
     files = [file for words in lines for file in words[3:]]
-    # every test that the page writes is among those that it runs
-    assert {change.file for change in changes if change.file.startswith("tests/")} <= set(files)
+    tests = [change for change in CHANGES.values() if change.file.startswith("tests/")]
+    # every test that the page writes is among those that it runs; those that were there run elsewhere
+    assert {change.file for change in tests} <= set(files)
+    names = re.findall(r"(?:def|class) ([Tt]est\w+)", "".join(after for change in tests for _, after in change.hunks))
     # before the installed package, so that the tests see the copy
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        " or ".join(names),
+        *files,
+    ]
     finished = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
 
 
 def test_a_layer_type_is_one_class_one_line_and_one_test():
     """What the package asks of a newcomer."""
-    network, test = (read_change(block) for block in section("A layer type") if block.kind == "diff")
-    assert network.file == "models/unet_class_conditional.py"
-    (before_class, after_class), (before_line, after_line) = network.hunks
+    (before_class, after_class), (before_line, after_line) = CHANGES["models/unet_class_conditional.py"].hunks
     added = after_class.removesuffix(before_class)
-    assert added.startswith("class ")
-    assert added.count("\nclass ") == 0
-    [line] = set(after_line.splitlines()) - set(before_line.splitlines())
-    assert line == '    "identity": IdentityLayer,'
-    assert test.file == "tests/models/test_layers.py"
-    [(before, after)] = test.hunks
+    assert (added.startswith("class "), added.count("\nclass ")) == (True, 0)
+    assert set(after_line.splitlines()) - set(before_line.splitlines()) == {'    "identity": IdentityLayer,'}
+    [(before, after)] = CHANGES["tests/models/test_layers.py"].hunks
     assert after.removesuffix(before).startswith("class TestIdentity(LayerContract):")
 
 
 def test_a_metric_is_one_function_one_line_and_one_test():
-    function, table, test = (read_change(block) for block in section("A metric") if block.kind == "diff")
-    assert function.is_new
-    assert function.hunks[0][1].count("\ndef ") == 1
-    assert table.file == "evaluation/metrics.py"
+    *_, function, table, test = CHANGES.values()
+    assert (function.is_new, table.file, test.is_new) == (True, "evaluation/metrics.py", True)
+    assert [change.hunks[0][1].count("\ndef ") for change in (function, test)] == [1, 1]
     [(before, after)] = table.hunks
     assert len(after.splitlines()) == len(before.splitlines()) + 1
-    assert test.is_new
-    assert test.hunks[0][1].count("\ndef ") == 1
 
 
 @pytest.mark.parametrize(
