@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from networks import make_pipeline, recipe_config
 from performance_page import publish
-from report import call_command, parse_options
-from timing import in_own_process, resident_bytes, seconds_of
+from report import call_command, in_own_process, parse_options, resident_bytes, seconds_of
 
 import imagenet64_diffusion.conversion.converting  # noqa: F401, so that no import is measured
 from imagenet64_diffusion import ClassConditionalPipeline

@@ -15,8 +15,7 @@ import datasets
 import numpy as np
 import torch
 from performance_page import publish
-from report import parse_options
-from timing import alternate, timer
+from report import alternate, parse_options, timer
 
 from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.preparation import write_prepared

@@ -10,8 +10,7 @@ import tempfile
 
 from networks import make_pipeline, recipe_config
 from performance_page import publish
-from report import DIGITS_PROTOCOL, call_command, parse_options
-from timing import Clock, rounded, seconds_of, spread
+from report import DIGITS_PROTOCOL, Clock, call_command, parse_options, rounded, seconds_of, spread
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.evaluation.generated_images import GeneratedImages

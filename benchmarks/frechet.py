@@ -12,8 +12,7 @@ from functools import partial
 import numpy as np
 from cleanfid import fid
 from performance_page import publish
-from report import parse_options
-from timing import alternate, seconds_of
+from report import alternate, parse_options, seconds_of
 
 from imagenet64_diffusion.evaluation import FeatureStatistics, frechet_distance
 

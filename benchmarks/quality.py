@@ -26,8 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from networks import make_inputs, recipe_config
 from performance_page import table
-from report import DIGITS_DATA, DIGITS_PROTOCOL, ROOT, parse_options, write_result
-from timing import alternate, seconds_of
+from report import DIGITS_DATA, DIGITS_PROTOCOL, ROOT, alternate, parse_options, seconds_of, write_result
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.pipelines.image_grid import image_grid, to_image

@@ -1,64 +1,59 @@
 """A guided denoising step and whole images: our pipeline against a stock diffusers U-Net of as many operations.
 
 Both run alternately in one process, with random weights. A step is both branches of guidance and the scheduler. Beside
-the times stand the operations and their share of the ceiling (benchmarks/ceilings.py). Writes
+the times stand the operations and their share of the ceiling (benchmarks/networks.py). Writes
 benchmarks/results/sampling-<dtype>-batch<size>-<processor>.json, with the recipes in its name if they are chosen.
 """
 
 import argparse
 import itertools
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import networks
 import torch
-from ceilings import Ceilings
 from diffusers import UNet2DModel
-from networks import OURS, STOCK
+from networks import OURS, STOCK, Ceilings
 from performance_page import publish
-from report import parse_options
-from timing import alternate, ratios_to, rounded, seconds_of, spread, timer
+from report import alternate, parse_options, ratios_to, rounded, seconds_of, spread, timer
 
-from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel
+from imagenet64_diffusion import ClassConditionalUNet2DModel
 
 
 RECIPES = ["res_res", "res_res_atn", "original/res_res", "original/res_res_atn"]
 GUIDANCE_SCALE = 5.0
 
 
-class StockSampler:
-    """A loop around diffusers' network as their pipelines have it: both branches of guidance in one batch."""
-
-    def __init__(self, config: dict[str, Any], latents: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype):
-        self.unet = networks.make_stock_unet(config).to(latents.device, dtype)
-        self.scheduler, self.latents = networks.make_stock_scheduler(), latents
-        self.labels = torch.cat([torch.full_like(labels, config["num_class_embeds"] - 1), labels])
+def stock_sampler(
+    config: dict[str, Any], latents: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> Callable[..., torch.Tensor]:
+    """A loop around diffusers' network as their pipelines have it, with both branches of guidance in one batch."""
+    unet = networks.make_stock_unet(config).to(latents.device, dtype)
+    scheduler = networks.make_stock_scheduler()
+    both = torch.cat([torch.full_like(labels, config["num_class_embeds"] - 1), labels])
 
     @torch.no_grad()
-    def step(self, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        output = self.unet(torch.cat([latents] * 2).to(self.unet.dtype), timestep, self.labels, return_dict=False)[0]
-        null, conditional = output.to(latents.dtype).chunk(2)
-        prediction = null + GUIDANCE_SCALE * (conditional - null)
-        return self.scheduler.step(prediction, timestep, latents).prev_sample
+    def generate(num_inference_steps: int, callback_on_step_end: Callable[..., Any] = lambda: None) -> torch.Tensor:
+        sample = latents
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        for timestep in scheduler.timesteps:
+            output = unet(torch.cat([sample] * 2).to(dtype), timestep, both, return_dict=False)[0]
+            null, conditional = output.to(sample.dtype).chunk(2)
+            prediction = null + GUIDANCE_SCALE * (conditional - null)
+            sample = scheduler.step(prediction, timestep, sample).prev_sample
+            callback_on_step_end()
+        return (sample / 2 + 0.5).clamp(0, 1)
 
-    def step_seconds(self) -> float:
-        self.scheduler.set_timesteps(10, device=self.latents.device)
-        return seconds_of(lambda: self.step(self.scheduler.timesteps[5], self.latents))
-
-    def generate(self, steps: int) -> torch.Tensor:
-        latents = self.latents
-        self.scheduler.set_timesteps(steps, device=latents.device)
-        for timestep in self.scheduler.timesteps:
-            latents = self.step(timestep, latents)
-        return (latents / 2 + 0.5).clamp(0, 1)
+    return generate
 
 
-def pipeline_step_seconds(pipeline: ClassConditionalPipeline, steps: int, **call: Any) -> tuple[float, float]:
-    """Seconds of a step inside the pipeline, the median of some, and what its first step takes more."""
+def step_seconds(generate: Callable[..., Any], steps: int) -> tuple[float, float]:
+    """Seconds of a step of a loop, the median of some, and what its first step takes more."""
     moments = [timer()]
     note = lambda *_: moments.append(timer()) or {}  # noqa: E731
-    pipeline(num_inference_steps=1 + steps, output_type="latent", callback_on_step_end=note, **call)
+    generate(num_inference_steps=1 + steps, callback_on_step_end=note)
     first, *others = (after - before for before, after in itertools.pairwise(moments))
     return statistics.median(others), first - statistics.median(others)
 
@@ -76,20 +71,16 @@ def measure_recipe(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
 
     latents, *_, labels = networks.make_inputs(config, options.batch_size, options.device)
     pipeline = networks.make_pipeline(config).to(options.device, dtype)
-    call = {"class_labels": labels, "guidance_scale": GUIDANCE_SCALE, "latents": latents}
-    sampler = StockSampler(stock, latents, labels, dtype)
+    call = {"class_labels": labels, "guidance_scale": GUIDANCE_SCALE, "latents": latents, "output_type": "pt"}
+    loops = {OURS: partial(pipeline, **call), STOCK: stock_sampler(stock, latents, labels, dtype)}
     ceilings = Ceilings(config, options.device, dtype, branches, options.small)
     steps = alternate(
-        {OURS: lambda: pipeline_step_seconds(pipeline, options.steps, **call), STOCK: sampler.step_seconds},
-        options.repeats,
+        {name: partial(step_seconds, loop, options.steps) for name, loop in loops.items()}, options.repeats
     )
-    seconds = {OURS: [step for step, _ in steps[OURS]], STOCK: steps[STOCK]}
+    seconds = {name: [step for step, _ in values] for name, values in steps.items()}
     count = options.num_inference_steps
-    images = {OURS: partial(pipeline, num_inference_steps=count, output_type="pt", **call)}
-    images[STOCK] = partial(sampler.generate, count)
-    whole = alternate(
-        {name: partial(seconds_of, generate) for name, generate in images.items()}, options.image_repeats, warmup=0
-    )
+    images = {name: partial(seconds_of, partial(loop, num_inference_steps=count)) for name, loop in loops.items()}
+    whole = alternate(images, options.image_repeats, warmup=0)
     return {
         "step_seconds": {name: spread(values) for name, values in seconds.items()},
         **ceilings.compare(seconds, step_flops),

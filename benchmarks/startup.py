@@ -15,8 +15,7 @@ from pathlib import Path
 
 from networks import make_pipeline, recipe_config
 from performance_page import publish
-from report import parse_options
-from timing import alternate, ratios_to, spread
+from report import alternate, parse_options, ratios_to, spread
 
 
 PROGRAM = """

@@ -1,13 +1,13 @@
 """What the training loop costs beside the network: shares of its time, and its pace against a plain loop.
 
-Both come from real runs of train_imagenet64.py on the demo's network and images. In the first, the calls of the parts
-of a step are timed. In the second, every few steps alternate with as many of a plain loop, which has the same network,
-loss, clipping, AdamW and EMA, but no accelerate, no log and none of what makes a run repeatable. Writes
-benchmarks/results/training-<processor>.json.
+Runs train_imagenet64.py on the demo's network and images and times the calls of the parts of its steps. Every few
+steps alternate with as many of a plain loop, which has the same network, loss, clipping, AdamW and EMA, but no
+accelerate, no log and none of what makes a run repeatable. Writes benchmarks/results/training-<processor>.json.
 """
 
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
 from performance_page import publish
-from report import DIGITS_DATA, call_command, parse_options
-from timing import Clock, ratios_to, seconds_of, timer
+from report import DIGITS_DATA, Clock, call_command, parse_options, ratios_to, seconds_of, timer
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.data.dataset import to_model_range
@@ -57,24 +56,6 @@ def train(data: Path, steps: int, before_step: Callable[[Trainer], None]) -> Non
         call_command("train_imagenet64", "--config", "demo", *paths, *schedule, *few_samples)
 
 
-def measure_shares(data: Path, steps: int, warmup: int) -> tuple[dict[str, float], float]:
-    """Shares of the time of a run's steps, and the milliseconds of one."""
-    clock = Clock()
-    for part in PARTS:
-        clock.around(*part)
-    found: list[tuple[float, dict[str, float]]] = []
-
-    def note(trainer: Trainer) -> None:
-        if trainer.global_step in (warmup, warmup + steps):
-            found.append((timer(), dict(clock.seconds)))
-
-    # the last step ends before the one that is not counted begins
-    train(data, warmup + steps + 1, note)
-    (begin, before), (end, after) = found
-    shares = {part: (seconds - before.get(part, 0)) / (end - begin) for part, seconds in after.items()}
-    return {**shares, "everything else": 1 - sum(shares.values())}, 1000 * (end - begin) / steps
-
-
 def plain_step(trainer: Trainer) -> Callable[[], None]:
     """A step as a person would write it in twenty lines, on a network of its own."""
     options, images = trainer.options, trainer.dataset
@@ -100,31 +81,46 @@ def plain_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-def measure_pace(data: Path, rounds: int, stretch: int) -> dict[str, Any]:
-    """Images per second of the plain loop and of ours, alternately, and the ratio of each pair of stretches."""
+def measure(data: Path, rounds: int, stretch: int) -> dict[str, Any]:
+    """Shares of the time of our steps, and the ratio of each pair of stretches, as JSON values."""
+    clock = Clock()
+    for part in PARTS:
+        clock.around(*part)
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    loop: dict[str, Any] = {}
+    parts: dict[str, float] = defaultdict(float)
+    state: dict[str, Any] = {}
 
-    def alternate(trainer: Trainer) -> None:
+    def before_step(trainer: Trainer) -> None:
         if trainer.global_step % stretch:
             return
-        if loop:
-            seconds["ours"].append(timer() - loop["begin"])
+        if state:
+            seconds["ours"].append(timer() - state["begin"])
+            # the first pair warms up
+            for part, value in clock.seconds.items() if len(seconds["ours"]) > 1 else ():
+                parts[part] += value
         else:
-            loop.update(step=plain_step(trainer), images=stretch * trainer.images_per_step)
-        seconds["plain"].append(seconds_of(lambda: [loop["step"]() for _ in range(stretch)]))
-        loop["begin"] = timer()
+            state.update(step=plain_step(trainer), images=stretch * trainer.images_per_step)
+        seconds["plain"].append(seconds_of(lambda: [state["step"]() for _ in range(stretch)]))
+        clock.seconds.clear()
+        state["begin"] = timer()
 
-    train(data, (rounds + 1) * stretch + 1, alternate)
-    # the first pair warms up, and the last plain stretch has no other
+    train(data, (rounds + 1) * stretch + 1, before_step)
     pairs = {"plain": seconds["plain"][1:-1], "ours": seconds["ours"][1:]}
-    ratio = ratios_to("ours", pairs)["plain"]
+    total, ratio = sum(pairs["ours"]), ratios_to("ours", pairs)["plain"]
+    shares = {part: value / total for part, value in parts.items()}
+    speeds = {f"{name}_images_per_second": state["images"] / statistics.median(each) for name, each in pairs.items()}
     return {
-        **{f"{name}_images_per_second": loop["images"] / statistics.median(each) for name, each in pairs.items()},
-        "ratio": ratio["median"],
-        "ratio_quartiles": ratio["quartiles"],
-        "rounds": rounds,
-        "steps_in_a_stretch": stretch,
+        "steps": rounds * stretch,
+        "milliseconds_per_step": 1000 * total / rounds / stretch,
+        "shares": {**shares, "everything else": 1 - sum(shares.values())},
+        "share_outside_forward_backward_optimizer": 1 - sum(shares[part] for part in WORK),
+        "pace": {
+            **speeds,
+            "ratio": ratio["median"],
+            "ratio_quartiles": ratio["quartiles"],
+            "rounds": rounds,
+            "steps_in_a_stretch": stretch,
+        },
     }
 
 
@@ -132,21 +128,11 @@ def main() -> None:
     """The command line."""
     options = parse_options(
         __doc__,
-        steps=(200, 2, "steps whose parts are timed"),
-        rounds=(12, 1, "pairs of stretches"),
+        rounds=(20, 1, "pairs of stretches"),
         stretch=(10, 1, "steps in a stretch"),
         data={"type": Path, "default": DIGITS_DATA, "help": "the prepared digits"},
     )
-    pace = measure_pace(options.data, options.rounds, options.stretch)  # before methods are timed
-    shares, milliseconds = measure_shares(options.data, options.steps, warmup=1 if options.small else 10)
-    figures = {
-        "steps": options.steps,
-        "milliseconds_per_step": milliseconds,
-        "shares": shares,
-        "share_outside_forward_backward_optimizer": 1 - sum(shares[part] for part in WORK),
-        "pace": pace,
-    }
-    publish("training", figures, options, ["accelerate"])
+    publish("training", measure(options.data, options.rounds, options.stretch), options, ["accelerate"])
 
 
 if __name__ == "__main__":

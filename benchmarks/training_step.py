@@ -13,12 +13,10 @@ from typing import Any
 
 import networks
 import torch
-from ceilings import Ceilings
 from diffusers import UNet2DModel
-from networks import OURS, STOCK
+from networks import OURS, STOCK, Ceilings
 from performance_page import PRECISIONS, publish
-from report import parse_options
-from timing import alternate, in_own_process, resident_bytes, rounded, seconds_of, spread
+from report import alternate, in_own_process, parse_options, resident_bytes, rounded, seconds_of, spread
 
 from imagenet64_diffusion.training.components import build_optimizer
 from imagenet64_diffusion.training.cost import estimate_cost

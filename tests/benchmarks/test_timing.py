@@ -1,13 +1,12 @@
-"""What the benchmarks measure with: rounds, ratios, operations, ceilings."""
+"""What the benchmarks measure with: rounds, ratios, operations, networks."""
 
 import time
 
-import ceilings
 import networks
 import pytest
 import torch
 from diffusers import UNet2DModel
-from timing import Clock, alternate, ratios_to, spread
+from report import Clock, alternate, ratios_to, spread
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 
@@ -70,7 +69,7 @@ def test_the_stock_network_has_as_many_operations():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_do_what_is_counted(dtype):
     """The most expensive convolutions come first; all compute in the given type."""
-    kernels = ceilings.kernels(SMALL, "cpu", dtype, 2, small=True, count=1000)
+    kernels = networks.kernels(SMALL, "cpu", dtype, 2, small=True, count=1000)
     flops = [count for name, (count, _) in kernels.items() if name.startswith("Conv")]
     assert len(flops) >= 20
     assert flops == sorted(flops, reverse=True)
@@ -90,9 +89,9 @@ def test_the_ceiling_is_the_maximum_over_all_kernels(fastest, monkeypatch):
     call = torch.ones(1).sum
     made = dict.fromkeys(("matrix product 64", "inner product 128", "Conv"), (1, call))
     made[fastest] = 2, call
-    monkeypatch.setattr(ceilings, "kernels", lambda *arguments: made)
-    monkeypatch.setattr(ceilings, "best_rate", lambda kernel, small: 1e9 * kernel[0])
-    found = ceilings.Ceilings(SMALL, "cpu", torch.float32, 2, True)
+    monkeypatch.setattr(networks, "kernels", lambda *arguments: made)
+    monkeypatch.setattr(networks, "best_rate", lambda kernel, small: 1e9 * kernel[0])
+    found = networks.Ceilings(SMALL, "cpu", torch.float32, 2, True)
     figures = found.compare({"ours": [1.0]}, {"ours": 2e9})
     assert figures["share_of_ceiling"] == {"ours": 1.0}
     assert (figures["ceilings"]["kernel"], figures["ceilings"]["gflops"]) == (fastest, 2.0)
