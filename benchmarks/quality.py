@@ -132,11 +132,8 @@ def evaluate_all(options: argparse.Namespace, variants: dict[str, dict[str, Any]
     def evaluate(budget: str, steps: dict[str, int]) -> None:
         tasks = list(itertools.product(variants, options.seeds))
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-            for (name, seed), scores in zip(
-                tasks,
-                pool.map(lambda task: train_and_evaluate(options, *task, steps[task[0]]), tasks),
-                strict=True,
-            ):
+            results = pool.map(lambda task: train_and_evaluate(options, *task, steps[task[0]]), tasks)
+            for (name, seed), scores in zip(tasks, results, strict=True):
                 print(f"{budget}, {name}, seed {seed}: {scores}", flush=True)
                 found[name].setdefault(budget, []).append(scores)
 
@@ -152,17 +149,16 @@ def evaluate_all(options: argparse.Namespace, variants: dict[str, dict[str, Any]
 def make_table(results: list[dict[str, Any]]) -> str:
     """The figures of every variant in Markdown: means over the seeds, and their range for FID."""
 
+    def values(budget: str, metric: str) -> dict[str, list[float]]:
+        return {result["variant"]: [run[metric] for run in result[budget]] for result in results}
+
     def means(metric: str) -> dict[str, str]:
-        return {
-            result["variant"]: f"{statistics.mean(run[metric] for run in result['same_steps']):.3f}"
-            for result in results
-        }
+        return {name: f"{statistics.mean(each):.3f}" for name, each in values("same_steps", metric).items()}
 
     def ranges(budget: str) -> dict[str, str]:
-        values = {result["variant"]: [run["fid"] for run in result[budget]] for result in results}
-        return {
-            name: f"{statistics.mean(each):.2f} ({min(each):.2f} to {max(each):.2f})" for name, each in values.items()
-        }
+        words = "{:.2f} ({:.2f} to {:.2f})"
+        found = values(budget, "fid").items()
+        return {name: words.format(statistics.mean(each), min(each), max(each)) for name, each in found}
 
     columns = {"class accuracy": means("class_accuracy"), "FID": ranges("same_steps")}
     columns |= {metric: means(metric) for metric in ("precision", "recall")}
@@ -185,15 +181,15 @@ def plot_bars(results: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(12, 6), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     budgets = (("same_steps", BLUE, "same number of steps"), ("same_seconds", ORANGE, "same time"))
-    for axes, metric, title in zip(
-        panels, ("class_accuracy", "fid"), ("class accuracy", "FID in the classifier's features"), strict=True
-    ):
+    metrics = {"class_accuracy": "class accuracy", "fid": "FID in the classifier's features"}
+    for axes, (metric, title) in zip(panels, metrics.items(), strict=True):
         for offset, (budget, colour, label) in enumerate(budgets):
             values = np.array([[run[metric] for run in result[budget]] for result in results])
             places = np.arange(len(results)) + 0.36 * (offset - 0.5)
             axes.barh(places, values.mean(1), 0.34, color=colour, label=label)
             axes.plot(values, places, ".", color="black", markersize=5)
         finish_axes(axes, "", None)
+        axes.grid(axis="y", visible=False)
         axes.set_xlabel(title, fontsize=12)
     panels[0].set_yticks(range(len(results)), [result["variant"] for result in results])
     panels[0].invert_yaxis()

@@ -103,12 +103,14 @@ def draw(steps: list[Step], skips: dict[str, str], config: dict[str, Any], title
 
     text(LEFT, total - 0.35, title, fontsize=14, fontweight="bold")
     encoding, time = config["time_embedding_type"].replace("_", " "), config["time_embed_dim"]
-    lines = [f"timestep → {encoding} encoding {time} → Linear, GELU, Linear → time embedding {time}: scales features"]
+    lines = {
+        TIME: f"timestep → {encoding} encoding {time} → Linear, GELU, Linear → time embedding {time}: scales features"
+    }
     if config["num_class_embeds"] is not None:
         table = f"class → table of {config['num_class_embeds']:,} rows and a null row of zeros"
         use = "shifts features, makes the matrix of class attention"
-        lines.append(f"{table} → class embedding {config['class_embed_dim']}: {use}")
-    for number, (line, colour) in enumerate(zip(lines, (TIME, CLASS), strict=False)):
+        lines[CLASS] = f"{table} → class embedding {config['class_embed_dim']}: {use}"
+    for number, (colour, line) in enumerate(lines.items()):
         axes.scatter([LEFT + 0.1], [total - 0.87 - 0.33 * number], s=36, color=colour, edgecolors=INK, linewidths=0.6)
         text(LEFT + 0.3, total - 0.87 - 0.33 * number, line)
 

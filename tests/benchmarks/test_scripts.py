@@ -82,6 +82,7 @@ def test_all_scripts_are_run():
 
 
 def test_the_pages_show_what_is_committed():
+    """They are golden answers of how figures are computed and written, too."""
     page = performance_page.PAGE.read_text(encoding="utf-8")
     assert page == performance_page.make_page(RESULTS), "run python benchmarks/performance_page.py"
     _, speed, *_ = re.split("## Speed|## Documentation", (ROOT / "README.md").read_text(encoding="utf-8"))
@@ -94,25 +95,6 @@ def test_the_pages_show_what_is_committed():
     assert table in quality.PAGE.read_text(encoding="utf-8"), "run python benchmarks/quality.py"
     assert {result["variant"]: result["options"] for result in results} == quality.VARIANTS
     assert {len(result[budget]) for result in results for budget in ("same_steps", "same_seconds")} == {2}
-
-
-def test_cells():
-    assert [performance_page.cell(value) for value in ("x", 1234, 0.01234, 0.5, 12.34, 1234.5)] == [
-        *("x", "1,234", "0.0123", "0.500", "12.3", "1,234"),
-    ]
-    assert performance_page.cell({"median": 2.0, "quartiles": [1.0, 3.0]}) == "2.00 (1.00 to 3.00)"
-    text = performance_page.table("x", {"a": {"one": 1, "two": 2}, "none": {}, "b": {"two": 0.5}})
-    assert text.splitlines() == ["| x | a | b |", "|---|---:|---:|", "| one | 1 |  |", "| two | 2 | 0.500 |"]
-
-
-def test_means_and_ranges_of_the_corrections():
-    runs = [
-        {"class_accuracy": accuracy, "fid": fid, "precision": 0.25, "recall": 0.75}
-        for accuracy, fid in ((0.25, 1.0), (0.75, 4.0))
-    ]
-    result = {"variant": "x", "same_steps": runs, "same_seconds": runs[:1], "relative_cost": 1.5}
-    [*_, row] = quality.make_table([result]).splitlines()
-    assert row == "| x | 0.500 | 2.50 (1.00 to 4.00) | 0.250 | 0.750 | 1.50 | 1.00 (1.00 to 1.00) |"
 
 
 def test_costs_are_over_the_last_network():

@@ -25,9 +25,6 @@ def test_a_ratio_is_that_of_each_round():
     """A machine that slows down by the round slows both sides."""
     seconds = {"ours": [1.0, 10.0, 100.0], "other": [2.0, 20.0, 200.0]}
     assert ratios_to("ours", seconds) == {"other": {"median": 2.0, "quartiles": [2.0, 2.0]}}
-
-
-def test_spread():
     assert spread([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0]}
     assert spread([1 / 3]) == {"median": 0.3333, "quartiles": [0.3333, 0.3333]}
 

@@ -54,11 +54,7 @@ class _ParsedError(Exception):
 
 
 def follow(words: list[str], made_by_page: set[str]) -> None:
-    """Runs or parses a command line in the current folder.
-
-    Args:
-        words: The line.
-        made_by_page: Files that the page tells the reader to write.
+    """Runs or parses a command line in the current folder, of a page that has the reader write some files.
 
     Raises:
         CommandError: If it fails, or is of no known kind.
