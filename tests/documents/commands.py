@@ -23,7 +23,8 @@ from imagenet64_diffusion.tests.documents.stand_ins import provide
 COMMANDS = {
     *("prepare_imagenet64", "train_imagenet64", "generate_images", "evaluate_models", "convert_checkpoints", "app"),
 }
-# Added to a line to make it small, or to do without what must be fetched. The last of two options wins.
+# Added to a line with all these words, the first entry that fits, to make it small, or to do without what must be
+# fetched. The last of two options wins.
 _FAST_TRAINING = (
     "--train_batch_size 2 --report_to none --num_inference_steps 1 --num_sample_classes 1 --num_samples_per_class 1"
 )
@@ -35,11 +36,11 @@ SMALLER = {
     "evaluate_models sweep": "--device cpu --num_images 4 --num_inference_steps 2 --eta 0 --guidance_scale 1"
     " --protocol pixels",
     "evaluate_models classifier": "--epochs 1 --batch_size 4",
-    "train_imagenet64": f"{_FAST_TRAINING} --max_train_steps 1 --lr_warmup_steps 0 --stem_channels 8"
-    " --block_out_channels 8 --time_embed_dim 16 --class_embed_dim 16",
     # a checkpoint brings its own network, of ten classes in 64x64, and has taken 600,000 steps
     "train_imagenet64 --resume_from_checkpoint": f"{_FAST_TRAINING} --train_data_dir outputs/ten_classes"
     " --max_train_steps 600001",
+    "train_imagenet64": f"{_FAST_TRAINING} --max_train_steps 1 --lr_warmup_steps 0 --stem_channels 8"
+    " --block_out_channels 8 --time_embed_dim 16 --class_embed_dim 16",
 }
 # what stands for "..." on a page
 ELIDED = {"--train_data_dir": "outputs/imagenet64", "--output_dir": "outputs/elided"}
@@ -97,9 +98,7 @@ def _follow_script(script: str, words: list[str]) -> None:
         return
     is_whole = "..." not in words
     if is_whole:
-        # the most special entry that the line has all words of
-        fitting = [key for key in SMALLER if {*key.split()} <= {name, *words}]
-        smaller = SMALLER[max(fitting, key=len)].split() if fitting else []
+        smaller = next((value for key, value in SMALLER.items() if {*key.split()} <= {name, *words}), "").split()
         if "classifier" in words:  # which needs nothing that must be fetched, instead of the pixels
             smaller = [word for word in smaller if word not in ("--protocol", "pixels")]
         words = [*words, *smaller]
