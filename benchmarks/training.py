@@ -37,7 +37,7 @@ PARTS = (
     (AcceleratedOptimizer, "zero_grad", "optimizer"),
     (Accelerator, "clip_grad_norm_", "clipping"),
     (EMAModel, "step", "EMA"),
-    (Trainer, "_log", "log"),
+    (Accelerator, "log", "log"),
 )
 
 

@@ -1,7 +1,6 @@
 """Every benchmark runs, in a process of its own and at tiny size, and the pages show what is committed."""
 
 import json
-import os
 import re
 import runpy
 import sys
@@ -12,8 +11,7 @@ import pytest
 import quality
 from report import RESULTS, ROOT
 
-# its server of processes has imported what takes longer than the runs
-from imagenet64_diffusion.tests.commands.processes import _CONTEXT
+from imagenet64_diffusion.tests.commands.processes import run_function
 
 
 # benchmark -> what it is given besides --small
@@ -33,15 +31,8 @@ SLOW = ("conversion", "startup", "training_step")
 NAMES = {section.__name__ for section in performance_page.SECTIONS.values()}
 
 
-def _run(script: Path, arguments: list[str], log: Path) -> None:
+def run(script: Path, arguments: list[str]) -> None:
     """Does what Python does with a script."""
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
@@ -54,13 +45,8 @@ def test_small_run(script, prepared, tmp_path):
     arguments = [word.format(prepared=prepared, tmp_path=tmp_path) for word in SCRIPTS[script]]
     arguments += ["--small", "--results_dir", str(tmp_path / "results")]
     committed = {file: file.read_bytes() for file in RESULTS.iterdir()}
-    log = tmp_path / "log.txt"
-    process = _CONTEXT.Process(target=_run, args=(ROOT / "benchmarks" / f"{script}.py", arguments, log))
-    process.start()
-    process.join(200)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0, log.read_text(errors="replace")
+    code, output = run_function(run, ROOT / "benchmarks" / f"{script}.py", arguments)
+    assert code == 0, output
     assert {file: file.read_bytes() for file in RESULTS.iterdir()} == committed
 
     [file] = (tmp_path / "results").glob("*.json")
@@ -71,7 +57,7 @@ def test_small_run(script, prepared, tmp_path):
     assert str(ROOT) not in file.read_text()
     page = performance_page.make_page(tmp_path / "results")
     assert result["command"] in page
-    assert all(line in log.read_text() for line in page.splitlines() if line.startswith("|"))
+    assert all(line in output for line in page.splitlines() if line.startswith("|"))
 
 
 def test_all_scripts_are_run():

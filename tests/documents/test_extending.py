@@ -3,19 +3,28 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from imagenet64_diffusion.tests.commands.processes import run_function
 from imagenet64_diffusion.tests.documents.pages import ROOT, Block, commands, read_blocks, read_change
 
 
-PAGE = ROOT / "docs" / "extending.md"
-
-
-BLOCKS = read_blocks(PAGE)
+BLOCKS = read_blocks(ROOT / "docs" / "extending.md")
 CHANGES = {change.file: change for change in (read_change(block) for block in BLOCKS if block.kind == "diff")}
+
+
+def run_tests(copy: Path, arguments: list[str]) -> None:
+    """Runs pytest on a copy of the package, in a process that has imported its dependencies."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("imagenet64_diffusion", "tests"):
+            del sys.modules[name]
+    # before the installed package, so that the tests see the copy
+    sys.path.insert(0, str(copy.parent))
+    os.chdir(copy)
+    sys.exit(pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", *arguments]))
 
 
 def test_the_changes_pass_their_tests(tmp_path):
@@ -31,22 +40,8 @@ def test_the_changes_pass_their_tests(tmp_path):
     # every test that the page writes is among those that it runs; those that were there run elsewhere
     assert {change.file for change in tests} <= set(files)
     names = re.findall(r"(?:def|class) ([Tt]est\w+)", "".join(after for change in tests for _, after in change.hunks))
-    # before the installed package, so that the tests see the copy
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-k",
-        " or ".join(names),
-        *files,
-    ]
-    finished = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
+    code, output = run_function(run_tests, copy, ["-k", " or ".join(names), *files])
+    assert code == 0, output[-6000:]
 
 
 def test_a_layer_type_is_one_class_one_line_and_one_test():
