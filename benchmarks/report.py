@@ -30,24 +30,22 @@ DIGITS_PROTOCOL = ("--protocol", "classifier", "--weights", str(ROOT / "evaluati
 def parse_options(description: str, device: bool = False, **options: Any) -> argparse.Namespace:
     """Parses the options of a benchmark, named with their default, default with ``--small`` and help, or as a dict of
     arguments of ``add_argument``; and those that every benchmark has."""
+    is_small = "--small" in sys.argv
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.set_defaults(device="cpu")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
     where = "folder of the JSON (default: benchmarks/results, with --small outputs/bench)"
-    parser.add_argument("--results_dir", type=Path, help=where)
+    results_dir = ROOT / "outputs" / "bench" if is_small else RESULTS
+    parser.add_argument("--results_dir", type=Path, default=results_dir, help=where)
     if device:
         parser.add_argument("--device", help="such as cpu, cuda (default: cpu)")
-    sizes = {name: value for name, value in options.items() if isinstance(value, tuple)}
-    for name, (usual, _, words) in sizes.items():
-        options[name] = {"type": type(usual), "help": f"{words} (default: {usual})"}
     for name, settings in options.items():
+        if isinstance(settings, tuple):
+            usual, small, words = settings
+            settings = {"default": small if is_small else usual, "help": f"{words} (default: {usual})"}
+            settings["type"] = type(usual)
         parser.add_argument(f"--{name}", **settings)
-    parsed = parser.parse_args()
-    for name, (usual, small, _) in sizes.items():
-        if getattr(parsed, name) is None:
-            setattr(parsed, name, small if parsed.small else usual)
-    parsed.results_dir = parsed.results_dir or (ROOT / "outputs" / "bench" if parsed.small else RESULTS)
-    return parsed
+    return parser.parse_args()
 
 
 def call_command(command: str, *words: Any) -> None:

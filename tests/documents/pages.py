@@ -61,7 +61,7 @@ def commands(block: Block) -> list[tuple[int, list[str]]]:
 
 @dataclass(frozen=True)
 class Change:
-    """What a diff does to one file: its path from the root, whether it is new, what is replaced by what."""
+    """What a diff does to one file: path from the root, whether it is new, each text with what replaces it."""
 
     file: str
     is_new: bool
