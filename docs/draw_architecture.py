@@ -198,8 +198,7 @@ def draw_recipe(recipe: str) -> Figure:
     with torch.device("meta"):
         unet = ClassConditionalUNet2DModel(**config)
     title = f"{recipe}: {unet.num_parameters() / 1e6:.1f} M parameters"
-    with mpl.rc_context(STYLE):
-        return draw(*watch(unet), dict(unet.config), title)
+    return draw(*watch(unet), dict(unet.config), title)
 
 
 def main() -> None:
@@ -209,9 +208,9 @@ def main() -> None:
     output = Path(__file__).parent / "images" / "architecture"
     parser.add_argument("--output", type=Path, default=output, help="the files, without ending")
     options = parser.parse_args()
-    with mpl.rc_context(STYLE):
-        for ending in (".png", ".svg"):
-            save_figure(draw_recipe(options.recipe), options.output.with_suffix(ending))
+    mpl.rcParams.update(STYLE)
+    for ending in (".png", ".svg"):
+        save_figure(draw_recipe(options.recipe), options.output.with_suffix(ending))
 
 
 if __name__ == "__main__":
