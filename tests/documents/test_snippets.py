@@ -75,7 +75,7 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     [
         ("python generate_images.py --class_label 3 --steps 5", "exit code 2"),
         ("python train_imagenet64.py --no_such_option 1 ...", "exit code 2"),
-        ("accelerate launch --num_procs 2 train_imagenet64.py ...", ""),
+        ("accelerate launch --num_procs 2 train_imagenet64.py ...", None),
         ("accelerate launch nothing.py", "there is no script nothing.py"),
         ("python benchmarks/data.py --no_such_option", "exit code 2"),
         ("python docs/nothing.py", "there is no script"),
