@@ -1,22 +1,18 @@
 """How long the Frechet distance takes at the size of Inception features, and the statistics that go into it.
 
-Ours and clean-fid's function (the extra "eval") get the same arrays, alternating, in one process: the
-covariances of 10,000 correlated random features of 2048 numbers. OMP_NUM_THREADS sets the threads of both.
-Figures of different machines compare only as ratios. Prints a table and writes
+Ours and clean-fid's function (the extra "eval") get the same arrays alternately in one process: the covariances of
+10,000 correlated random features of 2048 numbers. OMP_NUM_THREADS sets the threads of both. Writes
 benchmarks/results/frechet-<processor>.json.
 """
 
-import argparse
 import statistics
-import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
-import torch
 from cleanfid import fid
-from report import add_options, results_dir, write_result
+from performance_page import publish
+from report import alternate, parse_options, seconds_of
 
 from imagenet64_diffusion.evaluation import FeatureStatistics, frechet_distance
 
@@ -33,80 +29,49 @@ def make_features(num_images: int, num_features: int, seed: int) -> np.ndarray:
     return features + 0.1 * rng.standard_normal(num_features, dtype=np.float32)
 
 
-def seconds_of(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Returns how long a call took, and its result."""
-    start = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - start, result
-
-
-def measure_updates(features: np.ndarray) -> dict[str, int]:
-    """Images per second that statistics take in, the median of five passes, for each size of the batches."""
-    rates = {}
-    for batch_size in BATCH_SIZES:
-        each = []
-        for _ in range(5):
-            gathered = FeatureStatistics(features.shape[1])
-            start = time.perf_counter()
-            for first in range(0, len(features), batch_size):
-                gathered.update(features[first : first + batch_size])
-            # the last block joins the others when they are asked for
-            _ = gathered.mean
-            each.append(len(features) / (time.perf_counter() - start))
-        rates[str(batch_size)] = round(statistics.median(each))
-    return rates
+def statistics_of(features: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance, gathered by the batch."""
+    gathered = FeatureStatistics(features.shape[1])
+    for first in range(0, len(features), batch_size):
+        gathered.update(features[first : first + batch_size])
+    return gathered.mean, gathered.covariance
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_images", type=int, help="images of each set (default: 10000)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each function is called (default: 3)")
-    add_options(parser)
-    options = parser.parse_args()
-    num_features = 32 if options.small else 2048
-    num_images = options.num_images or (500 if options.small else 10_000)
+    options = parse_options(
+        __doc__,
+        num_images=(10_000, 500, "images of each set"),
+        num_features=(2048, 32, "numbers of each feature"),
+        rounds=(3, 3, "times that each function is called"),
+    )
     # clean-fid passes an argument to scipy that scipy will drop
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="cleanfid")
-
-    moments = []
-    for seed in (0, 1):
-        gathered = FeatureStatistics(num_features)
-        features = make_features(num_images, num_features, seed)
-        gathered.update(features)
-        moments += [gathered.mean, gathered.covariance]
-    updates = measure_updates(features)
-
-    seconds: dict[str, list[float]] = {"ours": [], "clean-fid": []}
-    values = {}
-    for _ in range(options.rounds):
-        for name, function in (("ours", frechet_distance), ("clean-fid", fid.frechet_distance)):
-            taken, values[name] = seconds_of(function, *moments)
-            seconds[name].append(taken)
+    features = [make_features(options.num_images, options.num_features, seed) for seed in (0, 1)]
+    moments = [moment for each in features for moment in statistics_of(each, 512)]
+    functions = {"ours": frechet_distance, "clean-fid": fid.frechet_distance}
+    values = {name: function(*moments) for name, function in functions.items()}
+    calls = {name: partial(seconds_of, partial(function, *moments)) for name, function in functions.items()}
+    seconds = alternate(calls, options.rounds, warmup=0)
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["clean-fid"], strict=True)]
-    difference = abs(values["ours"] - values["clean-fid"]) / values["clean-fid"]
-
-    print(f"{f'Frechet distance of {num_features} features':32} {'seconds (median)':>18} {'value':>20}")
-    for name, each in seconds.items():
-        print(f"{name:32} {statistics.median(each):18.2f} {values[name]:20.12f}")
-    spread = f"from {min(ratios):.1f} to {max(ratios):.1f}"
-    print(f"ours is {statistics.median(ratios):.1f} times as fast ({spread}); relative difference {difference:.1e}")
-    for batch_size, rate in updates.items():
-        print(f"{f'statistics, batches of {batch_size}':32} {rate:9,} images/s")
-    result = {
-        "num_features": num_features,
-        "num_images": num_images,
-        "threads": torch.get_num_threads(),
+    gathering = alternate(
+        {str(size): partial(seconds_of, partial(statistics_of, features[0], size)) for size in BATCH_SIZES}, rounds=5
+    )
+    figures = {
+        "num_features": options.num_features,
+        "num_images": options.num_images,
         "seconds": {name: [round(value, 3) for value in each] for name, each in seconds.items()},
         "ratio_of_clean_fid_to_ours": {
             "median": round(statistics.median(ratios), 2),
             "smallest": round(min(ratios), 2),
             "largest": round(max(ratios), 2),
         },
-        "relative_difference": float(f"{difference:.2g}"),
-        "statistics_images_per_second": updates,
+        "relative_difference": float(f"{abs(values['ours'] / values['clean-fid'] - 1):.2g}"),
+        "statistics_images_per_second": {
+            size: round(options.num_images / statistics.median(each)) for size, each in gathering.items()
+        },
     }
-    write_result("frechet", result, ("clean-fid", "numpy", "scipy", "torch"), results_dir(options))
+    publish("frechet", figures, options, ["clean-fid", "numpy", "scipy"])
 
 
 if __name__ == "__main__":

@@ -1,322 +1,228 @@
 """What each correction of the original's design is worth, measured with the same budget.
 
 Trains a small network on the 5,000 MNIST digits, first as the original program has it and then with one correction
-after the other, for the same number of steps and, again, for the same computing time, with two seeds.
-Every model generates the same number of digits without guidance; a fixed classifier reads them, and FID, precision and
-recall are taken in its features. All by the commands that users have: train_imagenet64.py and evaluate_models.py. What
-has been done is not done again, so it can be stopped. Writes benchmarks/results/quality-<processor>.json, a chart, a
-strip of samples of each model, and the table in docs/corrections.md:
+after the other, for the same number of steps and for the same computing time, with two seeds. Every model generates
+digits without guidance; a fixed classifier reads them, and FID, precision and recall are computed in its features.
+All by train_imagenet64.py and evaluate_models.py. A second call resumes one that was stopped. Writes
+benchmarks/results/quality-<processor>.json, a chart, samples of each model, and the table in docs/corrections.md:
 
     python benchmarks/quality.py --data outputs/demo/data --output_dir outputs/quality
 """
 
 import argparse
 import concurrent.futures
-import dataclasses
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from report import write_result
+from matplotlib.figure import Figure
+from networks import make_inputs, recipe_config
+from performance_page import table
+from report import DIGITS_DATA, DIGITS_PROTOCOL, ROOT, alternate, parse_options, seconds_of, write_result
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
+from imagenet64_diffusion.pipelines.image_grid import image_grid, to_image
+from imagenet64_diffusion.utils.chart_style import BLUE, ORANGE, finish_axes, save_figure
 
 
-ROOT = Path(__file__).parents[1]
-CLASSIFIER = ROOT / "evaluation" / "digits_classifier"
-METRICS = ("class_accuracy", "fid", "precision", "recall")
 PAGE = ROOT / "docs" / "corrections.md"
-BEGIN, END = "<!-- table of benchmarks/quality.py -->", "<!-- end of the table -->"
+MARKS = "<!-- table of benchmarks/quality.py -->\n", "<!-- end of the table -->\n"
 UNET_OPTIONS = ("time_embedding_type", "class_attention_type", "output_head_type")
-STRIP = 20  # digits of each model in the strip
+ORIGINAL = {
+    "time_embedding_type": "original_interleaved",
+    "class_attention_type": "identity",
+    "output_head_type": "original",
+    "prediction_type": "epsilon",
+    "beta_schedule": "original_cosine",
+    "use_ema": False,
+}
+CORRECTIONS = {
+    "+ EMA": {"use_ema": True},
+    "+ sinusoidal time encoding": {"time_embedding_type": "sinusoidal"},
+    "+ class attention that attends": {"class_attention_type": "channel"},
+    "+ convolutional head": {"output_head_type": "conv"},
+    "+ velocity, unclamped cosine (default)": {
+        "prediction_type": "v_prediction",
+        "beta_schedule": "squaredcos_cap_v2",
+    },
+}
+CHANGES = {
+    "default, no EMA": {"use_ema": False},
+    "default, original time encoding": {"time_embedding_type": "original_interleaved"},
+    "default, class attention that does not": {"class_attention_type": "identity"},
+    "default, original head": {"output_head_type": "original"},
+    "default, clamped cosine": {"beta_schedule": "original_cosine"},
+    "default, importance sampling": {"timestep_sampling": "importance"},
+    "default, min-SNR 5": {"snr_gamma": 5},
+}
+# the original, the corrections one after the other, the default without one each, two options: name -> options
+VARIANTS: dict[str, dict[str, Any]] = {"as the original has it": ORIGINAL}
+for _name, _correction in CORRECTIONS.items():
+    VARIANTS[_name] = {**list(VARIANTS.values())[-1], **_correction}
+VARIANTS |= {name: {**ORIGINAL, **VARIANTS[_name], **change} for name, change in CHANGES.items()}
+NETWORK = {"stem_channels": 8, "block_out_channels": (16, 32)}
+TRAINING = {"train_batch_size": 64, "learning_rate": 5e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50}
+TRAINING |= {"checkpointing_steps": 0, "num_sample_classes": 1, "num_samples_per_class": 1, "num_inference_steps": 2}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A training.
-
-    Attributes:
-        name: What the table calls it.
-        options: Of train_imagenet64.py, on top of those that all have.
-    """
-
-    name: str
-    options: dict[str, Any]
-
-    def with_(self, name: str, **options: Any) -> "Variant":
-        """One more correction."""
-        return Variant(name, {**self.options, **options})
-
-
-def variants() -> list[Variant]:
-    """The original's way, its corrections one after the other, the default without one each, and two options."""
-    faithful = Variant(
-        "as the original has it",
-        {
-            "time_embedding_type": "original_interleaved",
-            "class_attention_type": "identity",
-            "output_head_type": "original",
-            "prediction_type": "epsilon",
-            "beta_schedule": "original_cosine",
-            "use_ema": False,
-        },
-    )
-    averaged = faithful.with_("+ EMA", use_ema=True)
-    encoded = averaged.with_("+ sinusoidal time encoding", time_embedding_type="sinusoidal")
-    attending = encoded.with_("+ class attention that attends", class_attention_type="channel")
-    head = attending.with_("+ convolutional head", output_head_type="conv")
-    unclamped = {"beta_schedule": "squaredcos_cap_v2"}
-    velocity = head.with_("+ velocity, unclamped cosine (default)", prediction_type="v_prediction", **unclamped)
-    return [
-        *(faithful, averaged, encoded, attending, head, velocity),
-        velocity.with_("default, no EMA", use_ema=False),
-        velocity.with_("default, original time encoding", time_embedding_type="original_interleaved"),
-        velocity.with_("default, class attention that does not", class_attention_type="identity"),
-        velocity.with_("default, original head", output_head_type="original"),
-        velocity.with_("default, clamped cosine", beta_schedule="original_cosine"),
-        velocity.with_("default, importance sampling", timestep_sampling="importance"),
-        velocity.with_("default, min-SNR 5", snr_gamma=5),
-    ]
-
-
-NETWORK = {"model_config_name_or_path": "demo", "stem_channels": 8, "block_out_channels": (16, 32)}
-BATCH_SIZE = 64
-
-
-def run(script: str, *arguments: Any) -> None:
-    """Runs a command of the project on one thread; its output goes nowhere unless it fails."""
+def run(script: str, *words: Any, **options: Any) -> None:
+    """Runs a command of the project on one thread; its output is seen if it fails."""
+    for name, value in options.items():
+        words += (f"--{name}", *(value if isinstance(value, tuple) else (value,)))
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {finished.returncode}: {finished.stderr[-2000:]}")
 
 
-def relative_costs(variants: list[Variant], rounds: int = 15) -> dict[str, float]:
-    """Time of a training step of each variant's network, over that of the last one, measured in turns."""
-    config = json.loads((ROOT / "configs" / "demo.json").read_text(encoding="utf-8"))
-    config |= {name: NETWORK[name] for name in ("stem_channels", "block_out_channels")}
-    size, channels = config["sample_size"], config["in_channels"]
-    images, labels = torch.randn(BATCH_SIZE, channels, size, size), torch.arange(BATCH_SIZE) % 10
-    timesteps = torch.arange(BATCH_SIZE) * 15
-    options = {variant.name: tuple(variant.options[name] for name in UNET_OPTIONS) for variant in variants}
-    networks = {}
-    for values in set(options.values()):
-        unet = ClassConditionalUNet2DModel.from_config({**config, **dict(zip(UNET_OPTIONS, values, strict=True))})
-        networks[values] = unet, torch.optim.AdamW(unet.parameters(), fused=True)
-    seconds: dict[tuple, list[float]] = {values: [] for values in networks}
-    for number in range(rounds + 1):
-        for values, (unet, optimizer) in networks.items():
-            begin = time.perf_counter()
-            unet(images, timesteps, labels).sample.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if number:  # the first round warms up
-                seconds[values].append(time.perf_counter() - begin)
-    last = seconds[options[variants[-1].name]]
-    return {
-        name: statistics.median(own / other for own, other in zip(seconds[values], last, strict=True))
-        for name, values in options.items()
-    }
+def relative_costs(variants: dict[str, dict[str, Any]], rounds: int = 15) -> dict[str, float]:
+    """Seconds of a training step of each variant's network, over those of the last one's."""
+    config = recipe_config("demo") | NETWORK
+    sample, _, timesteps, labels = make_inputs(config, TRAINING["train_batch_size"], "cpu")
+    kinds = {name: tuple(options[key] for key in UNET_OPTIONS) for name, options in variants.items()}
+
+    def step(unet: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        unet(sample, timesteps, labels).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    steps = {}
+    for kind in set(kinds.values()):
+        unet = ClassConditionalUNet2DModel(**{**config, **dict(zip(UNET_OPTIONS, kind, strict=True))})
+        steps[kind] = partial(step, unet, torch.optim.AdamW(unet.parameters(), fused=True))
+    seconds = alternate({kind: partial(seconds_of, each) for kind, each in steps.items()}, rounds)
+    last = seconds[list(kinds.values())[-1]]
+    ratios = {kind: [own / other for own, other in zip(each, last, strict=True)] for kind, each in seconds.items()}
+    return {name: statistics.median(ratios[kind]) for name, kind in kinds.items()}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all trainings and measurements have in common."""
-
-    data: Path
-    folder: Path
-    steps: int
-    num_images: int
-    num_inference_steps: int
-
-
-def train_and_measure(variant: Variant, seed: int, steps: int, settings: Settings) -> dict[str, Any]:
-    """Trains for so many steps and measures what comes out."""
-    name = "".join(character if character.isalnum() else "_" for character in variant.name)
-    folder = settings.folder / f"{name}_seed{seed}_{steps}"
-    options = {
-        **NETWORK,
-        "block_out_channels": " ".join(map(str, NETWORK["block_out_channels"])),
-        "train_batch_size": BATCH_SIZE,
-        "learning_rate": 5e-3,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 50,
-        "checkpointing_steps": 0,
-        "num_sample_classes": 1,
-        "num_samples_per_class": 1,
-        "num_inference_steps": 2,
-        "report_to": "none",
-        "max_train_steps": steps,
-        "seed": seed,
-        **variant.options,
-    }
-    if not (folder / "model" / "model_index.json").is_file():
-        words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
-        run("train_imagenet64.py", "--train_data_dir", settings.data, "--output_dir", folder, *words)
-    measured = folder / "measured"
-    if not (measured / "scores.json").is_file():
-        sampling = ("--num_images", settings.num_images, "--num_inference_steps", settings.num_inference_steps)
-        run(
-            "evaluate_models.py",
-            *("model", "--model", folder / "model", "--output_dir", measured, *sampling),
-            *("--protocol", "classifier", "--weights", CLASSIFIER, "--batch_size", 100, "--keep_images", "npz"),
-        )
-        run("evaluate_models.py", "score", "--reference", settings.folder / "reference", "--model", measured)
-    scores = json.loads((measured / "scores.json").read_text(encoding="utf-8"))["metrics"]
-    return {
-        **{name: scores[name] for name in METRICS},
-        "steps": steps,
-        "folder": folder.name,
-    }
+def train_and_evaluate(options: argparse.Namespace, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """The scores of a variant after so many steps."""
+    slug = "".join(character if character.isalnum() else "_" for character in name)
+    folder = options.output_dir / f"{slug}_seed{seed}_{steps}"
+    model, evaluated = folder / "model", folder / "evaluated"
+    if not (model / "model_index.json").is_file():
+        paths = {"train_data_dir": options.data, "output_dir": folder, "report_to": "none"}
+        fixed = {"model_config_name_or_path": "demo", **NETWORK, **TRAINING, "max_train_steps": steps, "seed": seed}
+        run("train_imagenet64.py", **paths, **fixed, **VARIANTS[name])
+    scores = evaluated / "scores.json"
+    if not scores.is_file():
+        sampling = {"num_images": options.num_images, "num_inference_steps": options.num_inference_steps}
+        words = ("model", *DIGITS_PROTOCOL, "--keep_images", "npz", "--batch_size", 100)
+        run("evaluate_models.py", *words, model=model, output_dir=evaluated, **sampling)
+        run("evaluate_models.py", "score", reference=options.output_dir / "reference", model=evaluated)
+    found = json.loads(scores.read_text(encoding="utf-8"))["metrics"]
+    metrics = {metric: found[metric] for metric in ("class_accuracy", "fid", "precision", "recall")}
+    return {**metrics, "steps": steps, "folder": folder.name}
 
 
-def measure_all(settings: Settings, seeds: list[int], jobs: int) -> list[dict[str, Any]]:
-    """Every variant with both budgets; an entry for each, with the figures of every seed."""
-    found = {variant.name: {"variant": variant.name, "options": variant.options} for variant in variants()}
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+def evaluate_all(options: argparse.Namespace, variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of every variant with both budgets, for each seed."""
+    found = {name: {"variant": name, "options": settings} for name, settings in variants.items()}
 
-        def both(tasks: list[tuple[Variant, int, int]]) -> list[dict[str, Any]]:
-            futures = [pool.submit(train_and_measure, *task, settings) for task in tasks]
-            for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                print(f"{number} of {len(futures)}: {future.result()}", flush=True)
-            return [future.result() for future in futures]
+    def evaluate(budget: str, steps: dict[str, int]) -> None:
+        tasks = list(itertools.product(variants, options.seeds))
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            results = pool.map(lambda task: train_and_evaluate(options, *task, steps[task[0]]), tasks)
+            for (name, seed), scores in zip(tasks, results, strict=True):
+                print(f"{budget}, {name}, seed {seed}: {scores}", flush=True)
+                found[name].setdefault(budget, []).append(scores)
 
-        tasks = [(variant, seed, settings.steps) for variant in variants() for seed in seeds]
-        for (variant, _, _), figures in zip(tasks, both(tasks), strict=True):
-            found[variant.name].setdefault("same_steps", []).append(figures)
-
-        # of the networks alone: the commands' own pace changes with whatever else the machine does
-        costs = relative_costs(variants())
-        budget = statistics.median(costs.values())
-        tasks = []
-        for variant in variants():
-            found[variant.name]["relative_cost"] = costs[variant.name]
-            # to tenths of the steps, so that networks of about the same cost are not trained twice
-            unit = max(1, settings.steps // 10)
-            steps = unit * max(1, round(settings.steps * budget / costs[variant.name] / unit))
-            tasks += [(variant, seed, steps) for seed in seeds]
-        for (variant, _, _), figures in zip(tasks, both(tasks), strict=True):
-            found[variant.name].setdefault("same_seconds", []).append(figures)
-    return list(found.values())
+    evaluate("same_steps", dict.fromkeys(variants, options.steps))
+    # of the networks alone: the pace of the commands changes with whatever else the machine does
+    costs = relative_costs(variants)
+    # to tenths of the steps, so that networks of about the same cost are not trained twice
+    unit, budget = max(1, options.steps // 10), options.steps * statistics.median(costs.values())
+    evaluate("same_seconds", {name: unit * max(1, round(budget / cost / unit)) for name, cost in costs.items()})
+    return [{**entry, "relative_cost": costs[name]} for name, entry in found.items()]
 
 
-def table(results: list[dict[str, Any]]) -> list[str]:
-    """The figures of every variant as the lines of a Markdown table: means over the seeds, and their range for FID."""
-    lines = [
-        "| | class accuracy | FID | precision | recall | cost of a step | FID, same time |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+def make_table(results: list[dict[str, Any]]) -> str:
+    """The figures of every variant in Markdown: means over the seeds, and their range for FID."""
+
+    def values(budget: str, metric: str) -> dict[str, list[float]]:
+        return {result["variant"]: [run[metric] for run in result[budget]] for result in results}
+
+    def means(metric: str) -> dict[str, str]:
+        return {name: f"{statistics.mean(each):.3f}" for name, each in values("same_steps", metric).items()}
+
+    def ranges(budget: str) -> dict[str, str]:
+        words = "{:.2f} ({:.2f} to {:.2f})"
+        found = values(budget, "fid").items()
+        return {name: words.format(statistics.mean(each), min(each), max(each)) for name, each in found}
+
+    columns = {"class accuracy": means("class_accuracy"), "FID": ranges("same_steps")}
+    columns |= {metric: means(metric) for metric in ("precision", "recall")}
+    columns["cost of a step"] = {result["variant"]: f"{result['relative_cost']:.2f}" for result in results}
+    return table("", {**columns, "FID, same time": ranges("same_seconds")}) + "\n"
+
+
+def plot_samples(results: list[dict[str, Any]], folder: Path, file: Path, count: int = 20) -> None:
+    """The first digits of each model of the first seed, a row for each."""
+    images = []
     for result in results:
-        runs = result["same_steps"]
-        means = {name: statistics.mean(figures[name] for figures in runs) for name in METRICS}
-        cells = [
-            result["variant"],
-            f"{means['class_accuracy']:.3f}",
-            _mean_and_range([figures["fid"] for figures in runs]),
-            f"{means['precision']:.3f}",
-            f"{means['recall']:.3f}",
-            f"{result['relative_cost']:.2f}",
-            _mean_and_range([figures["fid"] for figures in result["same_seconds"]]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        with np.load(folder / result["same_steps"][0]["folder"] / "evaluated" / "images.npz") as arrays:
+            images += map(to_image, arrays["arr_0"][:count])
+    captions = [result["variant"].removesuffix(" (default)") for result in results for _ in range(count)]
+    image_grid(images, captions, count).save(file, optimize=True)
 
 
-def _mean_and_range(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def write_table(results: list[dict[str, Any]], page: Path) -> None:
-    """Puts the table between the two marks of a page."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    page.write_text("\n".join([before + begin, *table(results), end + after]), encoding="utf-8")
-
-
-def draw_strips(results: list[dict[str, Any]], folder: Path, file: Path) -> None:
-    """The first digits of each model of the first seed, one row for each."""
-    size, factor, left = 32, 2, 300
-    sheet = Image.new("RGB", (left + STRIP * (size * factor + 2), len(results) * (size * factor + 4)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for row, result in enumerate(results):
-        with np.load(folder / result["same_steps"][0]["folder"] / "measured" / "images.npz") as arrays:
-            images = arrays["arr_0"][:STRIP]
-        y = row * (size * factor + 4)
-        pen.text((left - 10, y + size * factor / 2), result["variant"], fill="black", font=font, anchor="rm")
-        for column, image in enumerate(images):
-            tile = Image.fromarray(image.squeeze(-1)).resize((size * factor,) * 2, Image.Resampling.NEAREST)
-            sheet.paste(tile.convert("RGB"), (left + column * (size * factor + 2), y))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file, optimize=True)
-
-
-def draw_chart(results: list[dict[str, Any]], file: Path) -> None:
+def plot_bars(results: list[dict[str, Any]], file: Path) -> None:
     """Bars of class accuracy and FID with both budgets; a dot for each seed."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 6), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, name, label in zip(
-        panels, ("class_accuracy", "fid"), ("class accuracy", "FID in the classifier's features"), strict=True
-    ):
-        for offset, (budget, colour, words) in enumerate(
-            (("same_steps", "#0072B2", "same number of steps"), ("same_seconds", "#E69F00", "same time"))
-        ):
-            heights = [statistics.mean(figures[name] for figures in result[budget]) for result in results]
+    budgets = (("same_steps", BLUE, "same number of steps"), ("same_seconds", ORANGE, "same time"))
+    metrics = {"class_accuracy": "class accuracy", "fid": "FID in the classifier's features"}
+    for axes, (metric, title) in zip(panels, metrics.items(), strict=True):
+        for offset, (budget, colour, label) in enumerate(budgets):
+            values = np.array([[run[metric] for run in result[budget]] for result in results])
             places = np.arange(len(results)) + 0.36 * (offset - 0.5)
-            axes.barh(places, heights, 0.34, color=colour, label=words)
-            for place, result in zip(places, results, strict=True):
-                values = [figures[name] for figures in result[budget]]
-                axes.plot(values, [place] * len(values), ".", color="black", markersize=5)
-        axes.set_xlabel(label)
-        axes.grid(axis="x", color="#dddddd")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+            axes.barh(places, values.mean(1), 0.34, color=colour, label=label)
+            axes.plot(values, places, ".", color="black", markersize=5)
+        finish_axes(axes, "", None)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(title, fontsize=12)
     panels[0].set_yticks(range(len(results)), [result["variant"] for result in results])
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save_figure(figure, file)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT / "outputs" / "demo" / "data", help="the prepared digits")
-    parser.add_argument(
-        "--output_dir", type=Path, default=ROOT / "outputs" / "quality", help="models and measurements"
+    options = parse_options(
+        __doc__,
+        steps=(200, 2, "optimizer steps of each training"),
+        num_images=(500, 20, "digits of each model"),
+        num_inference_steps=(20, 2, "DDIM steps"),
+        data={"type": Path, "default": DIGITS_DATA, "help": "the prepared digits"},
+        output_dir={"type": Path, "default": ROOT / "outputs" / "quality", "help": "models and evaluations"},
+        seeds={"type": int, "nargs": "+", "default": [0, 1]},
+        jobs={"type": int, "default": os.cpu_count(), "help": "trainings at a time, one thread each"},
     )
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each training")
-    parser.add_argument("--num_images", type=int, default=500, help="digits of each model")
-    parser.add_argument("--num_inference_steps", type=int, default=20, help="DDIM steps")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time, one thread each")
-    options = parser.parse_args()
-    settings = Settings(
-        options.data, options.output_dir, options.steps, options.num_images, options.num_inference_steps
-    )
-    run(
-        "evaluate_models.py",
-        *("reference", "--source", options.data, "--output_dir", settings.folder / "reference"),
-        *("--protocol", "classifier", "--weights", CLASSIFIER),
-    )
-    results = measure_all(settings, options.seeds, options.jobs)
-    print("\n".join(table(results)))
-    write_table(results, PAGE)
-    draw_chart(results, ROOT / "docs" / "images" / "quality.png")
-    draw_strips(results, settings.folder, ROOT / "docs" / "images" / "quality_samples.png")
-    shared = {key: str(value) for key, value in dataclasses.asdict(settings).items() if key not in ("data", "folder")}
-    write_result("quality", {"settings": shared, "seeds": options.seeds, "results": results}, ("diffusers", "torch"))
+    words = ("--source", options.data, "--output_dir", options.output_dir / "reference")
+    run("evaluate_models.py", "reference", *words, *DIGITS_PROTOCOL)
+    variants = dict(list(VARIANTS.items())[:: len(VARIANTS) - 1]) if options.small else VARIANTS
+    results = evaluate_all(options, variants)
+    settings = {name: str(getattr(options, name)) for name in ("steps", "num_images", "num_inference_steps")}
+    write_result("quality", {"settings": settings, "seeds": options.seeds, "results": results}, options)
+    print(make_table(results))
+    images = options.results_dir if options.small else ROOT / "docs" / "images"
+    plot_bars(results, images / "quality.png")
+    plot_samples(results, options.output_dir, images / "quality_samples.png")
+    if not options.small:
+        before, begin, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        PAGE.write_text("".join([before, begin, make_table(results), MARKS[1], after]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,107 +1,90 @@
-"""Every benchmark runs, in a process of its own and at tiny size, and what it writes is on the page."""
+"""Every benchmark runs, in a process of its own and at tiny size, and the pages show what is committed."""
 
 import json
-import multiprocessing
-import os
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import performance_page
 import pytest
+import quality
 from report import RESULTS, ROOT
 
-# its server of processes has imported what takes longer than the runs
-import imagenet64_diffusion.tests.commands.training_runs  # noqa: F401
+from imagenet64_diffusion.tests.commands.processes import run_function
 
 
-_CONTEXT = multiprocessing.get_context("forkserver")
 # benchmark -> what it is given besides --small
 SCRIPTS = {
     "conversion": ["--threads", "1"],
     "data": [],
     "evaluation": [],
     "frechet": ["--rounds", "1"],
-    "samplers": [],
+    "samplers": ["--data", "{prepared}", "--output_dir", "{tmp_path}/evaluated"],
     "sampling": ["--config", "original/res_res_atn", "--repeats", "1"],
     "startup": [],
-    "training": [],
+    "training": ["--data", "{prepared}"],
     "training_step": ["--config", "demo", "--precision", "no"],
 }
+# they start processes of their own, each of which imports torch
+SLOW = ("conversion", "startup", "training_step")
+NAMES = {section.__name__ for section in performance_page.SECTIONS.values()}
 
 
-def _run(script: Path, arguments: list[str], log: Path) -> None:
+def run(script: Path, arguments: list[str]) -> None:
     """Does what Python does with a script."""
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
-
-
-# these start many processes of their own
-SLOW = ("conversion", "samplers", "startup", "training_step")
 
 
 @pytest.mark.parametrize(
     "script", [pytest.param(name, marks=pytest.mark.soak) if name in SLOW else name for name in SCRIPTS]
 )
 def test_small_run(script, prepared, tmp_path):
-    arguments = [*SCRIPTS[script], "--small", "--results_dir", str(tmp_path / "results")]
-    if script in ("training", "samplers"):
-        arguments += ["--data", str(prepared)]
-    if script == "samplers":
-        arguments += ["--output_dir", str(tmp_path / "measured")]
+    arguments = [word.format(prepared=prepared, tmp_path=tmp_path) for word in SCRIPTS[script]]
+    arguments += ["--small", "--results_dir", str(tmp_path / "results")]
     committed = {file: file.read_bytes() for file in RESULTS.iterdir()}
-    log = tmp_path / "log.txt"
-    process = _CONTEXT.Process(target=_run, args=(ROOT / "benchmarks" / f"{script}.py", arguments, log))
-    process.start()
-    process.join(200)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0, log.read_text(errors="replace")
+    code, output = run_function(run, ROOT / "benchmarks" / f"{script}.py", arguments)
+    assert code == 0, output
     assert {file: file.read_bytes() for file in RESULTS.iterdir()} == committed
 
-    [file] = (tmp_path / "results").iterdir()
+    [file] = (tmp_path / "results").glob("*.json")
     result = json.loads(file.read_text())
     assert file.stem.split("-")[0] == script
     assert result["machine"]["processor"]
-    assert result["command"].split("=1 ")[-1].startswith(f"python benchmarks/{script}.py ")
+    assert result["command"].startswith(f"OMP_NUM_THREADS=1 python benchmarks/{script}.py ")
     assert str(ROOT) not in file.read_text()
     page = performance_page.make_page(tmp_path / "results")
-    assert f"## {performance_page.SECTIONS[script][0]}\n" in page
     assert result["command"] in page
+    assert all(line in output for line in page.splitlines() if line.startswith("|"))
 
 
 def test_all_scripts_are_run():
     programs = {file.stem for file in (ROOT / "benchmarks").glob("*.py") if "def main()" in file.read_text()}
     # quality trains networks for hours
-    assert programs - {"performance_page", "quality"} == {*SCRIPTS} == {*performance_page.SECTIONS}
+    assert programs - {"performance_page", "quality"} == {*SCRIPTS} == NAMES
+    assert {file.stem.split("-")[0] for file in RESULTS.iterdir()} <= {*NAMES, "quality"}
 
 
-def test_the_page_shows_what_is_committed():
+def test_the_pages_show_what_is_committed():
+    """They are golden answers of how figures are computed and written, too."""
     page = performance_page.PAGE.read_text(encoding="utf-8")
     assert page == performance_page.make_page(RESULTS), "run python benchmarks/performance_page.py"
+    _, speed, *_ = re.split("## Speed|## Documentation", (ROOT / "README.md").read_text(encoding="utf-8"))
+    figures = re.findall(r"\d[\d,.]*\d", speed)
+    assert len(figures) >= 5
+    assert [figure for figure in figures if figure not in page] == []
+    [file] = RESULTS.glob("quality-*.json")
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    table = quality.make_table(results).join(quality.MARKS)
+    assert table in quality.PAGE.read_text(encoding="utf-8"), "run python benchmarks/quality.py"
+    assert {result["variant"]: result["options"] for result in results} == quality.VARIANTS
+    assert {len(result[budget]) for result in results for budget in ("same_steps", "same_seconds")} == {2}
 
 
-def test_the_readme_shows_what_is_committed():
-    figures = performance_page.split_readme(performance_page.README.read_text(encoding="utf-8"))[1]
-    assert figures == performance_page.readme_figures(), "run python benchmarks/performance_page.py"
-
-
-def test_results_without_a_section_are_named(tmp_path):
-    (tmp_path / "unheard-of-amd-epyc.json").write_text("{}")
-    assert "- `benchmarks/results/unheard-of-amd-epyc.json`" in performance_page.make_page(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(0, "0"), (0.01234, "0.0123"), (0.5, "0.500"), (12.34, "12.3"), (123.4, "123"), (1e6, "1,000,000")],
-)
-def test_numbers(value, words):
-    assert performance_page.number(value) == words
+def test_costs_are_over_the_last_network():
+    names = list(quality.VARIANTS)
+    costs = quality.relative_costs({name: quality.VARIANTS[name] for name in (names[0], names[-1])}, rounds=1)
+    assert costs[names[-1]] == pytest.approx(1.0)
+    assert costs[names[0]] > 0

@@ -1,38 +1,30 @@
-"""What the benchmarks count with."""
+"""What the benchmarks measure with: rounds, ratios, operations, networks."""
 
 import time
 
+import networks
 import pytest
 import torch
-from flops import count_flops
-from networks import recipe_config
-from sampling import count_branch_flops
-from stock_unet import TOLERANCE, count_stock_flops, matching_config
-from timing import Clock, alternate, ratios_to, spread
+from diffusers import UNet2DModel
+from report import Clock, alternate, ratios_to, spread
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 
 
+SMALL = networks.recipe_config("res_res", small=True)
+
+
 def test_rounds_alternate():
     called = []
-
-    def measure(name, seconds):
-        called.append(name)
-        return seconds
-
-    seconds = alternate({"a": lambda: measure("a", 2.0), "b": lambda: measure("b", 3.0)}, rounds=3, warmup=1)
-    assert seconds == {"a": [2.0] * 3, "b": [3.0] * 3}
-    assert called == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert ratios_to("a", seconds) == {"b": {"median": 1.5, "quartiles": [1.5, 1.5]}}
+    measures = {name: lambda name=name: called.append(name) or name for name in "ab"}
+    assert alternate(measures, rounds=3, warmup=1) == {"a": ["a"] * 3, "b": ["b"] * 3}
+    assert "".join(called) == "abbaabba"
 
 
 def test_a_ratio_is_that_of_each_round():
     """A machine that slows down by the round slows both sides."""
     seconds = {"ours": [1.0, 10.0, 100.0], "other": [2.0, 20.0, 200.0]}
-    assert ratios_to("ours", seconds)["other"] == {"median": 2.0, "quartiles": [2.0, 2.0]}
-
-
-def test_spread():
+    assert ratios_to("ours", seconds) == {"other": {"median": 2.0, "quartiles": [2.0, 2.0]}}
     assert spread([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0]}
     assert spread([1 / 3]) == {"median": 0.3333, "quartiles": [0.3333, 0.3333]}
 
@@ -46,34 +38,57 @@ def test_clock_counts_what_is_inside_once():
             time.sleep(0.02)
 
     clock = Clock()
-    put_back = [clock.around(Worker, "outer", "outer"), clock.around(Worker, "inner", "inner")]
-    worker = Worker()
-    worker.outer()
-    assert clock.seconds["outer"] >= 0.02
-    assert "inner" not in clock.seconds
-    worker.inner()
-    assert clock.seconds["inner"] >= 0.02
-    for each in put_back:
-        each()
-    before = dict(clock.seconds)
-    worker.outer()
-    assert dict(clock.seconds) == before
+    clock.around(Worker, "outer", "outer")
+    clock.around(Worker, "inner", "inner")
+    Worker().outer()
+    assert clock.seconds.keys() == {"outer"}
+    Worker().inner()
+    assert min(clock.seconds["outer"], clock.seconds["inner"]) >= 0.02
 
 
 def test_flops_of_a_convolution():
     conv = torch.nn.Conv2d(8, 16, 3, padding=1)
     forward = 2 * 4 * 5 * 6 * 8 * 16 * 9
-    assert count_flops(lambda: conv(torch.zeros(4, 8, 5, 6))) == forward
+    assert networks.count_flops(lambda: conv(torch.zeros(4, 8, 5, 6))) == forward
     # the input needs no gradient here
-    assert count_flops(lambda: conv(torch.zeros(4, 8, 5, 6)), backward=True) == 2 * forward
+    assert networks.count_flops(lambda: conv(torch.zeros(4, 8, 5, 6)), backward=True) == 2 * forward
 
 
-@pytest.mark.parametrize("recipe", ["res_res", "original/res_res_atn"])
-def test_the_stock_network_has_as_many_operations(recipe):
-    config = recipe_config(recipe)
-    with torch.device("meta"):
-        flops = count_branch_flops(ClassConditionalUNet2DModel(**config))
-    found = matching_config(config, flops)
-    assert abs(count_stock_flops(found) / flops - 1) < TOLERANCE
-    # it looks at as much of an image as ours does, at the same resolutions
+def test_the_stock_network_has_as_many_operations():
+    config = networks.recipe_config("original/res_res_atn")
+    flops = networks.network_flops(ClassConditionalUNet2DModel, config)
+    found = networks.stock_config(config, flops)
+    assert networks.network_flops(UNet2DModel, found) == pytest.approx(flops, rel=networks.TOLERANCE)
+    # at the same resolutions
     assert len(found["block_out_channels"]) == len(config["block_out_channels"]) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_do_what_is_counted(dtype):
+    """The most expensive convolutions come first; all compute in the given type."""
+    kernels = networks.kernels(SMALL, "cpu", dtype, 2, small=True, count=1000)
+    flops = [count for name, (count, _) in kernels.items() if name.startswith("Conv")]
+    assert len(flops) >= 20
+    assert flops == sorted(flops, reverse=True)
+    width, size = SMALL["block_out_channels"][0], SMALL["sample_size"]
+    assert any(
+        f"Conv2d({width}, {width}, kernel_size=(3, 3)" in name and f"{size}, {size})" in name for name in kernels
+    )
+    for name, (count, call) in list(kernels.items())[:20]:
+        assert call().dtype == dtype
+        if "inner" not in name:  # oneDNN's own tensors are not counted
+            assert networks.count_flops(call) == count, name
+
+
+@pytest.mark.parametrize("fastest", ["matrix product 64", "inner product 128", "Conv"])
+def test_the_ceiling_is_the_maximum_over_all_kernels(fastest, monkeypatch):
+    """A network at the rate of its convolutions, twice that of matrix products, has a share of at most 1."""
+    call = torch.ones(1).sum
+    made = dict.fromkeys(("matrix product 64", "inner product 128", "Conv"), (1, call))
+    made[fastest] = 2, call
+    monkeypatch.setattr(networks, "kernels", lambda *arguments: made)
+    monkeypatch.setattr(networks, "best_rate", lambda kernel, small: 1e9 * kernel[0])
+    found = networks.Ceilings(SMALL, "cpu", torch.float32, 2, True)
+    figures = found.compare({"ours": [1.0]}, {"ours": 2e9})
+    assert figures["share_of_ceiling"] == {"ours": 1.0}
+    assert (figures["ceilings"]["kernel"], figures["ceilings"]["gflops"]) == (fastest, 2.0)

@@ -102,6 +102,29 @@ def run_command(program: str, *arguments: Any, **options: Any) -> subprocess.Com
         return subprocess.CompletedProcess([program, *arguments], code, *(log.read_text() for log in logs))
 
 
+def run_function(function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> tuple[int, str]:
+    """Calls a function of a module in a process of its own; gives the exit code and the output."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "out")
+        process = _CONTEXT.Process(target=_call_function, args=(log, function, *arguments))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        return process.exitcode, log.read_text(errors="replace")
+
+
+def _call_function(log: Path, function: Callable[..., Any], *arguments: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    function(*arguments)
+
+
 def _live(
     words: list[str],
     logs: tuple[Path, Path],

@@ -1,4 +1,4 @@
-"""What the pages of the documentation show as code: their Python, their command lines, their changes of files."""
+"""The code on the pages of the documentation: Python, command lines, changes of files."""
 
 import re
 import shlex
@@ -7,22 +7,14 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-# these are written from measurements, and have no code that is not on another page
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
 # the language of a fenced block -> what is done with it; the figure is compared with the imports
 _KINDS = {"python": "python", "bash": "shell", "diff": "diff", "mermaid": "figure"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of code on a page.
-
-    Attributes:
-        kind: ``"python"``, ``"shell"`` or ``"diff"``.
-        text: Without fences and indentation.
-        line: Number of its first line on the page.
-    """
+    """Code on a page: its kind, its text without fences and indentation, and the number of its first line."""
 
     kind: str
     text: str
@@ -39,52 +31,37 @@ def read_blocks(page: Path) -> list[Block]:
     lines = page.read_text(encoding="utf-8").splitlines()
     number = 0
     while number < len(lines):
-        line = lines[number]
         begin = number + 1
-        if fence := re.match(r"\s*(```+|~~~+)\s*(\S*)", line):
-            kind = _KINDS.get(fence[2])
-            if kind is None:
+        if fence := re.match(r"\s*(```+|~~~+)\s*(\S*)", lines[number]):
+            if fence[2] not in _KINDS:
                 raise ValueError(f"{page.name}:{begin}: a block of {fence[2]!r} is neither run nor checked")
-            end = next(i for i in range(begin, len(lines)) if lines[i].strip() == fence[1])
-            blocks.append(Block(kind, "\n".join(lines[begin:end]), begin + 1))
-            number = end + 1
-        elif line.startswith("    ") and line.strip() and (number == 0 or not lines[number - 1].strip()):
-            end = number
-            while end < len(lines) and (lines[end].startswith("    ") or not lines[end].strip()):
-                end += 1
-            blocks.append(Block("shell", "\n".join(part[4:] for part in lines[number:end]), begin))
-            number = end
-        else:
-            number += 1
+            number = next(i for i in range(begin, len(lines)) if lines[i].strip() == fence[1])
+            blocks.append(Block(_KINDS[fence[2]], "\n".join(lines[begin:number]), begin + 1))
+        elif re.match(r"    +\S", lines[number]) and not (number and lines[number - 1].strip()):
+            while number < len(lines) and re.match(r"    |\s*$", lines[number]):
+                number += 1
+            blocks.append(Block("shell", "\n".join(part[4:] for part in lines[begin - 1 : number]), begin))
+            continue
+        number += 1
     return blocks
 
 
 def commands(block: Block) -> list[tuple[int, list[str]]]:
     """The command lines of a block as words, each with the number of its line on the page."""
     found = []
-    pending, begin = "", block.line
-    for number, line in enumerate(block.text.splitlines(), start=block.line):
-        if not pending:
-            begin = number
-        if line.rstrip().endswith("\\"):
-            pending += line.rstrip()[:-1] + " "
-            continue
-        words = shlex.split(pending + line, comments=True)
-        pending = ""
-        if words:
-            found.append((begin, words))
+    # a continued line keeps its place
+    text = re.sub(r"\\\n", " \0", block.text)
+    number = block.line
+    for line in text.splitlines():
+        if words := shlex.split(line.replace("\0", ""), comments=True):
+            found.append((number, words))
+        number += 1 + line.count("\0")
     return found
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a diff does to one file.
-
-    Attributes:
-        file: Its path from the root.
-        is_new: Whether the diff makes it.
-        hunks: For each, what must be there and what comes in its place.
-    """
+    """What a diff does to one file: path from the root, whether it is new, each text with what replaces it."""
 
     file: str
     is_new: bool
@@ -97,16 +74,13 @@ class Change:
             ValueError: If it is not as the diff says, or a hunk fits several places.
         """
         path = root / self.file
-        if self.is_new:
-            if path.exists():
-                raise ValueError(f"{self.file} is there, but the diff makes it")
-            path.write_text(self.hunks[0][1], encoding="utf-8")
-            return
-        text = path.read_text(encoding="utf-8")
+        if self.is_new and path.exists():
+            raise ValueError(f"{self.file} is there, but the diff makes it")
+        text = "" if self.is_new else path.read_text(encoding="utf-8")
         for before, after in self.hunks:
-            if text.count(before) != 1:
+            if before and text.count(before) != 1:
                 raise ValueError(f"{self.file} has {text.count(before)} times what the diff changes:\n{before}")
-            text = text.replace(before, after)
+            text = text.replace(before, after) if before else after
         path.write_text(text, encoding="utf-8")
 
 
@@ -115,16 +89,13 @@ def read_change(block: Block) -> Change:
     old, new, *rest = block.text.splitlines()
     if not (old.startswith("--- ") and new.startswith("+++ b/") and rest and rest[0].startswith("@@")):
         raise ValueError(f"line {block.line}: the block is no diff of one file")
-    hunks: list[tuple[list[str], list[str]]] = []
+    hunks: list[list[str]] = []
     for line in rest:
         if line.startswith("@@"):
-            hunks.append(([], []))
-            continue
-        sign, text = line[:1], line[1:]
-        if sign not in ("+", "-", " ", ""):
+            hunks.append(["", ""])
+        elif line[:1] not in ("+", "-", " ", ""):
             raise ValueError(f"line {block.line}: {line!r} is no line of a diff")
-        for side, signs in zip(hunks[-1], ("- ", "+ "), strict=True):
-            if sign in signs or not sign:
-                side.append(text)
-    joined = tuple(tuple("".join(f"{line}\n" for line in side) for side in hunk) for hunk in hunks)
-    return Change(new.removeprefix("+++ b/"), old == "--- /dev/null", joined)
+        else:
+            for side, other in enumerate("+-"):
+                hunks[-1][side] += "" if line.startswith(other) else f"{line[1:]}\n"
+    return Change(new.removeprefix("+++ b/"), old == "--- /dev/null", tuple((old, new) for old, new in hunks))

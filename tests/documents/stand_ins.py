@@ -1,7 +1,7 @@
-"""Small things under the names that the pages use: `outputs/demo/model`, `model_469e_600000s.pkl`, and so on.
+"""Small files and folders under the names that the pages use: `outputs/demo/model`, `model_469e_600000s.pkl`, ...
 
-A page is followed in a folder that looks like the root of the repository, but for `outputs`, which is its own. What a
-command of the page reads and no earlier one has written is made by the table at the end.
+A page is followed in a folder that looks like the root of the repository, but for its own `outputs`. What a command
+reads and no earlier one has written is made by the table at the end.
 """
 
 import json
@@ -9,6 +9,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -23,53 +24,46 @@ from imagenet64_diffusion.tests.conversion.originals import model_file, params_f
 from imagenet64_diffusion.tests.documents.pages import ROOT
 
 
-# not those that commands of the pages write, or that are nobody's business
-_NOT_LINKED = {"outputs", "build", "dist"}
+MODEL, OPTIMIZER = Path("model_469e_600000s.pkl"), Path("optim_469e_600000s.pkl")
+ZIPS = ("Imagenet64_train_part1.zip", "Imagenet64_train_part2.zip")
 
 
 def make_root(folder: Path) -> Path:
     """An empty copy of the root, in which the files of the package are links."""
     folder.mkdir()
     for entry in ROOT.iterdir():
-        if not entry.name.startswith(".") and entry.name not in _NOT_LINKED:
+        if not entry.name.startswith(".") and entry.name not in ("outputs", "build", "dist"):
             (folder / entry.name).symlink_to(entry)
     return folder
 
 
 def provide(name: str) -> None:
     """Makes what a name of the table stands for, below the current folder, unless something is there."""
-    for known, make in STAND_INS.items():
-        if name.rstrip("/") == known and not Path(known).exists():
-            Path(known).parent.mkdir(parents=True, exist_ok=True)
-            make(Path(known))
+    path = Path(name)
+    make = STAND_INS.get(str(path))
+    if make is not None and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path)
 
 
-def _digits_model(folder: Path) -> None:
-    shutil.copytree(DIGITS, folder)
-
-
-def _tiny_pipelines(folder: Path) -> None:
+def _pipelines(folder: Path) -> None:
     for step in (10, 20):
         make_pipeline(sample_size=16).save_pretrained(folder / f"step_{step:07d}")
 
 
-def _published_zip(batches: range) -> Callable[[Path], None]:
-    """Batches of 3 images of 16x16, the way ImageNet-64 is published."""
-
-    def make(file: Path) -> None:
-        rng = np.random.default_rng(batches.start)
-        with zipfile.ZipFile(file, "w") as archive:
-            for number in batches:
-                pixels = rng.integers(0, 256, (3, 3 * 16 * 16), dtype=np.uint8)
-                name = f"train_data_batch_{number}" if number else "val_data"
-                archive.writestr(name, pickle.dumps({"data": pixels, "labels": [number + 1, 2, 1000]}, protocol=3))
-
-    return make
+def _published_zip(file: Path, batches: range) -> None:
+    """Batches of 3 images of 16x16, as ImageNet-64 is published."""
+    rng = np.random.default_rng(batches.start)
+    with zipfile.ZipFile(file, "w") as archive:
+        for number in batches:
+            pixels = rng.integers(0, 256, (3, 3 * 16 * 16), dtype=np.uint8)
+            name = f"train_data_batch_{number}" if number else "val_data"
+            archive.writestr(name, pickle.dumps({"data": pixels, "labels": [number + 1, 2, 1000]}, protocol=3))
 
 
 def _images(count: int) -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(count)]
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 20, 24, 3), dtype=np.uint8)
+    return [Image.fromarray(image) for image in pixels]
 
 
 def _class_folders(folder: Path) -> None:
@@ -86,72 +80,62 @@ def _saved_dataset(folder: Path) -> None:
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder)
 
 
-def _prepared_folders(resolution: int) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        provide("my_images")
-        source = ["--source", "imagefolder", "--input", "my_images", "--resolution", str(resolution)]
-        assert prepare([*source, "--output_dir", str(folder)]) == 0
-
-    return make
-
-
-def _prepared_imagenet64(folder: Path) -> None:
-    zips = ["Imagenet64_train_part1.zip", "Imagenet64_train_part2.zip"]
-    for name in zips:
+def _prepared(folder: Path, *words: str, inputs: tuple[str, ...] = ("my_images",)) -> None:
+    for name in inputs:
         provide(name)
-    assert prepare(["--input", *zips, "--output_dir", str(folder)]) == 0
+    assert prepare([*words, "--input", *inputs, "--output_dir", str(folder)]) == 0
 
 
 def _arrays(file: Path) -> None:
-    rng = np.random.default_rng(1)
-    np.savez(file, images=rng.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8), labels=np.arange(6) % 2)
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    np.savez(file, images=pixels, labels=np.arange(6) % 2)
 
 
 def _original(file: Path) -> None:
-    """A checkpoint that the original program wrote, as if after 600,000 steps."""
+    """A checkpoint of the original program, as if after 600,000 steps."""
     shutil.copy(model_file("res_res_atn"), file)
-    params = json.loads(params_file("res_res_atn").read_text())
-    written = {**params, "epoch": 469, "step": 600_000}
-    file.with_name("model_params_469e_600000s.json").write_text(json.dumps(written))
+    params = json.loads(params_file("res_res_atn").read_text()) | {"epoch": 469, "step": 600_000}
+    file.with_name("model_params_469e_600000s.json").write_text(json.dumps(params))
 
 
 def _optimizer(file: Path) -> None:
     unpack_optimizer("res_res_atn", file.parent).rename(file)
 
 
-def _folder_of_originals(folder: Path) -> None:
+def _originals(folder: Path) -> None:
     folder.mkdir()
-    _original(folder / "model_469e_600000s.pkl")
-    _optimizer(folder / "optim_469e_600000s.pkl")
+    _original(folder / MODEL)
+    _optimizer(folder / OPTIMIZER)
 
 
-def _converted_checkpoint(folder: Path) -> None:
-    model, optimizer = Path("model_469e_600000s.pkl"), Path("optim_469e_600000s.pkl")
-    provide(str(model))
-    provide(str(optimizer))
-    output_dir = folder.parents[1]
-    folder.parent.rmdir()
-    assert convert(["--checkpoint", str(model), "--optimizer", str(optimizer), "--output_dir", str(output_dir)]) == 0
-    assert folder.is_dir()
+def _converted(checkpoint: Path) -> None:
+    provide(str(MODEL))
+    provide(str(OPTIMIZER))
+    output_dir = checkpoint.parents[1]
+    checkpoint.parent.rmdir()
+    words = ["--checkpoint", str(MODEL), "--optimizer", str(OPTIMIZER), "--output_dir", str(output_dir)]
+    assert convert(words) == 0
+    assert checkpoint.is_dir()
 
 
-STAND_INS: dict[str, Callable[[Path], None]] = {
-    "outputs/demo/model": _digits_model,
-    "outputs/res_res/model": _digits_model,
-    "outputs/res_res/pipelines": _tiny_pipelines,
-    "outputs/res_res_atn/pipelines": _tiny_pipelines,
-    "outputs/res_res_atn/checkpoints/checkpoint-600000": _converted_checkpoint,
-    "outputs/imagenet64": _prepared_imagenet64,
-    "outputs/mine": _prepared_folders(16),
-    "outputs/ten_classes": _prepared_folders(64),
-    "Imagenet64_train_part1.zip": _published_zip(range(1, 6)),
-    "Imagenet64_train_part2.zip": _published_zip(range(6, 11)),
-    "Imagenet64_val.zip": _published_zip(range(0, 1)),
+_FOLDERS = ("--source", "imagefolder", "--resolution")
+STAND_INS: dict[str, Callable[[Path], object]] = {
+    "outputs/demo/model": partial(shutil.copytree, DIGITS),
+    "outputs/res_res/model": partial(shutil.copytree, DIGITS),
+    "outputs/res_res/pipelines": _pipelines,
+    "outputs/res_res_atn/pipelines": _pipelines,
+    "outputs/res_res_atn/checkpoints/checkpoint-600000": _converted,
+    "outputs/imagenet64": lambda folder: _prepared(folder, inputs=ZIPS),
+    "outputs/mine": lambda folder: _prepared(folder, *_FOLDERS, "16"),
+    "outputs/ten_classes": lambda folder: _prepared(folder, *_FOLDERS, "64"),
+    ZIPS[0]: partial(_published_zip, batches=range(1, 6)),
+    ZIPS[1]: partial(_published_zip, batches=range(6, 11)),
+    "Imagenet64_val.zip": partial(_published_zip, batches=range(1)),
     "my_images": _class_folders,
     "your-name/your-images": _saved_dataset,
     "part1.npz": _arrays,
     "part2.npz": _arrays,
-    "model_469e_600000s.pkl": _original,
-    "optim_469e_600000s.pkl": _optimizer,
-    "original_models": _folder_of_originals,
+    str(MODEL): _original,
+    str(OPTIMIZER): _optimizer,
+    "original_models": _originals,
 }

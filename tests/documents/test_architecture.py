@@ -2,8 +2,8 @@
 
 import ast
 import html
-import importlib.util
 import re
+import runpy
 
 import pytest
 import torch
@@ -14,35 +14,28 @@ from imagenet64_diffusion.tests.documents.pages import ROOT, read_blocks
 from imagenet64_diffusion.training.components import load_model_config
 
 
-@pytest.fixture(scope="module")
-def drawing():
-    """The script docs/draw_architecture.py as a module."""
-    file = ROOT / "docs" / "draw_architecture.py"
-    specification = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+DRAWING = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
 
 
 def make(recipe: str) -> ClassConditionalUNet2DModel:
     with torch.device("meta"):
-        return ClassConditionalUNet2DModel(
-            **{key: value for key, value in load_model_config(recipe).items() if not key.startswith("_")}
-        )
+        return ClassConditionalUNet2DModel.from_config(load_model_config(recipe))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_was_watched_is_what_the_config_says(drawing, recipe):
+def test_what_was_watched_is_what_the_config_says(recipe):
     """Levels, layers, channels, sizes and skips, from the config alone: level i halves i times, widths as listed."""
     unet = make(recipe)
-    config, found = unet.config, drawing.watch(unet)
+    config, (steps, skips) = unet.config, DRAWING["watch"](unet)
     layers = list(config.layer_types)
     widths = [config.stem_channels, *config.block_out_channels]
     levels = len(config.block_out_channels)
     size = config.sample_size
 
     def seen(block: str) -> list[tuple]:
-        return [(step.name, step.in_channels, step.out_channels, step.in_size[0]) for step in found.of(block)]
+        return [
+            (step.name, step.in_channels, step.out_channels, step.in_size[0]) for step in steps if step.block == block
+        ]
 
     def stack(before: int, after: int, size: int) -> list[tuple]:
         return [(name, after if place else before, after, size) for place, name in enumerate(layers)]
@@ -56,28 +49,26 @@ def test_what_was_watched_is_what_the_config_says(drawing, recipe):
         up = f"up_blocks.{levels - 1 - level}"
         doubling = ("4x4 transposed convolution, stride 2", after, after, here // 2)
         assert seen(up) == [doubling, *stack(2 * after, before, here)]
-        assert found.skips[up] == f"down_blocks.{level}"
+        assert skips[up] == f"down_blocks.{level}"
     lowest = size >> levels
     middle = stack(widths[-1], widths[-1], lowest)
     assert seen("mid_block") == [*middle, ("channel_attention", widths[-1], widths[-1], lowest), *middle]
     assert seen("head") == [*stack(widths[0], widths[0], size), ("3x3 convolution", widths[0], 6, size)]
-    for step in found.steps:
-        assert step.hears_time == (step.name in ("resnet", "convnext"))
-        assert step.hears_class == (step.name in ("resnet", "convnext", "class_attention"))
+    for step in steps:
+        assert step.time == (step.name in ("resnet", "convnext"))
+        assert step.class_ == (step.name in ("resnet", "convnext", "class_attention"))
 
 
-def test_the_committed_picture_is_of_the_network_as_it_is(drawing):
-    """Every text in the picture, which are all layers with their channels, all sizes and all convolutions."""
-    figure = drawing.draw_recipe("res")
-    drawn = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
-    steps = [drawing.label(step) for step in drawing.watch(make("res")).steps]
-    for label in steps:
-        assert drawn.count(label) == steps.count(label)
+def test_the_committed_image_is_of_the_network_as_it_is():
+    """Every text in it: all layers with their channels, all sizes and all convolutions."""
+    figure = DRAWING["draw_recipe"]("res")
+    texts = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+    labels = [step.label() for step in DRAWING["watch"](make("res"))[0]]
+    assert all(texts.count(label) == labels.count(label) for label in labels)
     svg = (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
     # a text of two lines is written as two
     committed = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", svg)]
-    assert sorted(committed) == sorted(line for text in drawn for line in text.split("\n"))
-    assert (ROOT / "docs" / "images" / "architecture.png").is_file()
+    assert sorted(committed) == sorted(line for text in texts for line in text.split("\n"))
 
 
 def test_the_figure_of_the_code_has_the_arrows_of_the_imports():

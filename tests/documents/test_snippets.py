@@ -1,8 +1,7 @@
 """Every piece of code on the pages of the documentation does what the page says.
 
 The Python of a page runs in order, in one namespace, with its command lines in between, in a folder that looks like
-the root. `stand_ins` has what the names on the pages stand for, `commands` which lines are run and how they are made
-small. Here, numbers of denoising steps in Python become 2, and the Hub is one on this machine.
+the root: see `stand_ins` and `commands`. Denoising steps in Python become 2, and the Hub is one on this machine.
 """
 
 import re
@@ -14,7 +13,7 @@ import pytest
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.pretrained import DIGITS
-from imagenet64_diffusion.tests.documents.commands import VERBS, CommandError, follow
+from imagenet64_diffusion.tests.documents.commands import COMMANDS, CommandError, follow
 from imagenet64_diffusion.tests.documents.pages import PAGES, ROOT, Block, commands, read_blocks, read_change
 from imagenet64_diffusion.tests.documents.stand_ins import make_root, provide
 from imagenet64_diffusion.tests.hub.conftest import hub, online  # noqa: F401
@@ -45,7 +44,7 @@ def model_on_the_hub(online, monkeypatch, tmp_path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page(page, root, tmp_path, request, capfd):
+def test_page(page, root, request, capfd):
     blocks = read_blocks(page)
     if HUB_ID in page.read_text(encoding="utf-8"):
         request.getfixturevalue("model_on_the_hub")
@@ -57,7 +56,7 @@ def test_page(page, root, tmp_path, request, capfd):
         elif block.kind == "shell":
             for line, words in commands(block):
                 try:
-                    follow(words, tmp_path, made_by_page)
+                    follow(words, made_by_page)
                 except CommandError as error:
                     said = capfd.readouterr().err[-2000:]
                     pytest.fail(f"{page.name}:{line}: {' '.join(words)}\n{error}\n{said}", pytrace=False)
@@ -71,21 +70,23 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     exec(compile("\n" * (block.line - 1) + text, str(page), "exec"), namespace)
 
 
-def test_a_wrong_line_is_found(root, tmp_path):
-    """The tests of the pages can fail."""
-    for line, reason in (
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
         ("python generate_images.py --class_label 3 --steps 5", "exit code 2"),
         ("python train_imagenet64.py --no_such_option 1 ...", "exit code 2"),
         ("accelerate launch --num_procs 2 train_imagenet64.py ...", None),
         ("accelerate launch nothing.py", "there is no script nothing.py"),
-        ("python benchmarks/quality.py --no_such_option", "exit code 2"),
+        ("python benchmarks/data.py --no_such_option", "exit code 2"),
         ("python docs/nothing.py", "there is no script"),
         ("python -m pytest tests/nothing.py", "there is no tests/nothing.py"),
         ("make nothing", "there is no target nothing"),
         ("rm -rf outputs", "no test knows what to do with it"),
-    ):
-        with pytest.raises((CommandError, SystemExit), match=reason):
-            follow(line.split(), tmp_path, set())
+    ],
+)
+def test_a_wrong_line_is_found(root, line, reason):
+    with pytest.raises((CommandError, SystemExit), match=reason):
+        follow(line.split(), set())
 
 
 def test_every_kind_of_block_is_known(tmp_path):
@@ -100,6 +101,5 @@ def test_every_kind_of_block_is_known(tmp_path):
 
 
 def test_scripts_of_the_root_are_all_known():
-    """A new command line belongs into the table of those that pages are followed with."""
     with_main = {path.stem for path in ROOT.glob("*.py") if "sys.exit(main())" in path.read_text(encoding="utf-8")}
-    assert with_main == VERBS
+    assert with_main == COMMANDS
