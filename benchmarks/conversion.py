@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from report import add_options, results_dir, write_result
 
-from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
+from imagenet64_diffusion.conversion.original import original_weight_shapes
 
 
 PARAMS = {

@@ -4,8 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from imagenet64_diffusion.conversion.original_params import check_params
-from imagenet64_diffusion.conversion.original_weights import build_empty_unet
+from imagenet64_diffusion.conversion.original import build_empty_unet, check_params
 from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.image_source import ImageDatasetSource
 from imagenet64_diffusion.evaluation.options import ReferenceOptions, ScoreOptions, SweepOptions
@@ -91,7 +90,7 @@ def test_what_is_converted():
         build_empty_unet(SMALL_PARAMS, "original_sin", "params.json")
     with pytest.raises(ValueError, match=r"beta_sched is 'cosin', but must be one of .*; perhaps cosine$"):
         check_params({**SMALL_PARAMS, "beta_sched": "cosin"}, "params.json")
-    with pytest.raises(ValueError, match=r"but must be made of .*, not 'resn'; perhaps res$"):
+    with pytest.raises(ValueError, match=r"blk_types is 'resn', but must be one of .*; perhaps res$"):
         check_params({**SMALL_PARAMS, "blk_types": ["resn"]}, "params.json")
 
 
