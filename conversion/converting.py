@@ -140,7 +140,11 @@ def _save_training_state(
     group = {**optimizer.state_dict()["param_groups"][0], **state["param_groups"][0]}
     optimizer.load_state_dict({**state, "param_groups": [group]})
     schedule = "linear" if params["beta_sched"] == "linear" else "original_cosine"
-    options = {"prediction_type": "epsilon", "num_train_timesteps": params["T"], "beta_schedule": schedule}
+    options: dict[str, Any] = {
+        "prediction_type": "epsilon",
+        "beta_schedule": schedule,
+        "num_train_timesteps": params["T"],
+    }
     options |= {"unconditional": unet.config.num_class_embeds is None, "class_dropout_prob": 0.2, "vlb_weight": 0.001}
     options |= {"timestep_sampling": "uniform", "learning_rate": group["lr"], "adam_epsilon": group["eps"]}
     options |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "adam_weight_decay": group["weight_decay"]}
@@ -179,10 +183,10 @@ def class_names(id2label: Any, num_classes: int | None) -> dict[int, str] | None
             id2label = json.loads(text) if file.suffix == ".json" else text.rstrip().splitlines()
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"id2label: {file.name} cannot be read ({error})") from error
-    names = id2label if isinstance(id2label, (list, tuple)) else ()
-    pairs = id2label.items() if isinstance(id2label, Mapping) else enumerate(names)
-    names = {str(key): name for key, name in pairs}
-    labels = [names.get(str(index)) for index in range(num_classes)]
+    if not isinstance(id2label, Mapping):
+        id2label = dict(enumerate(id2label)) if isinstance(id2label, (list, tuple)) else {}
+    names = {str(key): name for key, name in id2label.items()}
+    labels: list[Any] = [names.get(str(index)) for index in range(num_classes)]
     fits = len(names) == num_classes and all(isinstance(label, str) and label.strip() for label in labels)
     require(fits, f"id2label must have a name for each class of the network, 0 to {num_classes - 1}, and no other")
     return dict(enumerate(labels))
@@ -207,7 +211,8 @@ def convert_folder(folder: Path, output_dir: Path, **options: Any) -> None:
     found = {path: _MODEL_NAME.fullmatch(path.name) for path in sorted(folder.rglob("model_*.pkl"))}
     checkpoints = {path: match[1] for path, match in found.items() if match}
     require(checkpoints, f"checkpoint is {folder}, which holds no model_...e_...s.pkl")
-    rows, num_failed = [], 0
+    rows: list[str] = []
+    num_failed = 0
     for checkpoint, name in checkpoints.items():
         source = checkpoint.relative_to(folder)
         target, optimizer = output_dir / source.parent / name, checkpoint.with_name(f"optim_{name}.pkl")

@@ -158,7 +158,8 @@ def original_layout(unet: ClassConditionalUNet2DModel) -> Iterator[tuple[str, st
 
     They come in the order of its state dict and of its optimizer's parameters; the network may be on the meta device.
     """
-    modules, shapes = dict(unet.named_modules()), {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    modules: dict[str, Any] = dict(unet.named_modules())
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(weight.shape) for name, weight in unet.named_parameters()}
     if unet.class_embedding is not None:
         # a linear map of one-hot vectors; ours is a table whose last row is the null class
         shapes[_CLASS_TABLE] = (unet.config.class_embed_dim, unet.config.num_class_embeds)
@@ -169,8 +170,8 @@ def original_layout(unet: ClassConditionalUNet2DModel) -> Iterator[tuple[str, st
                 full_name = f"{name}.{inner}.{kind}".replace("..", ".")
                 our_full_name = f"{our_name}.{our_inner}.{kind}".replace("..", ".")
                 if our_inner is None:
-                    shape = (layer.norm.num_channels, unet.config.class_embed_dim)
-                    yield full_name, None, shape if kind == "weight" else shape[:1]
+                    widths = (layer.norm.num_channels, unet.config.class_embed_dim)
+                    yield full_name, None, widths if kind == "weight" else widths[:1]
                 elif our_full_name in shapes:
                     shape = shapes[our_full_name]
                     # channel attention: the original slides over the channels with a two-dimensional convolution

@@ -221,9 +221,9 @@ def _read_zip(file: BinaryIO, memory: memoryview) -> Any:
     require(little, "was written on a big-endian machine: save it again on a little-endian one")
     value, storages, _ = _read_pickle(archive.read(records["data.pkl"]))
     for key, storage in storages.items():
-        member = records.get(f"data/{key}")
         says = f"says that storage {key!r:.80} has {storage.num_bytes:,} bytes, but it"
-        require(member is not None, f"{says} is missing")
+        require(f"data/{key}" in records, f"{says} is missing")
+        member = records[f"data/{key}"]
         require(member.file_size == storage.num_bytes, f"{says} holds {member.file_size:,}")
         start = member.header_offset + 30 + sum(struct.unpack_from("<HH", memory, member.header_offset + 26))
         storage.data = memory[start : start + storage.num_bytes]
@@ -232,7 +232,8 @@ def _read_zip(file: BinaryIO, memory: memoryview) -> Any:
 
 def _read_legacy(memory: memoryview) -> Any:
     """The format before 1.6: pickles one after another, then the storages, each behind its length."""
-    position, found = 0, []
+    found: list[Any] = []
+    position = 0
     # a magic number, the version, the writer's system, what was saved, and the keys of its storages
     for expected in (_LEGACY_MAGIC_NUMBER, 1001, None, None, None):
         value, storages, length = _read_pickle(bytes(memory[position : position + LARGEST_PICKLE]))
