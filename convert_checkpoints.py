@@ -1,5 +1,6 @@
 """Converts checkpoints of the original program to pipeline folders, and back."""
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,97 +17,65 @@ if TYPE_CHECKING:
 EXAMPLE = "--checkpoint model_469e_600000s.pkl\n--output_dir outputs/res_res_atn"
 
 
+_file = functools.partial(option, group="files", metavar="FILE")
+_pipeline = functools.partial(option, group="pipeline")
+_back = functools.partial(option, group="back to the original")
+
+
 @dataclass
 class ConvertOptions(CheckedOptions):
     """Options of `convert`. The help texts say what each one is."""
 
-    checkpoint: str = option(
+    checkpoint: str = _file(
         help="model_...e_...s.pkl, or a folder: every checkpoint in it and in the folders in it is converted."
-        " For to_original a pipeline folder.",
-        group="files",
-        metavar="FILE",
+        " For to_original a pipeline folder."
     )
     output_dir: str = option(
         help="The pipeline folder to write, or the folder for several; it must be new, empty or its own.",
         group="files",
         metavar="FOLDER",
     )
-    params: str | None = option(
-        None,
-        "model_params_...e_...s.json (default: the one beside the checkpoint, by its name).",
-        group="files",
-        metavar="FILE",
-    )
-    optimizer: str | None = option(
-        None,
-        "optim_...e_...s.pkl, to resume the training; a folder's are found by their names.",
-        group="files",
-        metavar="FILE",
-    )
+    params: str | None = _file(None, "model_params_...e_...s.json (default: the one beside it, by its name).")
+    optimizer: str | None = _file(None, "optim_...e_...s.pkl, to resume the training; a folder's are found by name.")
 
-    time_embedding: str = option(
+    time_embedding: str = _pipeline(
         "original_sine",
         "original_sine samples as the original does; original_alternating is what the released checkpoints were"
         " trained with; original_interleaved is for checkpoints of its corrected code.",
-        group="pipeline",
         metavar="NAME",
         choices=["original_sine", "original_alternating", "original_interleaved"],
     )
-    id2label: str = option(
+    id2label: str = _pipeline(
         "imagenet64",
         "Class names: imagenet64 (of networks with 1000 classes; others are numbered), numbers, or a file, a JSON list"
         " or object or text with one name a line.",
-        group="pipeline",
         metavar="NAMES",
     )
-    finish_denoising: bool = option(
-        False,
-        "End the last step at the predicted image; the original leaves noise of 0.03 in it.",
-        group="pipeline",
+    finish_denoising: bool = _pipeline(
+        False, "End the last step at the predicted image; the original leaves noise of 0.03 in it."
     )
-    dtype: str = option(
-        "float32",
-        "What the weights are stored in.",
-        group="pipeline",
-        choices=["float32", "float16", "bfloat16"],
-    )
-    variant: str | None = option(
-        None,
-        "Name of the file of weights, such as fp16; it is asked for when loading.",
-        group="pipeline",
-        metavar="NAME",
-    )
+    dtype: str = _pipeline("float32", "What the weights are stored in.", choices=["float32", "float16", "bfloat16"])
+    variant: str | None = _pipeline(None, "Name of the file of weights, such as fp16, for loading.", metavar="NAME")
 
-    to_original: bool = option(
-        False,
-        "Write a pipeline folder as the two files that the original program loads.",
-        group="back to the original",
-    )
-    epoch: int | None = option(
-        None, "Epochs trained, of a network that does not come from the original.", group="back to the original"
-    )
-    step: int | None = option(None, "Steps trained, likewise.", group="back to the original")
+    to_original: bool = _back(False, "Write a pipeline folder as the two files that the original program loads.")
+    epoch: int | None = _back(None, "Epochs trained, of a network that does not come from the original.")
+    step: int | None = _back(None, "Steps trained, likewise.")
 
     push_to_hub: str | None = option(None, "Hub id to upload the pipeline to.", group="Hub", metavar="ID")
 
     def __post_init__(self) -> None:
         """Raises ValueError for options that do not go together."""
         super().__post_init__()
+        what, others = "a checkpoint, whose JSON says its own", ["epoch", "step"]
         if self.to_original:
-            self._refuse_beside("to_original", ("params", "optimizer", "push_to_hub"))
-            if self.finish_denoising or self.time_embedding != "original_sine" or self.dtype != "float32":
-                raise ValueError(
-                    "to_original takes a pipeline as it is: leave out finish_denoising, time_embedding, dtype"
-                )
-        elif self.epoch is not None or self.step is not None:
-            raise ValueError("epoch and step are for to_original: the JSON of a checkpoint says its own")
-        if Path(self.checkpoint).is_dir() and not self.to_original:
-            self._refuse_beside("a folder as checkpoint", ("params", "optimizer", "push_to_hub"))
-
-    def _refuse_beside(self, what: str, names: Sequence[str]) -> None:
-        for name in names:
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} is {getattr(self, name)}, but does not go with {what}: leave it out")
+            what, others = "to_original", ["params", "optimizer", "push_to_hub"]
+            others += ["finish_denoising", "time_embedding", "dtype"]
+        elif Path(self.checkpoint).is_dir():
+            what, others = "a folder as checkpoint", [*others, "params", "optimizer", "push_to_hub"]
+        for name in others:
+            value = getattr(self, name)
+            if value != getattr(ConvertOptions, name):
+                raise ValueError(f"{name} is {value}, but does not go with {what}: leave it out")
 
 
 def convert_checkpoint(
@@ -131,14 +100,11 @@ def convert_checkpoint(
         checkpoint: The ``model_*.pkl`` file, in either format of torch.save.
         params: The ``model_params_*.json`` file.
         output_dir: The pipeline folder to write.
-        optimizer: The ``optim_*.pkl`` file; the folder then has ``checkpoints/checkpoint-{step}``, from which
-            ``train_imagenet64.py --resume_from_checkpoint`` goes on.
-        time_embedding: ``"original_sine"`` draws as the original does, one image at a time;
+        optimizer: The ``optim_*.pkl`` file; the folder then has a checkpoint from which the training resumes.
+        time_embedding: ``"original_sine"`` samples as the original does, one image at a time;
             ``"original_alternating"`` is what the released checkpoints were trained with; checkpoints of its
             corrected code need ``"original_interleaved"``.
-        id2label: ``"imagenet64"`` (networks with another number of classes than 1000 get numbers), ``"numbers"`` or
-            None, a
-            file (JSON list or object, or text with one name a line), or the names themselves.
+        id2label: ``"imagenet64"``, or ``"numbers"`` or None, a file of names, or the names themselves.
         dtype: What the weights are stored in, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         variant: Name of the file of weights, such as ``"fp16"``.
         finish_denoising: Whether the last step ends at the predicted image. The original leaves noise of 0.03.
@@ -154,43 +120,31 @@ def convert_checkpoint(
     from imagenet64_diffusion.conversion.converting import convert_files
     from imagenet64_diffusion.pipelines.model_card import push_folder
 
-    conversion = convert_files(
+    pipeline = convert_files(
         checkpoint, params, output_dir, optimizer, time_embedding, id2label, dtype, variant, finish_denoising
     )
-    print("\n".join(conversion.report), flush=True)
     if push_to_hub is not None:
         # all of it but the optimizer's state, which is twice the size of the model and of use to one person
-        push_folder(conversion.pipeline, output_dir, push_to_hub, leave_out=("checkpoints",))
+        push_folder(pipeline, output_dir, push_to_hub, leave_out=("checkpoints",))
         print(f"  uploaded   {push_to_hub}")
-    return conversion.pipeline
+    return pipeline
 
 
 def convert(options: ConvertOptions) -> None:
-    """Converts a checkpoint, a folder of checkpoints, or a pipeline folder back.
-
-    Raises:
-        CheckpointError: A ValueError: a file or an option is not what it should be.
-    """
-    from imagenet64_diffusion.conversion.converting import convert_folder, params_beside
-    from imagenet64_diffusion.conversion.to_original import write_original
+    """Converts a checkpoint, a folder of checkpoints, or a pipeline folder back; errors as `convert_checkpoint`."""
+    from imagenet64_diffusion.conversion.converting import convert_folder, params_beside, write_original
 
     checkpoint, output_dir = Path(options.checkpoint), Path(options.output_dir)
+    names = ("time_embedding", "id2label", "dtype", "variant", "finish_denoising")
+    choices = {name: getattr(options, name) for name in names}
     if options.to_original:
         files = write_original(checkpoint, output_dir, options.epoch, options.step, options.variant)
         print(f"wrote {files[0]} and {files[1]}")
-        return
-    choices: dict[str, Any] = {
-        "time_embedding": options.time_embedding,
-        "id2label": options.id2label,
-        "dtype": options.dtype,
-        "variant": options.variant,
-        "finish_denoising": options.finish_denoising,
-    }
-    if checkpoint.is_dir():
+    elif checkpoint.is_dir():
         convert_folder(checkpoint, output_dir, **choices)
-        return
-    params = params_beside(checkpoint) if options.params is None else options.params
-    convert_checkpoint(checkpoint, params, output_dir, options.optimizer, push_to_hub=options.push_to_hub, **choices)
+    else:
+        params, hub_id = options.params or params_beside(checkpoint), options.push_to_hub
+        convert_checkpoint(checkpoint, params, output_dir, options.optimizer, push_to_hub=hub_id, **choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

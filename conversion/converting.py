@@ -1,29 +1,28 @@
-"""From the original's checkpoint files to a pipeline folder: one checkpoint, or a folder of them."""
+"""Between the original's checkpoint files and pipeline folders: one checkpoint, a folder of them, and the way back."""
 
-import dataclasses
-import gc
 import json
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from ..data.class_names import NUM_CLASSES, imagenet64_id2label
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..pipelines.model_card import CARD_NAME, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..training.checkpoints import Progress, save_checkpoint
-from ..utils.atomic_write import atomic_folder
+from ..utils.atomic_write import atomic_file, atomic_folder
 from ..utils.nearest_names import perhaps
-from .components import class_names, original_scheduler
-from .errors import CheckpointError
-from .original_params import read_params, unknown_params
-from .original_weights import build_empty_unet, map_original_optimizer, map_original_weights, original_layout
-from .safe_loading import load_optimizer, load_weights
+from . import original
+from .pickle_reader import CheckpointError, is_finite, load_optimizer, load_state_dict, require
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,23 +35,6 @@ _OWN_NAMES = {"model_index.json", CARD_NAME, PARAMS_NAME, UNUSED_WEIGHTS_NAME, "
 _MODEL_NAME = re.compile(r"model_(\d+e_\d+s)\.pkl")
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """A finished conversion.
-
-    Attributes:
-        pipeline: The pipeline, loaded from the new folder.
-        num_parameters: How many parameters the network has.
-        step: Optimizer steps that it was trained for; None where the JSON does not say.
-        report: What there is to know, line by line.
-    """
-
-    pipeline: ClassConditionalPipeline
-    num_parameters: int
-    step: int | None
-    report: list[str]
-
-
 def convert_files(
     checkpoint: str | Path,
     params: str | Path,
@@ -63,225 +45,259 @@ def convert_files(
     dtype: str = "float32",
     variant: str | None = None,
     finish_denoising: bool = False,
-) -> Conversion:
-    """Converts one checkpoint. The arguments are those of `convert_checkpoint`.
-
-    Raises:
-        CheckpointError: If a file or an option is not what it should be; nothing has been written then.
-    """
+) -> ClassConditionalPipeline:
+    """Converts one checkpoint and prints what there is to know about it; all is as for `convert_checkpoint`."""
     start = time.perf_counter()
-    checkpoint, params_file, output_dir = Path(checkpoint), Path(params), Path(output_dir)
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}{perhaps(dtype, DTYPES)}")
-    if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", variant):
-        raise CheckpointError(f"variant is {variant!r}, but must be made of letters and digits, such as fp16")
+    checkpoint, params_name, output_dir = Path(checkpoint), Path(params).name, Path(output_dir)
+    known = f"one of {', '.join(DTYPES)}{perhaps(dtype, DTYPES)}"
+    require(dtype in DTYPES, f"dtype is {dtype!r}, but must be {known}")
+    plain = variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", variant)
+    require(plain, f"variant is {variant!r}, but must be made of letters and digits, such as fp16")
     _check_replaceable(output_dir)
 
-    content = read_params(params_file)
-    unet = build_empty_unet(content, time_embedding, params_file.name)
-    labels, classes = class_names(id2label, unet.config.num_class_embeds)
-    layout = list(original_layout(unet))
-    shapes = {weight.name: weight.shape for weight in layout}
-    original = load_weights(checkpoint, shapes, params_file.name)
+    content = original.read_params(params)
+    unet = original.build_empty_unet(content, time_embedding, params_name)
+    labels = class_names(id2label, unet.config.num_class_embeds)
+    layout = list(original.original_layout(unet))
+    shapes = {name: shape for name, _, shape in layout}
     # the weights stay in the checkpoint's file where they need no change
-    weights = {
-        name: _cast(tensor, torch.float32, f"{checkpoint.name}: {name}")
-        for name, tensor in map_original_weights(original, content).items()
-    }
-    unet.load_state_dict(weights, assign=True)
-    unused = {weight.name: original[weight.name].contiguous() for weight in layout if weight.our_name is None}
-    training = None
-    if optimizer is not None:
-        if "step" not in content or "epoch" not in content:
-            raise CheckpointError(f"{params_file.name} lacks epoch or step, which resuming the training needs")
-        training = map_original_optimizer(load_optimizer(optimizer, shapes), unet)
-
+    weights = load_state_dict(checkpoint, shapes, params_name)
+    mapped = original.map_original_weights(weights, content)
+    unet.load_state_dict({name: tensor.float() for name, tensor in mapped.items()}, assign=True)
+    unused = {name: weights[name].contiguous() for name, our_name, _ in layout if our_name is None}
     scheduler = original_scheduler(content, finish_denoising)
-    step_folder = f"checkpoints/checkpoint-{content.get('step')}"
+    if optimizer is not None:
+        counted = "step" in content and "epoch" in content
+        require(counted, f"{params_name} lacks epoch or step, which resuming the training needs")
+        moments = original.map_original_optimizer(load_optimizer(optimizer, shapes), unet)
+
+    training = Path("checkpoints", f"checkpoint-{content.get('step')}")
     with atomic_folder(output_dir) as writing:
-        if training is not None:
-            _save_training_state(writing / step_folder, content, unet, scheduler, training)
-        for key, parameter in unet.named_parameters():
-            parameter.data = _cast(parameter.data, DTYPES[dtype], f"{checkpoint.name}: {key}")
-        converted = ClassConditionalPipeline(unet, scheduler, labels, guide_variance=True)
-        converted.save_pretrained(writing, variant=variant)
-        facts = {"epochs": content.get("epoch", "unknown"), "steps": content.get("step", "unknown")}
-        facts = {"converted from": f"{checkpoint.name} of the original program"} | facts
+        if optimizer is not None:
+            _save_training_state(writing / training, content, unet, scheduler, moments)
+        _cast_and_check(unet, DTYPES[dtype], checkpoint.name)
+        pipeline = ClassConditionalPipeline(unet, scheduler, labels, guide_variance=True)
+        pipeline.save_pretrained(writing, variant=variant)
+        facts = {"converted from": f"{checkpoint.name} of the original program"}
+        facts |= {"epochs": content.get("epoch", "unknown"), "steps": content.get("step", "unknown")}
         # the original program's licence is for its weights too
-        write_model_card(converted, writing, training_facts=facts, license="mit")
+        write_model_card(pipeline, writing, training_facts=facts, license="mit")
         (writing / PARAMS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if unused:
             save_file(unused, writing / UNUSED_WEIGHTS_NAME)
-        num_unused = len(unused)
-        # What was read lies in the checkpoint's file, which may be overwritten once nothing refers to it. A network
-        # refers to itself, so that only the collector finds that it is no longer needed.
-        del converted, unet, weights, original, unused, training, parameter
-        gc.collect()
-        pipeline = _load_and_check(writing, output_dir, variant, DTYPES[dtype])
 
-    num_parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
-    seconds = time.perf_counter() - start
     noise = float(1 - scheduler.final_alpha_cumprod) ** 0.5
     ending = f"leaves noise of {noise:.2f}, as the original's does" if noise else "fully denoised"
-    trained = [f"{name} {content[name]:,}" for name in ("epoch", "step") if name in content]
-    config = pipeline.unet.config
-    widths = f"stem {config.stem_channels}, levels {', '.join(map(str, config.block_out_channels))}"
-    report = [
-        f"converted {checkpoint} to {output_dir} in {seconds:.1f} s",
-        f"  network    {num_parameters:,} parameters, layers {', '.join(content['blk_types'])} ({widths}), {dtype}",
-        f"  trained    {', '.join(trained) or 'not said'}",
-        f"  classes    {classes}",
-        f"  time       {time_embedding}",
-        f"  schedule   the original's {content['beta_sched']}, {content['T']} timesteps, last step {ending}",
-        f"  checked    all {len(layout)} weights accounted for, shapes right, one forward pass finite",
-    ]
-    if num_unused:
-        report.append(f"  kept       {num_unused} weights without effect, in {UNUSED_WEIGHTS_NAME}")
-    if optimizer is not None:
-        report.append(f"  optimizer  {output_dir / step_folder}, to resume the training")
-    if unknown_params(content):
-        report.append(f"  not used   {', '.join(unknown_params(content))} of {params_file.name}")
-    return Conversion(pipeline, num_parameters, content.get("step"), report)
+    widths = f"stem {unet.config.stem_channels}, levels {', '.join(map(str, unet.config.block_out_channels))}"
+    report = {
+        "network": f"{unet.num_parameters():,} parameters, layers {', '.join(content['blk_types'])} ({widths})",
+        "trained": ", ".join(f"{name} {content[name]:,}" for name in ("epoch", "step") if name in content),
+        "classes": f"{len(labels)}, named {labels[0]}, ..., {labels[len(labels) - 1]}" if labels else "none",
+        "stored": f"{dtype}, {time_embedding}",
+        "schedule": f"the original's {content['beta_sched']}, {content['T']} timesteps, last step {ending}",
+        "checked": f"all {len(layout)} weights accounted for, shapes right, one forward pass finite",
+        "kept": unused and f"{len(unused)} weights without effect, in {UNUSED_WEIGHTS_NAME}",
+        "optimizer": optimizer and f"{output_dir / training}, to resume the training",
+        "not used": ", ".join(content.keys() - original.KNOWN_PARAMS),
+    }
+    print(f"converted {checkpoint} to {output_dir} in {time.perf_counter() - start:.1f} s")
+    print("\n".join(f"  {name:10} {words}" for name, words in report.items() if words), flush=True)
+    # a pipeline of which nothing lies in the checkpoint's file
+    return ClassConditionalPipeline.from_pretrained(output_dir, variant=variant, dtype=DTYPES[dtype])
 
 
 def _check_replaceable(output_dir: Path) -> None:
     """Refuses a folder that holds anything but an earlier conversion."""
-    if output_dir.name in ("", ".."):
-        raise CheckpointError(f"output_dir is {output_dir}, but must end with the name of a folder")
-    if not output_dir.exists():
-        return
-    if not output_dir.is_dir():
-        raise CheckpointError(f"output_dir is {output_dir}, which is a file, but must be a new folder")
-    names = {path.name for path in output_dir.iterdir() if path.suffix != ".py"}
-    strangers = sorted(names - _OWN_NAMES if PARAMS_NAME in names else names)
-    if not strangers and (checkpoints := output_dir / "checkpoints").is_dir():
+    usual = output_dir.name not in ("", "..") and not output_dir.is_file()
+    require(usual, f"output_dir is {output_dir}, but must be the name of a new folder")
+    strangers = names = {path.name for path in output_dir.glob("*") if path.suffix != ".py"}
+    if PARAMS_NAME in names:
         # training may have resumed there
-        own = f"checkpoint-{read_params(output_dir / PARAMS_NAME).get('step')}"
-        strangers = [f"checkpoints/{path.name}" for path in checkpoints.iterdir() if path.name != own]
-    if strangers:
-        raise CheckpointError(
-            f"output_dir is {output_dir}, which holds {strangers[0]}, but must be new, empty or an earlier conversion"
-        )
+        own = f"checkpoint-{original.read_params(output_dir / PARAMS_NAME).get('step')}"
+        others = {path.name for path in output_dir.glob("checkpoints/*")} - {own}
+        strangers = names - _OWN_NAMES | {f"checkpoints/{name}" for name in others}
+    held = ", ".join(sorted(strangers)[:1])
+    require(not held, f"output_dir is {output_dir}, which holds {held}, but must be new, empty or its own")
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
-    if tensor.dtype == dtype:
-        return tensor
-    tensor = tensor.to(dtype)
-    if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{what} holds numbers too large for {dtype}: take another dtype")
-    return tensor
-
-
-def _load_and_check(
-    writing: Path, output_dir: Path, variant: str | None, dtype: torch.dtype
-) -> ClassConditionalPipeline:
-    """The pipeline as whoever loads the folder gets it, after one forward pass."""
-    pipeline = ClassConditionalPipeline.from_pretrained(writing, variant=variant, dtype=dtype)
-    config = pipeline.unet.config
+def _cast_and_check(unet: ClassConditionalUNet2DModel, dtype: torch.dtype, name: str) -> None:
+    for key, parameter in unet.to(dtype).named_parameters():
+        require(is_finite(parameter), f"{name}: {key} holds numbers too large for {dtype}: take another dtype")
     # as small as the network takes, with two by two cells in its middle: CPUs are slow at half precision
-    size = min(2 ** (len(config.block_out_channels) + 1), config.sample_size)
-    sample = torch.randn(1, config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    size = min(2 ** (len(unet.config.block_out_channels) + 1), unet.config.sample_size)
+    sample = torch.randn(1, unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        output = pipeline.unet(sample.to(dtype), config.num_train_timesteps // 2).sample
-    if output.shape != (1, 2 * config.in_channels, size, size) or not bool(torch.isfinite(output).all()):
-        raise CheckpointError("the converted network's prediction is not finite: its weights are no trained model's")
-    for component in (pipeline, pipeline.unet, pipeline.scheduler):
-        component.register_to_config(_name_or_path=str(output_dir))
-    return pipeline
+        output = unet(sample.to(dtype), unet.config.num_train_timesteps // 2).sample
+    require(is_finite(output), f"the prediction of {name} is not finite: its weights are no trained model's")
 
 
 def _save_training_state(
-    folder: Path,
-    params: Mapping[str, Any],
-    unet: ClassConditionalUNet2DModel,
-    scheduler: EtaDDIMScheduler,
-    optimizer_state: dict[str, Any],
+    folder: Path, params: dict, unet: ClassConditionalUNet2DModel, scheduler: EtaDDIMScheduler, state: dict
 ) -> None:
     """Writes the checkpoint from which the training resumes, with the options of the original's training."""
-    group = optimizer_state["param_groups"][0]
     optimizer = torch.optim.AdamW(unet.parameters())
     # load_optimizer keeps the hyper-parameters that it checks; those of other versions of torch are torch's own
-    optimizer.load_state_dict(
-        {**optimizer_state, "param_groups": [{**optimizer.state_dict()["param_groups"][0], **group}]}
-    )
-    options = {
+    group = {**optimizer.state_dict()["param_groups"][0], **state["param_groups"][0]}
+    optimizer.load_state_dict({**state, "param_groups": [group]})
+    schedule = "linear" if params["beta_sched"] == "linear" else "original_cosine"
+    options: dict[str, Any] = {
         "prediction_type": "epsilon",
+        "beta_schedule": schedule,
         "num_train_timesteps": params["T"],
-        "beta_schedule": {"cosine": "original_cosine", "linear": "linear"}[params["beta_sched"]],
-        "unconditional": unet.config.num_class_embeds is None,
-        "class_dropout_prob": 0.2,
-        "vlb_weight": 0.001,
-        "timestep_sampling": "uniform",
-        "learning_rate": group["lr"],
-        "lr_scheduler": "constant",
-        "lr_warmup_steps": 0,
-        "adam_beta1": group["betas"][0],
-        "adam_beta2": group["betas"][1],
-        "adam_weight_decay": group["weight_decay"],
-        "adam_epsilon": group["eps"],
-        "max_grad_norm": 0.0,
-        "use_ema": False,
     }
+    options |= {"unconditional": unet.config.num_class_embeds is None, "class_dropout_prob": 0.2, "vlb_weight": 0.001}
+    options |= {"timestep_sampling": "uniform", "learning_rate": group["lr"], "adam_epsilon": group["eps"]}
+    options |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "adam_weight_decay": group["weight_decay"]}
+    options |= {"adam_beta1": group["betas"][0], "adam_beta2": group["betas"][1]}
+    options |= {"max_grad_norm": 0.0, "use_ema": False}
     progress = Progress(step=params["step"], epoch=params["epoch"])
     save_checkpoint(folder, unet=unet, scheduler=scheduler, optimizer=optimizer, progress=progress, options=options)
 
 
-# ---------------------------------------------------------------------- files by their names
+def original_scheduler(params: Mapping[str, Any], finish_denoising: bool = False) -> EtaDDIMScheduler:
+    """The original's sampler on its noise schedule; ``eta`` is sqrt(DDIM_scale).
+
+    Its cosine schedule ends at abar 0.999, which leaves noise of 0.03, unless the denoising shall be finished. Its
+    linear schedule ends at the image in any case.
+    """
+    options = original_cosine_options(params["T"]) | {"set_alpha_to_one": finish_denoising}
+    if params["beta_sched"] == "linear":
+        options |= {"trained_betas": None, "beta_start": 1e-4, "beta_end": 0.02, "set_alpha_to_one": True}
+    return EtaDDIMScheduler(prediction_type="epsilon", variance_type="learned_range", **options)
+
+
+def class_names(id2label: Any, num_classes: int | None) -> dict[int, str] | None:
+    """The name of each class, if there are any; ``id2label`` is that of `convert_checkpoint`."""
+    by_option = id2label in (None, "numbers", "imagenet64")
+    if num_classes is None:
+        require(by_option, "id2label names classes, but the network has none: leave it out")
+        return None
+    if by_option:
+        named = id2label == "imagenet64" and num_classes == NUM_CLASSES
+        return imagenet64_id2label() if named else {index: str(index) for index in range(num_classes)}
+    if isinstance(id2label, (str, Path)):
+        file = Path(id2label)
+        require(file.is_file(), f"id2label is {str(file)!r}, but must be imagenet64, numbers or a file of names")
+        try:
+            text = file.read_text(encoding="utf-8")
+            id2label = json.loads(text) if file.suffix == ".json" else text.rstrip().splitlines()
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"id2label: {file.name} cannot be read ({error})") from error
+    if not isinstance(id2label, Mapping):
+        id2label = dict(enumerate(id2label)) if isinstance(id2label, (list, tuple)) else {}
+    names = {str(key): name for key, name in id2label.items()}
+    labels: list[Any] = [names.get(str(index)) for index in range(num_classes)]
+    fits = len(names) == num_classes and all(isinstance(label, str) and label.strip() for label in labels)
+    require(fits, f"id2label must have a name for each class of the network, 0 to {num_classes - 1}, and no other")
+    return dict(enumerate(labels))
 
 
 def params_beside(checkpoint: Path) -> Path:
-    """The JSON file that belongs to a checkpoint by its name.
-
-    Raises:
-        CheckpointError: If the name is another, or there is no such file.
-    """
+    """The JSON file that belongs to a checkpoint by its name."""
     match = _MODEL_NAME.fullmatch(checkpoint.name)
     if match is None:
         raise CheckpointError(f"params is not given, and {checkpoint.name} is not named model_...e_...s.pkl: give it")
     file = checkpoint.with_name(f"model_params_{match[1]}.json")
-    if not file.is_file():
-        raise CheckpointError(f"params is not given, and there is no {file}: give it")
+    require(file.is_file(), f"params is not given, and there is no {file}: give it")
     return file
 
 
 def convert_folder(folder: Path, output_dir: Path, **options: Any) -> None:
     """Converts every ``model_*e_*s.pkl`` in a folder and the folders in it, and prints what became of each.
 
-    The JSON and, where there is one, the optimizer beside each are found by their names. One that fails does not keep
-    the others from being converted.
+    The JSON and, where there is one, the optimizer beside each are found by their names; ``options`` are those of
+    `convert_files`. One that fails does not keep the others from being converted; CheckpointError counts them.
+    """
+    found = {path: _MODEL_NAME.fullmatch(path.name) for path in sorted(folder.rglob("model_*.pkl"))}
+    checkpoints = {path: match[1] for path, match in found.items() if match}
+    require(checkpoints, f"checkpoint is {folder}, which holds no model_...e_...s.pkl")
+    rows: list[str] = []
+    num_failed = 0
+    for checkpoint, name in checkpoints.items():
+        source = checkpoint.relative_to(folder)
+        target, optimizer = output_dir / source.parent / name, checkpoint.with_name(f"optim_{name}.pkl")
+        given = optimizer if optimizer.is_file() else None
+        try:
+            unet = convert_files(checkpoint, params_beside(checkpoint), target, given, **options).unet
+            rows.append(f"{source!s:40} converted  {unet.num_parameters() / 1e6:7.1f} M  {target}")
+        except (ValueError, OSError) as error:
+            rows.append(f"{source!s:40} failed     {error}")
+            num_failed += 1
+    print("\ncheckpoint" + " " * 31 + "result     parameters or what is wrong", *rows, sep="\n", flush=True)
+    require(not num_failed, f"{num_failed} of {len(rows)} checkpoints could not be converted")
+
+
+def write_original(
+    model: Path, output_dir: Path, epoch: int | None = None, step: int | None = None, variant: str | None = None
+) -> tuple[Path, Path]:
+    """Writes ``model_{epoch}e_{step}s.pkl`` and ``model_params_{epoch}e_{step}s.json`` for a pipeline.
+
+    A converted checkpoint comes back bit for bit. The weights that have no effect on the original's output are those
+    that the conversion kept, or zeros for a network that was trained here.
 
     Args:
-        folder: Where the checkpoints are.
-        output_dir: Gets one pipeline folder for each, in the folders in which they lie.
-        options: Further arguments of `convert_files`.
+        model: Pipeline folder whose network has the original's form.
+        output_dir: Gets the two files.
+        epoch: Epochs trained; by default what the original's JSON said.
+        step: Optimizer steps trained; likewise.
+        variant: Which of several files of weights, such as ``"fp16"``.
+
+    Returns:
+        The two files.
 
     Raises:
-        CheckpointError: If there are none, or some failed.
+        CheckpointError: If the original has no such network.
     """
-    found = {path: _MODEL_NAME.fullmatch(path.name) for path in folder.rglob("model_*.pkl")}
-    checkpoints = sorted((path, match[1]) for path, match in found.items() if match)
-    if not checkpoints:
-        raise CheckpointError(f"checkpoint is {folder}, which holds no model_...e_...s.pkl")
-    rows = [("checkpoint", "result", "parameters", "step", "where, or why not")]
-    for checkpoint, name in checkpoints:
-        source = checkpoint.relative_to(folder)
-        target = output_dir / source.parent / name
-        beside = checkpoint.with_name(f"optim_{name}.pkl")
-        optimizer = beside if beside.is_file() else None
-        try:
-            conversion = convert_files(checkpoint, params_beside(checkpoint), target, optimizer, **options)
-        except (ValueError, OSError) as error:
-            rows.append((str(source), "failed", "", "", str(error)))
-            print(f"failed: {checkpoint}: {error}", flush=True)
-        else:
-            print("\n".join(conversion.report), flush=True)
-            step = "" if conversion.step is None else f"{conversion.step:,}"
-            rows.append((str(source), "converted", f"{conversion.num_parameters / 1e6:.1f} M", step, str(target)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print()
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    num_failed = sum(row[1] == "failed" for row in rows)
-    if num_failed:
-        raise CheckpointError(f"{num_failed} of {len(checkpoints)} checkpoints could not be converted")
+    kept, unused_file = model / PARAMS_NAME, model / UNUSED_WEIGHTS_NAME
+    require(model.is_dir(), f"checkpoint is {model}, but must be a pipeline folder for to_original")
+    try:
+        pipeline = ClassConditionalPipeline.from_pretrained(model, variant=variant)
+        unused = load_file(unused_file) if unused_file.is_file() else {}
+    except SafetensorError as error:
+        raise CheckpointError(f"the weights in {model} cannot be read ({error})") from error
+    nearest = original.nearest_original_params(pipeline.unet.config)
+    params = original.read_params(kept) if kept.is_file() else original.check_params(nearest, str(model))
+    params |= {"beta_sched": _check_form(pipeline, params, model)}
+    for name, given in (("epoch", epoch), ("step", step)):
+        number = params[name] = params.get(name) if given is None else given
+        require(number is not None, f"{name} is not given, and there is no {PARAMS_NAME} that says it: give it")
+        require(number >= 0, f"{name} is {number}, but must be at least 0")
+    shapes = {name: shape for name, our_name, shape in original.original_layout(pipeline.unet) if our_name is None}
+    for name, tensor in unused.items():
+        fits = tensor.shape == shapes.get(name)
+        require(fits, f"{unused_file} holds {name!r:.80}, which is no weight without effect of this network")
+    classes = pipeline.unet.class_embedding
+    zero = classes is None or not classes.weight[-1].any()
+    require(zero, f"the null class of {model} is not zero, but the original has no place for it")
+    state_dict = OrderedDict(original.map_to_original_weights(pipeline.unet, unused))
+
+    name = f"{params['epoch']}e_{params['step']}s"
+    files = output_dir / f"model_{name}.pkl", output_dir / f"model_params_{name}.json"
+    with atomic_file(files[0]) as model_file, atomic_file(files[1]) as params_file:
+        with model_file.open("wb") as opened:
+            torch.save(state_dict, opened)
+        params_file.write_text(json.dumps(params), encoding="utf-8")
+    return files
+
+
+def _check_form(pipeline: ClassConditionalPipeline, params: dict[str, Any], model: Path) -> str:
+    """Refuses a pipeline that the original's code does not compute; returns the name of its noise schedule."""
+    config, scheduler = pipeline.unet.config, pipeline.scheduler
+    known = config.time_embedding_type in original.TIME_EMBEDDINGS
+    wanted = original.original_unet_config(params, config.time_embedding_type if known else "original_sine")
+    # what has no effect
+    without_effect = set() if "class_attention" in config.layer_types else {"class_attention_type"}
+    without_effect |= {"class_embed_dim"} if config.num_class_embeds is None else set()
+    for option in wanted.keys() - without_effect:
+        found, needed = config[option], wanted[option]
+        place = f"{PARAMS_NAME} or the original has {needed}: only networks of configs/original go back"
+        require(found == needed, f"{model} has {option} {found}, but {place}")
+    prediction_type = scheduler.config.get("prediction_type")
+    require(prediction_type == "epsilon", f"{model} has prediction_type {prediction_type}, but must have epsilon")
+    abar = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
+    for schedule in ("cosine", "linear"):
+        theirs = original_scheduler({"T": len(abar), "beta_sched": schedule}).alphas_cumprod
+        # stock schedulers hold float32
+        if torch.allclose(theirs, abar, rtol=0, atol=1e-6):
+            return schedule
+    raise CheckpointError(f"{model} has another noise schedule than the original's cosine and linear ones")

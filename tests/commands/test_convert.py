@@ -3,13 +3,15 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.convert_checkpoints import main
-from imagenet64_diffusion.tests.commands.runs import prepare_noise, run_script
+from imagenet64_diffusion.tests.commands.processes import run_command
+from imagenet64_diffusion.tests.commands.runs import prepare_noise
 from imagenet64_diffusion.tests.conversion.originals import (
     SMALL_PARAMS,
     model_file,
@@ -31,15 +33,18 @@ def test_one_checkpoint_there_and_back(tmp_path, monkeypatch, capsys):
     for file in (model_file("res"), params_file("res")):
         shutil.copy(file, tmp_path)
     unpack_optimizer("res", tmp_path)
+    Path("names.txt").write_text("\n".join("abcdefghij"))
     arguments = ["--optimizer", "optim_3e_2s.pkl", "--time_embedding", "original_alternating"]
+    arguments += ["--id2label", "names.txt", "--variant", "x", "--finish_denoising", "true"]
     assert main(["--checkpoint", "model_3e_2s.pkl", "--output_dir", "out/res", *arguments]) == 0
     printed = capsys.readouterr().out
     for words in ("124,449 parameters", "layers res, clsAtn, chnAtn", "epoch 3, step 2", "checkpoints/checkpoint-2"):
         assert words in printed
-    pipeline = ClassConditionalPipeline.from_pretrained("out/res")
+    pipeline = ClassConditionalPipeline.from_pretrained("out/res", variant="x")
     assert pipeline.unet.config.time_embedding_type == "original_alternating"
+    assert (pipeline.labels["j"], pipeline.scheduler.config.set_alpha_to_one) == (9, True)
 
-    assert main(["--to_original", "--checkpoint", "out/res", "--output_dir", "back"]) == 0
+    assert main(["--to_original", "--checkpoint", "out/res", "--output_dir", "back", "--variant", "x"]) == 0
     assert names(tmp_path / "back") == ["model_3e_2s.pkl", "model_params_3e_2s.json"]
     before, after = (torch.load(tmp_path / place / "model_3e_2s.pkl", weights_only=True) for place in (".", "back"))
     assert list(before) == list(after)
@@ -48,28 +53,25 @@ def test_one_checkpoint_there_and_back(tmp_path, monkeypatch, capsys):
 
 def test_a_folder_of_checkpoints(tmp_path, capsys):
     """Each with what lies beside it; a bad one is reported and does not keep the others from being converted."""
-    models = tmp_path / "models"
+    models, out = tmp_path / "models", tmp_path / "out"
     for recipe in ("res", "res_conv"):
         (models / recipe).mkdir(parents=True)
         for file in (model_file(recipe), params_file(recipe)):
             shutil.copy(file, models / recipe)
     unpack_optimizer("res", models / "res")
-    write_small(models / "res_bad")
-    (models / "res_bad" / "model_1e_7s.pkl").write_bytes(b"<!DOCTYPE html>")
-    shutil.copy(model_file("res"), models / "model_4e_9s.pkl")
-    shutil.copy(model_file("res"), models / "best.pkl")
+    write_small(models / "res_bad")[0].write_bytes(b"<!DOCTYPE html>")
+    for name in ("model_4e_9s.pkl", "best.pkl"):
+        shutil.copy(model_file("res"), models / name)
 
-    assert main(["--checkpoint", str(models), "--output_dir", str(tmp_path / "out")]) == 2
+    assert main(["--checkpoint", str(models), "--output_dir", str(out)]) == 2
     printed = capsys.readouterr()
     assert printed.err.strip().splitlines()[-1] == "error: 2 of 4 checkpoints could not be converted"
-    assert names(tmp_path / "out") == ["res", "res_conv"]
-    assert names(tmp_path / "out" / "res") == ["3e_2s"]
-    assert (tmp_path / "out" / "res" / "3e_2s" / "checkpoints" / "checkpoint-2").is_dir()
-    assert not (tmp_path / "out" / "res_conv" / "3e_2s" / "checkpoints").exists()
-
+    assert (names(out), names(out / "res")) == (["res", "res_conv"], ["3e_2s"])
+    assert (out / "res" / "3e_2s" / "checkpoints" / "checkpoint-2").is_dir()
+    assert not (out / "res_conv" / "3e_2s" / "checkpoints").exists()
     table = printed.out.split("\n\n")[-1].splitlines()
-    assert table[0].split()[:4] == ["checkpoint", "result", "parameters", "step"]
-    assert [line.split()[:2] for line in table[1:]] == [
+    assert [line.split()[:2] for line in table] == [
+        ["checkpoint", "result"],
         ["model_4e_9s.pkl", "failed"],
         ["res/model_3e_2s.pkl", "converted"],
         ["res_bad/model_1e_7s.pkl", "failed"],
@@ -85,7 +87,7 @@ def test_an_attack_on_a_process(tmp_path):
     pickle.loads(attack)
     marker.unlink()
     small[0].write_bytes(attack)
-    finished = run_script("convert_checkpoints.py", "--checkpoint", small[0], "--output_dir", tmp_path / "out" / "x")
+    finished = run_command("convert_checkpoints", "--checkpoint", small[0], "--output_dir", tmp_path / "out" / "x")
     assert finished.returncode == 2
     assert finished.stderr.strip().splitlines()[-1].startswith("error: model_1e_7s.pkl wants posix.system")
     assert "Traceback" not in finished.stderr
@@ -101,13 +103,14 @@ def test_an_attack_on_a_process(tmp_path):
         (["--checkpoint", "empty"], "error: checkpoint is empty, which holds no model_...e_...s.pkl"),
         (["--checkpoint", "small", "--params", "x.json"], "does not go with a folder as checkpoint"),
         (["--checkpoint", "small", "--push_to_hub", "me/x"], "push_to_hub is me/x, but does not go with a folder"),
-        (["--epoch", "3"], "error: epoch and step are for to_original"),
+        (["--epoch", "3"], "error: epoch is 3, but does not go with a checkpoint"),
         (["--to_original", "--optimizer", "x.pkl"], "optimizer is x.pkl, but does not go with to_original"),
-        (["--to_original", "--dtype", "float16"], "to_original takes a pipeline as it is"),
+        (["--to_original", "--dtype", "float16"], "dtype is float16, but does not go with to_original"),
         (["--to_original"], "must be a pipeline folder for to_original"),
         (["--id2label", "nothing.txt"], "error: id2label is 'nothing.txt', but must be imagenet64, numbers or a file"),
         (["--optimizer", "small/model_1e_7s.pkl"], "does not hold an optimizer's state"),
         (["--output_dir", "small"], "error: output_dir is small, which holds model_1e_7s.pkl, but must be new"),
+        (["--dtype", "int8"], "dtype is 'int8', but must be one of float32"),
     ],
 )
 def test_wrong_options(tmp_path, monkeypatch, capsys, arguments, message):
@@ -118,17 +121,6 @@ def test_wrong_options(tmp_path, monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err
     assert names(tmp_path) == ["empty", "small"]
     assert names(tmp_path / "small") == ["model_1e_7s.pkl", "model_params_1e_7s.json"]
-
-
-def test_names_dtype_and_finishing(tmp_path):
-    small = write_small(tmp_path / "small")
-    (tmp_path / "names.txt").write_text("cat\ndog\nfish\n")
-    arguments = ["--checkpoint", str(small[0]), "--id2label", str(tmp_path / "names.txt"), "--dtype", "float16"]
-    arguments += ["--variant", "fp16", "--finish_denoising", "true", "--output_dir", str(tmp_path / "out")]
-    assert main(arguments) == 0
-    pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "out", variant="fp16")
-    assert pipeline.labels == {"cat": 0, "dog": 1, "fish": 2}
-    assert json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())["set_alpha_to_one"]
 
 
 def test_training_goes_on_and_comes_back(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from imagenet64_diffusion.conversion.original_weights import original_weight_shapes
+from imagenet64_diffusion.conversion.original import original_weight_shapes
 from imagenet64_diffusion.tests.components import FIXTURES
 
 

@@ -1,4 +1,4 @@
-"""Converted checkpoints give the original's answers, and what is written is whole."""
+"""Converted checkpoints give the original's answers and come back bit for bit; what is written is whole."""
 
 import json
 import math
@@ -7,35 +7,61 @@ import re
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler
-from imagenet64_diffusion.conversion.components import class_names, original_scheduler
-from imagenet64_diffusion.conversion.converting import convert_files
-from imagenet64_diffusion.conversion.errors import CheckpointError
+from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, EtaDDIMScheduler
+from imagenet64_diffusion.conversion.converting import class_names, convert_files, original_scheduler, write_original
+from imagenet64_diffusion.conversion.original import original_weight_shapes
 from imagenet64_diffusion.convert_checkpoints import convert_checkpoint
 from imagenet64_diffusion.data.class_names import imagenet64_names
 from imagenet64_diffusion.schedulers.original_schedule import original_timesteps
-from imagenet64_diffusion.tests.components import FIXTURES, OriginalCheckpoint
+from imagenet64_diffusion.tests.components import FIXTURES, RECIPES
 from imagenet64_diffusion.tests.conversion.originals import (
     ORIGINALS,
     RECIPES_WITH_OPTIMIZER,
+    SMALL_PARAMS,
     model_file,
     params_file,
     small_weights,
     write_small,
 )
+from imagenet64_diffusion.training.components import load_model_config
 
 
-def test_forward(original_checkpoint, converted_original):
-    expected = original_checkpoint.expected
-    pipeline = ClassConditionalPipeline.from_pretrained(converted_original)
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return list(one) == list(other) and all(
+        one[name].dtype == tensor.dtype and torch.equal(one[name], tensor) for name, tensor in other.items()
+    )
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def refused(folder, message, function, *arguments, **options):
+    """A call fails with this message, and leaves nothing behind."""
+    before = tree(folder)
+    with pytest.raises(ValueError, match=message):
+        function(*arguments, **options)
+    assert tree(folder) == before
+
+
+def test_there_and_back(original_checkpoint, tmp_path):
+    """The original's answers from the converted network, and its files again."""
+    recipe, expected = original_checkpoint.recipe, original_checkpoint.expected
+    convert_files(model_file(recipe), params_file(recipe), tmp_path / "ours", time_embedding="original_alternating")
+    pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "ours")
     with torch.no_grad():
         labels = original_checkpoint.labels("forward")
         output = pipeline.unet(expected["forward.sample"], expected["forward.timestep"] - 1, labels).sample
     noise, variance = output.chunk(2, dim=1)
     torch.testing.assert_close(noise, expected["forward.released.noise"], atol=1e-5, rtol=0)
     torch.testing.assert_close((variance + 1) / 2, expected["forward.released.v"], atol=1e-5, rtol=0)
+
+    written = write_original(tmp_path / "ours", tmp_path / "new" / "theirs")
+    assert tree(tmp_path / "new") == ["theirs", "theirs/model_3e_2s.pkl", "theirs/model_params_3e_2s.json"]
+    assert same(torch.load(written[0], weights_only=True), original_checkpoint.state_dict)
+    assert json.loads(written[1].read_text()) == original_checkpoint.params
 
 
 # ---------------------------------------------------------------------- whole sampling runs
@@ -53,9 +79,6 @@ def with_given_noise(scheduler: EtaDDIMScheduler, noises: torch.Tensor) -> EtaDD
     return GivenNoise.from_config(scheduler.config)
 
 
-RUNS = sorted(load_file(ORIGINALS / "res" / "samples.safetensors"))
-
-
 @pytest.fixture(scope="module", params=RECIPES_WITH_OPTIMIZER)
 def converted(request, tmp_path_factory):
     """A converted pipeline and the images that the original sampled."""
@@ -66,63 +89,57 @@ def converted(request, tmp_path_factory):
     return pipeline, load_file(ORIGINALS / recipe / "samples.safetensors")
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_sampling(converted, run):
+@pytest.mark.parametrize("run", sorted(load_file(ORIGINALS / "res" / "samples.safetensors")))
+def test_sampling(converted, run, monkeypatch):
     pipeline, images = converted
     found = re.fullmatch(r"sample\.step(\d+)_scale(.+)_w(.+)_corrected(\d)_class(.+)", run)
     step_size, class_label = int(found[1]), int(found[5])
     noises = load_file(ORIGINALS / "sample_noises.safetensors")[f"step{step_size}"]
-    scheduler, pipeline.scheduler = pipeline.scheduler, with_given_noise(pipeline.scheduler, noises[1:])
-    try:
-        sampled = pipeline(
-            class_label if class_label >= 0 else None,
-            guidance_scale=1 + float(found[3]),
-            timesteps=original_timesteps(1000, step_size),
-            eta=math.sqrt(float(found[2])),
-            clip_sample=found[4] == "1",
-            latents=noises[:1],
-            output_type="latent",
-        ).images
-    finally:
-        pipeline.scheduler = scheduler
-    scale = images[run].abs().max()
-    assert (sampled - images[run]).abs().max() / scale < 1e-3
-
-
-def test_finishing_the_denoising(converted):
-    """It changes the last step alone: from the original's image to the image that it predicts there."""
-    pipeline, _ = converted
-    finishing = ClassConditionalPipeline(
-        pipeline.unet,
-        type(pipeline.scheduler).from_config(pipeline.scheduler.config, set_alpha_to_one=True),
-        None,
-        True,
+    pipeline = ClassConditionalPipeline(
+        pipeline.unet, with_given_noise(pipeline.scheduler, noises[1:]), guide_variance=True
     )
-    finishing.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(disable=True)
+    sampled = pipeline(
+        class_label if class_label >= 0 else None,
+        guidance_scale=1 + float(found[3]),
+        timesteps=original_timesteps(1000, step_size),
+        eta=math.sqrt(float(found[2])),
+        clip_sample=found[4] == "1",
+        latents=noises[:1],
+        output_type="latent",
+    ).images
+    assert (sampled - images[run]).abs().max() / images[run].abs().max() < 1e-3
+
+
+def test_finishing_the_denoising(small, tmp_path):
+    """It changes the last step alone: from the original's image to the image that it predicts there."""
     results = []
-    for each in (pipeline, finishing):
-        steps = []
-
-        def remember(_, step, timestep, tensors, steps=steps):
-            steps.append((tensors["latents"], tensors["pred_original_sample"]))
-
-        latents = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        wanted = ("latents", "pred_original_sample")
-        each(3, timesteps=original_timesteps(1000, 250), latents=latents, output_type="latent",
-             callback_on_step_end=remember, callback_on_step_end_tensor_inputs=wanted)  # fmt: skip
-        results.append(steps)
+    for finish in (False, True):
+        pipeline, steps = convert_checkpoint(*small, tmp_path / str(finish), finish_denoising=finish), []
+        pipeline(
+            1,
+            timesteps=[15, 10, 5, 0],
+            latents=torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)),
+            output_type="latent",
+            callback_on_step_end=lambda _, step, timestep, tensors, steps=steps: steps.append(tensors) or {},
+            callback_on_step_end_tensor_inputs=("latents", "pred_original_sample"),
+        )
+        results.append([{name: tensor.clone() for name, tensor in tensors.items()} for tensors in steps])
     faithful, finished = results
-    for (before, _), (after, _) in zip(faithful[:-1], finished[:-1], strict=True):
-        assert torch.equal(before, after)
-    torch.testing.assert_close(finished[-1][0], faithful[-1][1])
-    assert not torch.equal(finished[-1][0], faithful[-1][0])
+    assert all(
+        torch.equal(one["latents"], other["latents"]) for one, other in zip(faithful[:-1], finished[:-1], strict=True)
+    )
+    torch.testing.assert_close(finished[-1]["latents"], faithful[-1]["pred_original_sample"])
+    assert not torch.equal(finished[-1]["latents"], faithful[-1]["latents"])
 
 
 @pytest.mark.parametrize(
-    ("schedule", "finish", "last"), [("cosine", False, 0.999), ("cosine", True, 1), ("linear", False, 1)]
+    ("kind", "finish", "last"), [("cosine", False, 0.999), ("cosine", True, 1), ("linear", False, 1)]
 )
-def test_where_the_denoising_ends(schedule, finish, last):
-    scheduler = original_scheduler({"T": 1000, "beta_sched": schedule}, finish)
+def test_schedules(kind, finish, last):
+    scheduler = original_scheduler({"T": 1000, "beta_sched": kind}, finish)
+    expected = load_file(FIXTURES / "schedules.safetensors")[f"{kind}.T1000.step1.a_bar_t"].double()
+    torch.testing.assert_close(scheduler.alphas_cumprod, expected.sort(descending=True).values, atol=5e-7, rtol=0)
     assert scheduler.final_alpha_cumprod == pytest.approx(last, abs=1e-9)
 
 
@@ -130,28 +147,23 @@ def test_where_the_denoising_ends(schedule, finish, last):
 
 
 def test_everything_it_writes(tmp_path, capsys):
-    pipeline = convert_checkpoint(str(model_file("res")), str(params_file("res")), str(tmp_path / "new" / "out"))
     out = tmp_path / "new" / "out"
-    scheduler = pipeline.scheduler.config
+    pipeline = convert_checkpoint(str(model_file("res")), str(params_file("res")), str(out))
+    scheduler, config = pipeline.scheduler.config, pipeline.unet.config
     assert (scheduler.prediction_type, scheduler.variance_type) == ("epsilon", "learned_range")
     assert (scheduler.set_alpha_to_one, scheduler.max_beta, scheduler.clip_sample) == (False, 0.999, False)
     assert pipeline.config.guide_variance is True
-    config = pipeline.unet.config
     assert (config.class_attention_type, config.output_head_type) == ("identity", "original")
     assert config.time_embedding_type == "original_sine"
     assert pipeline.config._name_or_path == str(out)
-    assert {"model_index.json", "original_params.json", "original_unused_weights.safetensors"} <= {
-        path.name for path in out.iterdir()
-    }
+    assert {"model_index.json", "original_params.json", "original_unused_weights.safetensors"} <= set(tree(out))
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-
     printed = capsys.readouterr().out
-    parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
     for words in (
-        f"{parameters:,} parameters",
+        f"{pipeline.unet.num_parameters():,} parameters",
         "layers res, clsAtn, chnAtn (stem 8, levels 16, 32)",
         "epoch 3, step 2",
-        "10, numbered, because ImageNet-64 has 1000",
+        "10, named 0, ..., 9",
         "original's cosine, 1000 timesteps",
         "all 228 weights",
         "one forward pass finite",
@@ -161,10 +173,11 @@ def test_everything_it_writes(tmp_path, capsys):
 
 
 def test_loads_where_the_package_is_not_used(small, tmp_path):
+    """The pipeline stays what it is when its checkpoint and its folder go."""
     pipeline = convert_checkpoint(*small, tmp_path / "out")
     stock = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    for each in (pipeline, stock):
-        each.set_progress_bar_config(disable=True)
+    convert_checkpoint(*write_small(tmp_path / "other", small_weights(c_dim=8), c_dim=8), tmp_path / "out")
+    small[0].write_bytes(bytes(small[0].stat().st_size))
     images = [
         each(1, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
         for each in (pipeline, stock)
@@ -172,142 +185,88 @@ def test_loads_where_the_package_is_not_used(small, tmp_path):
     assert (images[0] == images[1]).all()
 
 
-def test_the_checkpoint_may_go_afterwards(small, tmp_path):
-    """Nothing of the pipeline lies in the checkpoint's file, nor in a folder that is replaced."""
-    pipeline = convert_checkpoint(*small, tmp_path / "out")
-    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
-    convert_checkpoint(*write_small(tmp_path / "other", small_weights(c_dim=8), c_dim=8), tmp_path / "out")
-    small[0].write_bytes(bytes(small[0].stat().st_size))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
-
-
-@pytest.mark.parametrize(("dtype", "variant"), [("float16", "fp16"), ("bfloat16", None)])
-def test_dtype_and_variant(small, tmp_path, dtype, variant):
-    pipeline = convert_checkpoint(*small, tmp_path / "out", dtype=dtype, variant=variant)
+@pytest.mark.parametrize(
+    ("source", "dtype", "variant"),
+    [("float32", "float16", "fp16"), ("float64", "bfloat16", None), ("bfloat16", "float32", None)],
+)
+def test_dtypes_and_variants(tmp_path, source, dtype, variant):
+    weights = {name: tensor.to(getattr(torch, source)) for name, tensor in small_weights().items()}
+    files = write_small(tmp_path / "small", weights)
+    pipeline = convert_checkpoint(*files, tmp_path / "ours", dtype=dtype, variant=variant)
     assert pipeline.unet.dtype == getattr(torch, dtype)
-    name = (
-        "diffusion_pytorch_model.safetensors" if variant is None else f"diffusion_pytorch_model.{variant}.safetensors"
-    )
-    stored = load_file(tmp_path / "out" / "unet" / name)
+    name = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors"
+    stored = load_file(tmp_path / "ours" / "unet" / name)
     assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
-    expected = small_weights()["unet.inConv.weight"].to(getattr(torch, dtype))
-    assert torch.equal(stored["conv_in.weight"], expected)
-
-
-def test_doubles_and_halves_become_float32(tmp_path):
-    for index, dtype in enumerate((torch.float64, torch.bfloat16)):
-        weights = {name: tensor.to(dtype) for name, tensor in small_weights().items()}
-        pipeline = convert_checkpoint(*write_small(tmp_path / str(index), weights), tmp_path / f"out{index}")
-        assert torch.equal(pipeline.unet.conv_in.weight, weights["unet.inConv.weight"].float())
-
-
-@pytest.mark.parametrize(("layers", "legacy"), [(["conv", "atn", "clsAtn"], True), (["res", "conv", "chnAtn"], False)])
-def test_other_networks(tmp_path, layers, legacy):
-    params = {"blk_types": layers, "num_blocks": 2, "chMult": 2, "inCh": 3, "atn_resolution": 8}
-    pipeline = convert_checkpoint(*write_small(tmp_path / "small", legacy=legacy, **params), tmp_path / "out")
-    assert pipeline.unet.config.block_out_channels == (16, 64)
-    assert len(pipeline.unet.state_dict()) == len(
-        [name for name in small_weights(**params) if "Q_emb" not in name and "K_emb" not in name]
-    )
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_schedules(kind):
-    stored = load_file(FIXTURES / "schedules.safetensors")
-    scheduler = original_scheduler({"T": 1000, "beta_sched": kind})
-    expected = stored[f"{kind}.T1000.step1.a_bar_t"].double().sort(descending=True).values
-    torch.testing.assert_close(scheduler.alphas_cumprod, expected, atol=5e-7, rtol=0)
+    expected = {name: tensor.float().to(getattr(torch, dtype)) for name, tensor in weights.items()}
+    assert torch.equal(stored["conv_in.weight"], expected["unet.inConv.weight"])
+    # the original has float32 only
+    model, _ = write_original(tmp_path / "ours", tmp_path / "theirs", variant=variant)
+    assert same(torch.load(model, weights_only=True), {name: tensor.float() for name, tensor in expected.items()})
 
 
 # ---------------------------------------------------------------------- class names
 
 
 def test_names_of_classes(tmp_path):
-    assert class_names("imagenet64", 1000)[0] == dict(enumerate(imagenet64_names()))
-    assert class_names("numbers", 2) == ({0: "0", 1: "1"}, "2, numbered")
-    assert class_names("imagenet64", 2) == ({0: "0", 1: "1"}, "2, numbered, because ImageNet-64 has 1000")
+    assert class_names("imagenet64", 1000) == dict(enumerate(imagenet64_names()))
+    assert class_names("imagenet64", 2) == class_names("numbers", 2) == class_names(None, 2) == {0: "0", 1: "1"}
     files = {"a.json": '["cat", "dog"]', "b.json": '{"1": "dog", "0": "cat"}', "c.txt": "cat\r\ndog\n\n"}
     for name, content in files.items():
         (tmp_path / name).write_text(content, newline="")
-        assert class_names(str(tmp_path / name), 2) == ({0: "cat", 1: "dog"}, f"2, named by {name}")
-    assert class_names({0: "cat", 1: "dog"}, 2)[0] == class_names(["cat", "dog"], 2)[0] == {0: "cat", 1: "dog"}
-    assert class_names(None, 2)[0] == {0: "0", 1: "1"}
-    assert class_names("imagenet64", None) == class_names(None, None) == (None, "none")
+        assert class_names(str(tmp_path / name), 2) == {0: "cat", 1: "dog"}
+    assert class_names({0: "cat", 1: "dog"}, 2) == class_names(["cat", "dog"], 2) == {0: "cat", 1: "dog"}
+    assert class_names("imagenet64", None) is class_names(None, None) is None
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('["cat"]', "has 1 names, but must name each of the network's classes, 0 to 1"),
-        ('{"0": "cat", "2": "dog"}', "must name each of the network's classes"),
-        ('["cat", 1]', "the name of class 1 must be text"),
-        ('["cat", " "]', "the name of class 1 must be text"),
-        ('"cat"', "holds a str"),
-        ("[", "cannot be read"),
-    ],
+    "content", ['["cat"]', '{"0": "cat", "2": "dog"}', '["cat", 1]', '["cat", " "]', '"ab"', "2", "["]
 )
-def test_wrong_names(tmp_path, content, message):
+def test_wrong_names(tmp_path, content):
     (tmp_path / "names.json").write_text(content)
-    with pytest.raises(CheckpointError, match=message):
-        class_names(tmp_path / "names.json", 2)
-
-
-def test_names_that_are_no_file():
-    with pytest.raises(CheckpointError, match="must be imagenet64, numbers or a file of names"):
-        class_names("imagenet", 2)
-    with pytest.raises(CheckpointError, match="the network has none"):
-        class_names(["cat"], None)
+    message = "cannot be read" if content == "[" else "must have a name for each class of the network, 0 to 1"
+    refused(tmp_path, message, class_names, tmp_path / "names.json", 2)
+    refused(tmp_path, "must be imagenet64, numbers or a file of names", class_names, "imagenet", 2)
+    refused(tmp_path, "the network has none", class_names, ["cat"], None)
 
 
 # ---------------------------------------------------------------------- failures
-
-
-def tree(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"time_embedding": "sinusoidal"}, "time_embedding is 'sinusoidal', but must be one of original_sine"),
-        ({"output_dir": "."}, "output_dir is ., but must end with the name of a folder"),
+        ({"output_dir": "."}, r"output_dir is \., but must be the name of a new folder"),
         ({"dtype": "int8"}, "dtype is 'int8', but must be one of float32"),
         ({"variant": "../x"}, "variant is '../x'"),
+        ({"checkpoint": model_file("res")}, "model_3e_2s.pkl does not belong to model_params_1e_7s.json"),
     ],
 )
 def test_wrong_options_leave_nothing(small, tmp_path, options, message):
-    before = tree(tmp_path)
-    with pytest.raises(CheckpointError, match=re.escape(message)):
-        convert_files(*small, **{"output_dir": tmp_path / "new" / "out", **options})
-    assert tree(tmp_path) == before
-
-
-def test_weights_that_fit_no_half_precision(tmp_path):
-    weights = small_weights()
-    weights["unet.out.bias"][0] = 1e6
-    files = write_small(tmp_path / "small", weights)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match=r"head.conv.bias holds numbers too large for torch.float16"):
-        convert_files(*files, tmp_path / "out", dtype="float16")
-    assert tree(tmp_path / "out") == []
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    usual = {"checkpoint": small[0], "params": small[1], "output_dir": tmp_path / "new" / "out"}
+    refused(tmp_path, message, convert_files, **{**usual, **options})
 
 
 def test_weights_that_compute_nothing(tmp_path):
-    weights = small_weights()
+    weights, out = small_weights(), tmp_path / "out"
+    weights["unet.out.bias"][0] = 1e6
+    files = write_small(tmp_path / "small", weights)
+    refused(
+        tmp_path,
+        "head.conv.bias holds numbers too large for torch.float16",
+        convert_files,
+        *files,
+        out,
+        dtype="float16",
+    )
     weights["unet.out.bias"][0] = 3e38
     weights["unet.out.weight"] *= 1e38
-    with pytest.raises(CheckpointError, match="prediction is not finite"):
-        convert_files(*write_small(tmp_path / "small", weights), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    refused(tmp_path, "is not finite", convert_files, *write_small(tmp_path / "small", weights), out)
 
 
 def test_an_optimizer_needs_to_know_the_step(small, tmp_path):
-    params = json.loads(small[1].read_text())
-    del params["step"]
-    small[1].write_text(json.dumps(params))
-    with pytest.raises(CheckpointError, match="lacks epoch or step"):
-        convert_files(*small, tmp_path / "out", small[0])
+    small[1].write_text(json.dumps({name: value for name, value in SMALL_PARAMS.items() if name != "step"}))
+    refused(tmp_path, "lacks epoch or step", convert_files, *small, tmp_path / "out", small[0])
 
 
 def test_replaces_its_own_and_nothing_else(small, tmp_path):
@@ -315,26 +274,130 @@ def test_replaces_its_own_and_nothing_else(small, tmp_path):
     convert_files(*small, out)
     convert_files(*small, out, id2label=["a", "b", "c"])
     assert ClassConditionalPipeline.from_pretrained(out).labels == {"a": 0, "b": 1, "c": 2}
-
     (out / "checkpoints" / "checkpoint-900").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="which holds checkpoints/checkpoint-900, but must be new"):
-        convert_files(*small, out)
+    refused(tmp_path, "which holds checkpoints/checkpoint-900, but must be new", convert_files, *small, out)
+    (out / "checkpoints" / "checkpoint-900").rmdir()
     (out / "thesis.tex").write_text("keep")
-    with pytest.raises(CheckpointError, match=r"which holds thesis.tex, but must be new"):
-        convert_files(*small, out)
-    with pytest.raises(CheckpointError, match="but must be new"):
-        convert_files(*small, small[0].parent)
-    with pytest.raises(CheckpointError, match="which is a file"):
-        convert_files(*small, small[0])
-    assert (out / "thesis.tex").read_text() == "keep"
-    assert small[0].is_file()
+    refused(tmp_path, "which holds thesis.tex, but must be new", convert_files, *small, out)
+    refused(tmp_path, "but must be new", convert_files, *small, small[0].parent)
+    refused(tmp_path, "but must be the name of a new folder", convert_files, *small, small[0])
 
 
-def test_a_checkpoint_of_another_json(tmp_path):
-    other = OriginalCheckpoint("res_res")
-    assert other.params["blk_types"] == ["res", "res", "clsAtn", "chnAtn"]
-    with pytest.raises(CheckpointError, match=r"model_3e_2s.pkl does not belong to model_params_3e_2s.json"):
-        convert_files(model_file("res"), params_file("res_res"), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="weights unknown"):
-        convert_files(model_file("res_res_atn"), params_file("res_res"), tmp_path / "out")
-    assert tree(tmp_path) == []
+# ---------------------------------------------------------------------- the way back
+
+
+@pytest.mark.parametrize(
+    ("legacy", "params"),
+    [
+        (False, {"blk_types": ["conv", "clsAtn", "atn"]}),
+        (True, {"blk_types": ["conv", "atn", "clsAtn"], "num_blocks": 2, "chMult": 2, "inCh": 3, "atn_resolution": 8}),
+        (False, {"blk_types": ["res", "conv", "chnAtn"], "c_dim": None}),
+        (False, {"c_dim": None, "num_classes": None}),
+        (False, {"beta_sched": "linear"}),
+    ],
+)
+def test_there_and_back_with_other_networks(tmp_path, legacy, params):
+    pipeline = convert_files(*write_small(tmp_path / "small", legacy=legacy, **params), tmp_path / "ours")
+    model, written = write_original(tmp_path / "ours", tmp_path / "theirs")
+    assert same(torch.load(model, weights_only=True), small_weights(**params))
+    assert json.loads(written.read_text()) == {**SMALL_PARAMS, **params}
+    # trained further, with the weights without effect that the conversion kept, under another step
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight += 1
+    pipeline.unet.save_pretrained(tmp_path / "ours" / "unet")
+    model, written = write_original(tmp_path / "ours", tmp_path / "theirs", epoch=2, step=900)
+    assert model.name == "model_2e_900s.pkl"
+    before, after = small_weights(**params), torch.load(model, weights_only=True)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"unet.inConv.weight"}
+
+
+FAITHFUL = {
+    "in_channels": 1,
+    "stem_channels": 4,
+    "block_out_channels": (8, 16),
+    "layer_types": ("resnet", "class_attention"),
+    "num_class_embeds": 3,
+    "time_embed_dim": 4,
+    "class_embed_dim": 4,
+    "time_embedding_type": "original_interleaved",
+    "class_attention_type": "identity",
+    "output_head_type": "original",
+}
+
+
+def faithful(folder, scheduler=None, **options):
+    """A pipeline folder with a small network of the original's form that was not converted."""
+    unet = ClassConditionalUNet2DModel(**{**FAITHFUL, **options})
+    scheduler = original_scheduler({"T": 1000, "beta_sched": "cosine"}) if scheduler is None else scheduler
+    ClassConditionalPipeline(unet, scheduler).save_pretrained(folder)
+    return unet
+
+
+def test_a_network_that_was_trained_here(tmp_path):
+    unet = faithful(tmp_path / "ours")
+    model, params_file_ = write_original(tmp_path / "ours", tmp_path / "theirs", epoch=4, step=800)
+    state_dict, params = torch.load(model, weights_only=True), json.loads(params_file_.read_text())
+    assert params == {
+        "inCh": 1, "embCh": 4, "chMult": 1, "num_blocks": 2, "blk_types": ["res", "clsAtn"], "T": 1000,
+        "beta_sched": "cosine", "t_dim": 4, "c_dim": 4, "num_classes": 3, "atn_resolution": 16,
+        "epoch": 4, "step": 800,
+    }  # fmt: skip
+    assert {name: tuple(tensor.shape) for name, tensor in state_dict.items()} == original_weight_shapes(params)
+    assert not any(tensor.any() for name, tensor in state_dict.items() if "Q_emb" in name or "K_emb" in name)
+    again = convert_files(model, params_file_, tmp_path / "again", time_embedding="original_interleaved")
+    assert same(again.unet.state_dict(), unet.state_dict())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_have_the_originals_form(recipe):
+    """Every faithful recipe of this package is one that goes back."""
+    config = load_model_config(f"original/{recipe}")
+    stem = config["stem_channels"]
+    assert config["block_out_channels"] == [2 * stem, 4 * stem, 8 * stem]
+    assert (config["class_attention_type"], config["output_head_type"]) == ("identity", "original")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"time_embedding_type": "sinusoidal"}, "time_embedding_type sinusoidal"),
+        ({"class_attention_type": "channel"}, "class_attention_type channel"),
+        ({"output_head_type": "conv"}, "output_head_type conv"),
+        ({"block_out_channels": (8, 12)}, r"block_out_channels \(8, 12\), but"),
+        ({"block_out_channels": (2, 4)}, r"block_out_channels \(2, 4\), but"),
+        ({"scheduler": EtaDDIMScheduler(prediction_type="v_prediction")}, "prediction_type v_prediction"),
+        ({"scheduler": EtaDDIMScheduler(beta_schedule="squaredcos_cap_v2")}, "another noise schedule"),
+    ],
+)
+def test_networks_that_the_original_cannot_compute(tmp_path, options, message):
+    faithful(tmp_path / "ours", **options)
+    refused(tmp_path, message, write_original, tmp_path / "ours", tmp_path / "theirs", epoch=1, step=1)
+
+
+def test_without_class_attention_its_type_says_nothing(tmp_path):
+    faithful(tmp_path / "ours", layer_types=("convnext",), class_attention_type="channel")
+    assert write_original(tmp_path / "ours", tmp_path / "theirs", epoch=1, step=1)[0].is_file()
+
+
+def test_what_cannot_go_back(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    unet, kept = faithful(ours), ours / "original_unused_weights.safetensors"
+
+    def stays(message, folder=ours, **number):
+        refused(tmp_path, message, write_original, folder, theirs, **number)
+
+    stays("epoch is not given")
+    stays("step is -1, but must be at least 0", epoch=1, step=-1)
+    stays("must be a pipeline folder", tmp_path / "nothing")
+    stays("holds no pipeline", tmp_path / "ours" / "unet")
+    save_file({"unet.out.bias": torch.zeros(2)}, kept)
+    stays("which is no weight without effect", epoch=1, step=1)
+    kept.write_bytes(b"x" * 100)
+    stays("cannot be read", epoch=1, step=1)
+    kept.unlink()
+    with torch.no_grad():
+        unet.class_embedding.weight[-1] = 1
+    unet.save_pretrained(ours / "unet")
+    stays(r"the null class of .* is not zero", epoch=1, step=1)
+    (ours / "original_params.json").write_text(json.dumps(SMALL_PARAMS))
+    stays("but original_params.json or the original has")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
-from imagenet64_diffusion.conversion.original_weights import map_original_weights, original_unet_config
+from imagenet64_diffusion.conversion.original import map_original_weights, original_unet_config
 
 
 @pytest.mark.parametrize(

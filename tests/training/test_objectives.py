@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
-from imagenet64_diffusion.conversion.original_weights import map_original_weights, original_unet_config
+from imagenet64_diffusion.conversion.original import map_original_weights, original_unet_config
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
 from imagenet64_diffusion.training.objectives import HybridLoss, ImportanceSampledLoss
 from imagenet64_diffusion.training.randomness import StepRandomness

@@ -2,8 +2,7 @@
 
 import pytest
 
-from imagenet64_diffusion.conversion.original_params import check_params
-from imagenet64_diffusion.conversion.original_weights import build_empty_unet
+from imagenet64_diffusion.conversion.original import build_empty_unet, check_params
 from imagenet64_diffusion.evaluation.extractors import make_extractor
 from imagenet64_diffusion.evaluation.options import ReferenceOptions, ScoreOptions
 from imagenet64_diffusion.pipelines.loading import load_pipeline, scheduler_class
