@@ -20,7 +20,10 @@ TITLE = "Class-conditional diffusion in pixels"
 STYLE = Path(__file__).with_name("style.css")
 # fonts that the visitor's machine has: nothing is fetched from elsewhere
 FONTS = {"font": ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif"), "font_mono": ("Consolas", "monospace")}
-THEME = gr.themes.Base(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", **FONTS)
+THEME = gr.themes.Base(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", **FONTS).set(
+    **{"body_background_fill": "*neutral_50", "input_background_fill": "white", "input_border_color": "*neutral_300"},
+    **{"input_background_fill_dark": "*neutral_800", "input_border_color_dark": "*neutral_600"},
+)
 _HINT = '<p class="hint">Choose classes and press Generate.</p>'
 _DOWNLOAD_LABELS = ("Image grid (PNG)", "Animation (GIF)", "Manifest (JSON)", "Everything (ZIP)")
 # Copies of the downloads go when they are this old, in seconds, give or take a third.

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         host = host.decode() if isinstance(host, bytes) else host
         # a path is a socket of this machine
         if host not in _THIS_MACHINE and not str(host).startswith("/"):
-            with open(os.environ["WATCHED"], "a") as file:
+            with Path(os.environ["WATCHED"]).open("a") as file:
                 file.write(f"{event} {host}\n")
 
     sys.addaudithook(watch)
