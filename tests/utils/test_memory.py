@@ -14,14 +14,14 @@ def main(argv):
     """Prints what glibc itself counts for a large block that comes and goes."""
     import torch
 
-    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    Mallinfo2 = type("Mallinfo2", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+    names = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    mallinfo2 = type("Mallinfo2", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
     libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = Mallinfo2
+    libc.mallinfo2.restype = mallinfo2
     if argv == ["kept"]:
         assert keep_freed_memory()
     before = libc.mallinfo2()
-    block = torch.ones(10_000_000)
+    block = torch.empty(100_000_000)  # more than any hole of the heap
     held = libc.mallinfo2()
     del block
     after = libc.mallinfo2()
@@ -35,7 +35,7 @@ def main(argv):
 )
 def test_a_large_block_comes_from_the_heap_and_stays_there():
     """As glibc itself counts: where the heap lies, and who else uses memory, makes no difference."""
-    size = 40_000_000
+    size = 400_000_000
     mapped, _, given_back = json.loads(run_command("tests.utils.test_memory", "usual").stdout)
     assert min(mapped, given_back) >= size
     mapped, heap, given_back = json.loads(run_command("tests.utils.test_memory", "kept").stdout)
