@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import queue
-import sys
 import tempfile
 import threading
 import time
@@ -82,20 +81,19 @@ class Generation:
             if abandoned.is_set():
                 raise AbandonedError
 
+        def stop() -> None:
+            abandoned.set()
+            wanted.release()
+
         def work() -> None:
+            _running.add(stop)
             try:
                 self._sample(give)
                 taken.put(None)
             except BaseException as error:
                 taken.put(error)
-            finally:
-                _running.discard(stop)
+            _running.discard(stop)
 
-        def stop() -> None:
-            abandoned.set()
-            wanted.release()
-
-        _running.add(stop)
         # no daemon: an interpreter that ends under a thread in torch aborts
         threading.Thread(target=work, name="generation").start()
         try:
@@ -126,13 +124,12 @@ class Generation:
 
     def manifest(self) -> dict[str, Any]:
         """How the images were generated, as generate_images.py writes it."""
-        request, seed = self.request, self.request.options.seed
+        pipeline, options = self.request.pipeline, self.request.options
         images = [
-            {"file": f"{i:05d}.png", "class_label": class_id, "class_name": name, "seed": seed + i}
-            for i, (class_id, name) in enumerate(zip(request.class_ids, self.captions, strict=True))
+            {"file": f"{i:05d}.png", "class_label": class_id, "class_name": name, "seed": options.seed + i}
+            for i, (class_id, name) in enumerate(zip(self.request.class_ids, self.captions, strict=True))
         ]
-        timesteps = [float(timestep) for timestep in request.pipeline.timesteps]
-        manifest = make_manifest(request.pipeline, request.options, timesteps, request.pipeline.unet.device)
+        manifest = make_manifest(pipeline, options, list(map(float, pipeline.timesteps)), pipeline.unet.device)
         return manifest | {"files": [GRID_NAME, ANIMATION_NAME], "images": images}
 
     def animation(self) -> list[Image.Image]:
@@ -147,23 +144,38 @@ def end_all() -> None:
 
 
 class View(NamedTuple):
-    """What the page shows next, each whole: HTML of status and images, and the downloads; None leaves a part as it is.
+    """What the page shows next: HTML of status and images, and the files to download; None leaves them as they are.
 
-    The files are copied before the next view is asked for; an empty list takes those before away.
+    The files are copied before the next view is asked for.
     """
 
     status: str
-    images: str | None = None
-    files: list[Path] | None = None
+    images: str | None
+    files: list[Path] | None
 
 
 def generate(form: Form, models: ModelCache, limits: AppOptions) -> Generator[View, None, None]:
     """Samples what a form asks for. Whatever goes wrong is shown, and nothing is raised."""
-    shown = View("")  # before it begins, images and files of the request before stay
+    images, files = None, None  # before it begins, those of the request before stay
     try:
-        with closing(_generate(form, models, limits)) as views:
-            for shown in views:
-                yield shown
+        generations = [Generation(request) for request in read_form(form, models, limits)]
+        started = shown = time.monotonic()
+        latest: list[Step] = []
+        with ExitStack() as stack:
+            iterators = [stack.enter_context(closing(each.steps())) for each in generations]
+            for steps in itertools.zip_longest(*iterators):
+                # one that has come to its end stays as it is
+                latest = [new or old for new, old in itertools.zip_longest(steps, latest)]
+                if time.monotonic() - shown >= _SECONDS_BETWEEN_IMAGES or latest[0].number == 1:
+                    shown, (number, total, _) = time.monotonic(), max(latest, key=lambda step: step.total)
+                    images, files = _galleries(generations, latest, finished=False), []
+                    yield View(progress(number, total), images, files)
+        number, seconds = sum(len(each.images) for each in generations), time.monotonic() - started
+        said = f"{number} image{'s' if number > 1 else ''} in {seconds:.1f} seconds"
+        images = _galleries(generations, latest, finished=True)
+        with tempfile.TemporaryDirectory(prefix="imagenet64-") as folder:
+            options = [each.request.options for each in generations]
+            yield View(done(said, options), images, write_files(generations, Path(folder)))
         return
     except AbandonedError:
         return
@@ -171,60 +183,39 @@ def generate(form: Form, models: ModelCache, limits: AppOptions) -> Generator[Vi
         sentence = str(error)
     except Exception as error:
         # what the person cannot mend is for whoever serves the page to read
-        traceback.print_exc(file=sys.stderr)
+        traceback.print_exc()
         sentence = f"Sampling failed ({type(error).__name__}): whoever serves this page finds more in its log"
-    yield View(problem(sentence), shown.images, None if shown.files is None else [])
+    yield View(problem(sentence), images, files)
 
 
-def _generate(form: Form, models: ModelCache, limits: AppOptions) -> Generator[View, None, None]:
-    generations = [Generation(request) for request in read_form(form, models, limits)]
-    started = shown = time.monotonic()
-    latest: list[Step] = []
-
-    def images(finished: bool) -> str:
-        galleries = [
-            gallery(step.pixels, each.captions, each.request.options.seed, finished, beside=len(generations) > 1)
-            for step, each in zip(latest, generations, strict=True)
-        ]
-        return side_by_side(galleries, [each.request.title for each in generations])
-
-    with ExitStack() as stack:
-        iterators = [stack.enter_context(closing(each.steps())) for each in generations]
-        for steps in itertools.zip_longest(*iterators):
-            # one that has come to its end stays as it is
-            latest = [new or old for new, old in itertools.zip_longest(steps, latest)]
-            if time.monotonic() - shown >= _SECONDS_BETWEEN_IMAGES or latest[0].number == 1:
-                shown = time.monotonic()
-                longest = max(latest, key=lambda step: step.total)
-                yield View(progress(longest.number, longest.total), images(finished=False), files=[])
-    number, seconds = sum(len(each.images) for each in generations), time.monotonic() - started
-    said = f"{number} image{'s' if number > 1 else ''} in {seconds:.1f} seconds"
-    with tempfile.TemporaryDirectory(prefix="imagenet64-") as folder:
-        files = write_files(generations, Path(folder))
-        yield View(done(said, [each.request.options for each in generations]), images(finished=True), files)
+def _galleries(generations: Sequence[Generation], latest: Sequence[Step], finished: bool) -> str:
+    galleries = [
+        gallery(step.pixels, each.captions, each.request.options.seed, finished, beside=len(generations) > 1)
+        for step, each in zip(latest, generations, strict=True)
+    ]
+    return side_by_side(galleries, [each.request.title for each in generations])
 
 
 def write_files(generations: Sequence[Generation], folder: Path) -> list[Path]:
     """Writes the files of `FILE_NAMES` for one finished generation, or for two side by side."""
-    names = ["left", "right"] if len(generations) > 1 else ["."]
+    sides = [folder / "everything" / name for name in (("left", "right") if len(generations) > 1 else (".",))]
     manifests, animations = [each.manifest() for each in generations], [each.animation() for each in generations]
-    everything = folder / "everything"
-    for name, each, manifest, animation in zip(names, generations, manifests, animations, strict=True):
-        (everything / name).mkdir(parents=True)
+    for side, each, manifest, animation in zip(sides, generations, manifests, animations, strict=True):
+        side.mkdir(parents=True)
         for image, entry in zip(each.images, manifest["images"], strict=True):
-            image.save(everything / name / entry["file"])
-        _write_shared_files(everything / name, animation, manifest)
+            image.save(side / entry["file"])
+        _write_shared_files(side, animation, manifest)
     with zipfile.ZipFile(folder / FILE_NAMES[-1], "w") as archive:
-        for file in filter(Path.is_file, everything.rglob("*")):
-            archive.write(file, file.relative_to(everything))
-
+        for file in filter(Path.is_file, folder.glob("everything/**/*")):
+            archive.write(file, file.relative_to(folder / "everything"))
     if len(generations) == 1:
-        return [*(everything / name for name in FILE_NAMES[:-1]), folder / FILE_NAMES[-1]]
+        return [*(sides[0] / name for name in FILE_NAMES[:-1]), folder / FILE_NAMES[-1]]
+
     # frame i of the longest one, and what the other one has come to by then
     length, titles = max(map(len, animations)), [each.request.title for each in generations]
     pairs = ([own[max(0, (i + 1) * len(own) // length - 1)] for own in animations] for i in range(length))
     frames = [image_grid(pair, titles, columns=2) for pair in pairs]
-    _write_shared_files(folder, frames, dict(zip(names, manifests, strict=True)))
+    _write_shared_files(folder, frames, dict(zip(("left", "right"), manifests, strict=True)))
     return [folder / name for name in FILE_NAMES]
 
 
