@@ -35,19 +35,13 @@ def serve(options: AppOptions) -> None:
         except ImportError as error:
             raise ImportError('the page needs gradio: pip install "imagenet64-diffusion[app]"') from error
         # torch and diffusers take seconds to import, which --help should not
-        import torch
-
         from imagenet64_diffusion.page.generation import end_all
         from imagenet64_diffusion.page.layout import STYLE, THEME, build_page
         from imagenet64_diffusion.page.model_cache import ModelCache
-        from imagenet64_diffusion.utils.devices import best_device, find_device
-        from imagenet64_diffusion.utils.memory import keep_freed_memory
+        from imagenet64_diffusion.utils.devices import best_device
 
-        device = find_device(options.device or best_device())
-        if device.type == "cpu":
-            keep_freed_memory()
-        dtype = getattr(torch, options.dtype)
-        models = ModelCache(options.model, options.takes_any_model, device, dtype, options.max_loaded_models)
+        device = options.device or best_device()
+        models = ModelCache(options.model, options.takes_any_model, device, options.dtype, options.max_loaded_models)
         page = build_page(models, options)
         stack.callback(end_all)
         stack.callback(page.close, verbose=False)

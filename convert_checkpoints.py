@@ -152,7 +152,7 @@ def convert_checkpoint(
     """
     # torch and diffusers take seconds to import, which --help should not
     from imagenet64_diffusion.conversion.converting import convert_files
-    from imagenet64_diffusion.pipelines.publishing import push_folder
+    from imagenet64_diffusion.pipelines.model_card import push_folder
 
     conversion = convert_files(
         checkpoint, params, output_dir, optimizer, time_embedding, id2label, dtype, variant, finish_denoising

@@ -14,15 +14,11 @@ EXAMPLE = """--class_labels 3 7 null --num_images_per_label 4
 
 
 def generate(options: GenerateOptions) -> Path:
-    """Generates the images and writes them with a grid, an animation and a manifest.
-
-    Returns:
-        The folder that holds them.
-    """
+    """Generates the images and writes them with a grid, an animation and a manifest; returns their folder."""
     # torch and diffusers take seconds to import, which --help should not
-    from imagenet64_diffusion.pipelines.generation import generate as run
+    from imagenet64_diffusion.pipelines import generation
 
-    return run(options)
+    return generation.generate(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

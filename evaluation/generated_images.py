@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from ..data.dataset import PreparedImages
-from ..pipelines.generation import class_id, plain_config, weights_digest
-from ..pipelines.loading import download_snapshot, load_pipeline
+from ..pipelines.generation import class_id, open_model, plain_config, sample_images, weights_digest
+from ..pipelines.loading import download_snapshot
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
-from ..utils.devices import find_device
-from ..utils.memory import keep_freed_memory
 
 
 # keeps the random classes apart from the noise, which comes from the same seed
@@ -64,11 +62,7 @@ class GeneratedImages:
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
     ):
-        if find_device(device).type == "cpu":
-            keep_freed_memory()
-        self.pipeline = load_pipeline(model, dtype=dtype, revision=revision).to(device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        sampler.prepare(self.pipeline)
+        self.pipeline, self._sampler = open_model(model, sampler, device, dtype, revision=revision), sampler
         scheduler, config = self.pipeline.scheduler, self.pipeline.unet.config
         if sampler.eta and "eta" not in inspect.signature(scheduler.step).parameters:
             # the number would be known by a setting that it does not depend on
@@ -76,7 +70,7 @@ class GeneratedImages:
         self.model, self.seed = str(model), seed
         size = config.sample_size
         self.image_size = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-        self._arguments = sampler.arguments(self.pipeline)
+        arguments = sampler.arguments(self.pipeline)
         self._labels = _choose_classes(self.pipeline, class_labels, class_counts, num_images, seed)
         counts = class_counts.tolist() if class_counts is not None and list(class_labels) == ["frequencies"] else None
         self.description: dict[str, Any] = {
@@ -85,7 +79,7 @@ class GeneratedImages:
             "weights_sha256": weights_digest(self.pipeline.unet),
             "scheduler": type(scheduler).__name__,
             "scheduler_config": plain_config(scheduler.config),
-            **plain_config(dataclasses.asdict(sampler) | self._arguments | {"scheduler": type(scheduler).__name__}),
+            **plain_config(dataclasses.asdict(sampler) | arguments | {"scheduler": type(scheduler).__name__}),
             "class_labels": list(class_labels),
             "class_counts": counts,
             "seed": seed,
@@ -110,12 +104,7 @@ class GeneratedImages:
             ValueError: If the model generates something that is not finite, or an option does not fit its scheduler.
         """
         labels = self._labels[start:stop]
-        generated = self.pipeline(
-            labels,
-            generator=[torch.Generator().manual_seed(self.seed + index) for index in range(start, stop)],
-            output_type="pt",
-            **self._arguments,
-        ).images
+        generated = sample_images(self.pipeline, self._sampler, labels, self.seed + start, output_type="pt")
         broken = ~generated.flatten(1).isfinite().all(dim=1)
         if broken.any():
             index = start + int(broken.nonzero()[0])

@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
-from ..pipelines.generation import ANIMATION_NAME, GRID_NAME, MANIFEST_NAME, class_caption, make_manifest, to_pixels
+from ..pipelines.generation import (
+    ANIMATION_NAME,
+    GRID_NAME,
+    MANIFEST_NAME,
+    class_caption,
+    make_manifest,
+    sample_images,
+    to_pixels,
+)
 from ..pipelines.generation_options import GenerateOptions
 from ..pipelines.image_grid import image_grid, save_animation, to_image
 from ..pipelines.sampler import Sampler
@@ -48,20 +55,14 @@ class Step(NamedTuple):
 
 
 class Generation:
-    """The images of a request.
-
-    Attributes:
-        request: What is sampled.
-        captions: The class name of each image; empty for the null class.
-        images: The images, when all steps have been taken.
-        frames: What they looked like after each step, or every so many: uint8, (images, height, width, channels).
-    """
+    """The images of a request."""
 
     def __init__(self, request: Request):
         self.request = request
+        # the class name of each image; empty for the null class
         self.captions = [class_caption(request.pipeline, class_id) for class_id in request.class_ids]
-        self.images: list[Image.Image] = []
-        self.frames: list[np.ndarray] = []
+        self.images: list[Image.Image] = []  # when all steps have been taken
+        self.frames: list[np.ndarray] = []  # the pixels of each step, or of every so many
 
     def steps(self) -> Generator[Step, None, None]:
         """Samples in a thread of its own, which is never more than two steps ahead.
@@ -115,26 +116,8 @@ class Generation:
                 self.frames.append(pixels)
             give(Step(step + 1, total, pixels))
 
-        self.images = pipeline(
-            class_ids,
-            generator=[torch.Generator().manual_seed(options.seed + i) for i in range(len(class_ids))],
-            callback_on_step_end=on_step_end,
-            **Sampler.from_options(options).arguments(pipeline),
-        ).images
-
-    def manifest(self) -> dict[str, Any]:
-        """How the images were generated, as generate_images.py writes it."""
-        pipeline, options = self.request.pipeline, self.request.options
-        images = [
-            {"file": f"{i:05d}.png", "class_label": class_id, "class_name": name, "seed": options.seed + i}
-            for i, (class_id, name) in enumerate(zip(self.request.class_ids, self.captions, strict=True))
-        ]
-        manifest = make_manifest(pipeline, options, list(map(float, pipeline.timesteps)), pipeline.unet.device)
-        return manifest | {"files": [GRID_NAME, ANIMATION_NAME], "images": images}
-
-    def animation(self) -> list[Image.Image]:
-        """A labelled grid of each of the frames."""
-        return [image_grid(list(map(to_image, frame)), self.captions) for frame in self.frames]
+        sampler = Sampler.from_options(options)
+        self.images = sample_images(pipeline, sampler, class_ids, options.seed, callback_on_step_end=on_step_end)
 
 
 def end_all() -> None:
@@ -144,14 +127,11 @@ def end_all() -> None:
 
 
 class View(NamedTuple):
-    """What the page shows next: HTML of status and images, and the files to download; None leaves them as they are.
-
-    The files are copied before the next view is asked for.
-    """
+    """What the page shows next: HTML of status and images, and the files to download; None leaves them as they are."""
 
     status: str
     images: str | None
-    files: list[Path] | None
+    files: list[Path] | None  # which are copied before the next view is asked for
 
 
 def generate(form: Form, models: ModelCache, limits: AppOptions) -> Generator[View, None, None]:
@@ -198,24 +178,25 @@ def _galleries(generations: Sequence[Generation], latest: Sequence[Step], finish
 
 def write_files(generations: Sequence[Generation], folder: Path) -> list[Path]:
     """Writes the files of `FILE_NAMES` for one finished generation, or for two side by side."""
-    sides = [folder / "everything" / name for name in (("left", "right") if len(generations) > 1 else (".",))]
-    manifests, animations = [each.manifest() for each in generations], [each.animation() for each in generations]
-    for side, each, manifest, animation in zip(sides, generations, manifests, animations, strict=True):
-        side.mkdir(parents=True)
-        for image, entry in zip(each.images, manifest["images"], strict=True):
-            image.save(side / entry["file"])
-        _write_shared_files(side, animation, manifest)
+    everything, manifests, animations = folder / "everything", {}, []
+    for name, each in zip((".",) if len(generations) == 1 else ("left", "right"), generations, strict=True):
+        pipeline, options, class_ids = each.request.pipeline, each.request.options, each.request.class_ids
+        manifests[name] = make_manifest(pipeline, options, class_ids, pipeline.timesteps)
+        animations.append([image_grid(list(map(to_image, frame)), each.captions) for frame in each.frames])
+        (everything / name).mkdir(parents=True)
+        for image, entry in zip(each.images, manifests[name]["images"], strict=True):
+            image.save(everything / name / entry["file"])
+        _write_shared_files(everything / name, animations[-1], manifests[name])
     with zipfile.ZipFile(folder / FILE_NAMES[-1], "w") as archive:
-        for file in filter(Path.is_file, folder.glob("everything/**/*")):
-            archive.write(file, file.relative_to(folder / "everything"))
+        for file in filter(Path.is_file, everything.rglob("*")):
+            archive.write(file, file.relative_to(everything))
     if len(generations) == 1:
-        return [*(sides[0] / name for name in FILE_NAMES[:-1]), folder / FILE_NAMES[-1]]
+        return [*(everything / name for name in FILE_NAMES[:-1]), folder / FILE_NAMES[-1]]
 
     # frame i of the longest one, and what the other one has come to by then
     length, titles = max(map(len, animations)), [each.request.title for each in generations]
     pairs = ([own[max(0, (i + 1) * len(own) // length - 1)] for own in animations] for i in range(length))
-    frames = [image_grid(pair, titles, columns=2) for pair in pairs]
-    _write_shared_files(folder, frames, dict(zip(("left", "right"), manifests, strict=True)))
+    _write_shared_files(folder, [image_grid(pair, titles, columns=2) for pair in pairs], manifests)
     return [folder / name for name in FILE_NAMES]
 
 

@@ -1,5 +1,6 @@
 """The page as Gradio's components and what happens when they are used."""
 
+import contextlib
 import html
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,26 +9,26 @@ from typing import Any
 import gradio as gr
 
 from ..pipelines.generation import class_caption
+from ..pipelines.loading import scheduler_names
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from .app_options import AppOptions
-from .generation import FILE_NAMES, generate
+from .generation import generate
 from .markup import note, problem
 from .model_cache import ModelCache, facts, title
-from .request import MAX_SEED, NOTHING, OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULERS, scheduler_names, takes_eta
+from .request import MAX_SEED, NOTHING, OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULERS, takes_eta
 
 
 TITLE = "Class-conditional diffusion in pixels"
 STYLE = Path(__file__).with_name("style.css")
-# fonts that the visitor's machine has: nothing is fetched from elsewhere
-FONTS = {"font": ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif"), "font_mono": ("Consolas", "monospace")}
-THEME = gr.themes.Base(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", **FONTS).set(
+# with fonts that the visitor's machine has: nothing is fetched from elsewhere
+_FONTS = {"font": ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif"), "font_mono": ("Consolas", "monospace")}
+THEME = gr.themes.Base(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", **_FONTS).set(
     **{"body_background_fill": "*neutral_50", "input_background_fill": "white", "input_border_color": "*neutral_300"},
     **{"input_background_fill_dark": "*neutral_800", "input_border_color_dark": "*neutral_600"},
 )
-_HINT = '<p class="hint">Choose classes and press Generate.</p>'
 _DOWNLOAD_LABELS = ("Image grid (PNG)", "Animation (GIF)", "Manifest (JSON)", "Everything (ZIP)")
-# Copies of the downloads go when they are this old, in seconds, give or take a third.
-_KEEP_DOWNLOADS = 1800
+# how often copies of the downloads are looked at, and how old they become, in seconds
+_DELETE_DOWNLOADS = (600, 1800)
 # on a narrow screen the images stand below the button
 _SHOW_IMAGES = "() => { if (innerWidth <= 820) document.querySelector('#result').scrollIntoView(); }"
 _NEW_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
@@ -41,8 +42,7 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
         ValueError, OSError: If the model that it begins with cannot be opened.
     """
     pipeline = models.pipeline(models.names[0])
-    delete_cache = (_KEEP_DOWNLOADS // 3, _KEEP_DOWNLOADS)
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=delete_cache) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_DELETE_DOWNLOADS) as page:
         about = gr.HTML(_about(models.names[0], pipeline), elem_id="head")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="ask"):
@@ -52,13 +52,11 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
                     stop = gr.Button("Stop", size="md", min_width=80, elem_id="stop")
             with gr.Column(elem_id="result"):
                 status = gr.HTML(elem_id="status")
-                images = gr.HTML(_HINT, elem_id="images")
+                images = gr.HTML('<p class="hint">Choose classes and press Generate.</p>', elem_id="images")
                 with gr.Row(elem_id="downloads"):
-                    options: dict[str, Any] = {"interactive": False, "size": "sm"}
-                    kinds = [Path(name).suffix[1:] for name in FILE_NAMES]
                     downloads = [
-                        gr.DownloadButton(label, min_width=100, elem_id=f"download-{kind}", **options)
-                        for label, kind in zip(_DOWNLOAD_LABELS, kinds, strict=True)
+                        gr.DownloadButton(label, interactive=False, size="sm", min_width=100, elem_id=f"download-{i}")
+                        for i, label in enumerate(_DOWNLOAD_LABELS)
                     ]
             with gr.Column(elem_id="settings"):
                 controls |= _settings(limits, pipeline)
@@ -81,11 +79,9 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
 
         def on_choice(name: Any, scheduler: str, other: str, compare: str) -> list[Any]:
             schedulers = [scheduler, other] if compare == TWO_SCHEDULERS else [scheduler]
-            try:
-                opened = models.pipeline(name)
-                eta = gr.Slider(visible=any(takes_eta(opened, each) for each in schedulers))
-            except (ValueError, OSError):  # which on_model shows
-                eta = gr.skip()
+            eta = gr.skip()
+            with contextlib.suppress(ValueError, OSError):  # which on_model shows
+                eta = gr.Slider(visible=any(takes_eta(models.pipeline(name), each) for each in schedulers))
             return [eta, gr.Dropdown(visible=compare == TWO_SCHEDULERS), gr.Number(visible=compare == TWO_SCALES)]
 
         running = start.click(
@@ -133,23 +129,28 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
     compare = gr.Radio([NOTHING, TWO_SCHEDULERS, TWO_SCALES], value=NOTHING, label="Compare", elem_id="compare")
     other = gr.Dropdown(_schedulers(), value="DPMSolverMultistepScheduler", label="Other scheduler", visible=False)
     other_scale = gr.Number(5, label="Other guidance scale", visible=False, elem_id="other-scale")
-    return {
-        **{"model": model, "class_labels": classes, "num_images_per_label": number, "seed": seed, "compare": compare},
-        **{"other_scheduler": other, "other_guidance_scale": other_scale},
-    }
+    names = (
+        "model",
+        "class_labels",
+        "num_images_per_label",
+        "seed",
+        "compare",
+        "other_scheduler",
+        "other_guidance_scale",
+    )
+    return dict(zip(names, (model, classes, number, seed, compare, other, other_scale), strict=True))
 
 
 def _settings(limits: AppOptions, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """The controls of the last column."""
-    eta_info = "0 is deterministic (DDIM), 1 as random as DDPM."
-    shows_eta = takes_eta(pipeline, OWN_SCHEDULER)
-    begin_info = "At this fraction of the steps."
+    eta = {"info": "0 is deterministic (DDIM), 1 as random as DDPM.", "visible": takes_eta(pipeline, OWN_SCHEDULER)}
+    begin = "At this fraction of the steps."
     return {
         "guidance_scale": gr.Slider(0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance."),
         "num_inference_steps": gr.Number(20, label="Steps", info=f"From 1 to {limits.max_steps}.", elem_id="steps"),
         "scheduler": gr.Dropdown(_schedulers(), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"),
-        "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", info=eta_info, visible=shows_eta, elem_id="eta"),
-        "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin_info),
+        "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", elem_id="eta", **eta),
+        "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin),
         "guidance_end": gr.Slider(0, 1, 1, step=0.05, label="Guidance ends"),
     }
 

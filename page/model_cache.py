@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..pipelines.loading import load_pipeline
+from ..pipelines.generation import open_model
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..pipelines.sampler import Sampler
 from ..pretrained import DIGITS
 
 
@@ -27,12 +28,12 @@ class ModelCache:
         self,
         names: Sequence[str],
         takes_any: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        dtype: str = "float32",
         max_loaded: int = 3,
     ):
         self.names = tuple(dict.fromkeys(names)) or (str(DIGITS),)
-        self.takes_any, self.device, self.dtype = takes_any, torch.device(device), dtype
+        self.takes_any, self.device, self.dtype = takes_any, device, dtype
         # a lock for whoever loads the model, and the model when that is done
         self._entry = functools.lru_cache(max_loaded)(lambda name: (threading.Lock(), []))
 
@@ -52,7 +53,8 @@ class ModelCache:
             if not loaded:
                 # what is typed is not fetched with the rights of whoever serves the page
                 token = None if name in self.names else False
-                loaded.append(load_pipeline(name, dtype=self.dtype, token=token).to(self.device))
+                dtype = getattr(torch, self.dtype)
+                loaded.append(open_model(name, Sampler(), self.device, dtype, token=token))
         unet, scheduler, config = loaded[0].unet, copy.deepcopy(loaded[0].scheduler), loaded[0].config
         pipeline = ClassConditionalPipeline(unet, scheduler, config.id2label, config.guide_variance)
         pipeline.set_progress_bar_config(disable=True)

@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
-from diffusers.utils.import_utils import DummyObject
-
 from ..pipelines.generation import requested_class_ids
 from ..pipelines.generation_options import GenerateOptions
-from ..pipelines.loading import OUR_SCHEDULERS, scheduler_class, swap_scheduler
-from ..pipelines.pipeline_class_conditional import UNSUITABLE_SCHEDULERS, ClassConditionalPipeline
+from ..pipelines.loading import scheduler_class, scheduler_names
+from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..pipelines.sampler import Sampler
 from .app_options import AppOptions
 from .model_cache import ModelCache
 
@@ -25,31 +23,13 @@ Form = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """One set of images to generate.
+    """One set of images to generate."""
 
-    Attributes:
-        pipeline: Of this request alone but for its network, with the scheduler that is asked for.
-        options: What generate_images.py would be told.
-        class_ids: The class of each image, None for the null class.
-        title: What tells it from the other one in a comparison.
-        evaluations: How often the network is evaluated for an image, times the images.
-    """
-
-    pipeline: ClassConditionalPipeline
-    options: GenerateOptions
-    class_ids: list[int | None]
-    title: str
-    evaluations: int
-
-
-def scheduler_names() -> list[str]:
-    """The schedulers that sample from such networks and whose libraries are installed, ours first."""
-    names = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")} - UNSUITABLE_SCHEDULERS.keys()
-    is_missing = (DummyObject, type(None))
-    return [
-        *OUR_SCHEDULERS,
-        *(name for name in sorted(names) if not isinstance(getattr(diffusers, name, None), is_missing)),
-    ]
+    pipeline: ClassConditionalPipeline  # of this request alone but for its network, with the scheduler asked for
+    options: GenerateOptions  # what generate_images.py would be told
+    class_ids: list[int | None]  # of each image, None for the null class
+    title: str  # what tells it from the other one in a comparison
+    evaluations: int  # of the network for an image, times the images
 
 
 def takes_eta(pipeline: ClassConditionalPipeline, scheduler: str) -> bool:
@@ -124,8 +104,8 @@ def _read_side(form: Form, models: ModelCache, limits: AppOptions) -> Request:
         guidance_interval=[form["guidance_begin"], form["guidance_end"]],
         eta=form["eta"] if takes_eta(pipeline, scheduler) else 0.0,
         scheduler=None if scheduler == OWN_SCHEDULER else scheduler,
-        dtype=str(models.dtype).removeprefix("torch."),
-        device=str(models.device),
+        dtype=models.dtype,
+        device=models.device,
     )
     class_ids: list[int | None] = []
     number = len(labels) * options.num_images_per_label
@@ -140,8 +120,7 @@ def _read_side(form: Form, models: ModelCache, limits: AppOptions) -> Request:
     title = f"{type(pipeline.scheduler).__name__} of the model" if scheduler == OWN_SCHEDULER else scheduler
     if form["compare"] == TWO_SCALES:
         title = f"guidance {options.guidance_scale:g}"
-    if options.scheduler is not None:
-        swap_scheduler(pipeline, options.scheduler)
+    Sampler.from_options(options).prepare(pipeline)
     # a guided step takes two evaluations for each image, and one of a scheduler of second order again two
     evaluations = number * form["num_inference_steps"] * getattr(pipeline.scheduler, "order", 1)
     return Request(pipeline, options, class_ids, title, evaluations * (2 if options.guidance_scale > 1 else 1))

@@ -11,7 +11,8 @@ import platform
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,8 @@ from .sampler import Sampler
 
 MANIFEST_NAME = "manifest.json"
 GRID_NAME, ANIMATION_NAME = "grid.png", "denoising.gif"
-# What the animation is made of, until it is: the way of each image from noise.
+# What the animation is made of, until it is: the way of each batch from noise.
 _FRAMES_NAME = ".frames"
-_FAILED_NAME = "failed"
 # A grid or an animation of more would be neither looked at nor held in memory with comfort.
 _MAX_IMAGES_IN_GRID = 144
 # May change when a run is resumed: they make no other images beyond rounding.
@@ -49,13 +49,10 @@ _MAY_DIFFER = {"unfinished", "versions", "device", "batch_size", "output_dir"}
 
 
 def generate(options: GenerateOptions) -> Path:
-    """Generates the images that the options ask for, see `GenerateOptions`, or resumes that.
+    """Generates the images that the options ask for, see `GenerateOptions`, or resumes that; returns their folder.
 
     Every image comes from its own seed, on the CPU, and so does not depend on batch size, place or device beyond
     rounding. The ranks that accelerate has started share the batches.
-
-    Returns:
-        The folder of the images.
 
     Raises:
         ValueError: If an option does not fit the model, or the folder holds something else.
@@ -66,7 +63,16 @@ def generate(options: GenerateOptions) -> Path:
     # one rank may have the last batch of an hour while the others wait for it
     state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=7))
     folder = Path(options.output_dir)
-    with _stopped_by_signals(folder, state), contextlib.ExitStack() as stack:
+
+    def stop(number: int, frame: Any) -> None:
+        message = f"stopped by {signal.Signals(number).name}; the images in {folder} stay: the same command resumes"
+        raise StoppedBySignalError(number, message if state.is_main_process else "")
+
+    with contextlib.ExitStack() as stack:
+        # at once: every file is written atomically, so nothing need be saved; only the main thread may set handlers
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                stack.callback(signal.signal, number, signal.signal(number, stop))
         run = on_every_process(state, lambda: _Run(options, state))
 
         def take_folder() -> list[range] | None:
@@ -87,73 +93,41 @@ def generate(options: GenerateOptions) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _stopped_by_signals(folder: Path, state: PartialState) -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT end the work at once: every file is written atomically, so nothing need be saved."""
-
-    def stop(number: int, frame: Any) -> None:
-        message = f"stopped by {signal.Signals(number).name}; the images in {folder} stay: the same command resumes"
-        raise StoppedBySignalError(number, message if state.is_main_process else "")
-
-    earlier: dict[int, Any] = {}
-    # only the main thread may set handlers
-    if threading.current_thread() is threading.main_thread():
-        earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
 class _Run:
     """What the options ask for, and how much of it is in the folder."""
 
     def __init__(self, options: GenerateOptions, state: PartialState):
-        device = find_device(options.device or (state.device if state.num_processes > 1 else best_device()))
-        if device.type == "cpu":
-            keep_freed_memory()
+        device = options.device or (state.device if state.num_processes > 1 else best_device())
         self.options, self.state, self.folder = options, state, Path(options.output_dir)
-        self.pipeline = load_pipeline(options.model, dtype=getattr(torch, options.dtype)).to(device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        sampler = Sampler.from_options(options)
-        sampler.prepare(self.pipeline)
-        self.arguments = sampler.arguments(self.pipeline)
+        self.sampler = Sampler.from_options(options)
+        self.pipeline = open_model(options.model, self.sampler, device, getattr(torch, options.dtype))
         self.labels = requested_class_ids(self.pipeline, options)
-        captions = [class_caption(self.pipeline, label) for label in self.labels]
-        self.captions = captions[:_MAX_IMAGES_IN_GRID]
-        self.num_animated = len(self.captions) if options.animation else 0
-        step_names = ("num_inference_steps", "timesteps", "clip_sample")
-        self.pipeline.prepare_scheduler(**{name: self.arguments.get(name) for name in step_names})
-        timesteps = [float(timestep) for timestep in self.pipeline.timesteps]
-        digits = max(5, len(str(len(self.labels))))
-        images: list[dict[str, Any]] = [
-            {"file": f"{i:0{digits}d}.png", "class_label": label, "class_name": name, "seed": options.seed + i}
-            for i, (label, name) in enumerate(zip(self.labels, captions, strict=True))
-        ]
-        self.manifest = make_manifest(self.pipeline, options, timesteps, device) | {
-            "files": [GRID_NAME, ANIMATION_NAME] if options.animation else [GRID_NAME],
-            "images": images,
+        self.captions = [class_caption(self.pipeline, label) for label in self.labels[:_MAX_IMAGES_IN_GRID]]
+        arguments = self.sampler.arguments(self.pipeline)
+        names = ("num_inference_steps", "timesteps", "clip_sample")
+        scheduler = self.pipeline.prepare_scheduler(**{name: arguments.get(name) for name in names})
+        self.manifest = make_manifest(self.pipeline, options, self.labels, scheduler.timesteps.tolist())
+        self.image_files = [self.folder / image["file"] for image in self.manifest["images"]]
+        self.frames_folder, self.has_begun = self.folder / _FRAMES_NAME, False
+        size, num_animated = options.batch_size, len(self.captions) if options.animation else 0
+        self.frames_files = {
+            start: self.frames_folder / f"{start:05d}+{size}.npy" for start in range(0, num_animated, size)
         }
-        self.image_files = [self.folder / image["file"] for image in images]
-        self.frames_folder = self.folder / _FRAMES_NAME
-        self.frames_files = [self.frames_folder / f"{index:05d}.npy" for index in range(self.num_animated)]
-
-    # ------------------------------------------------------------------ the folder, on the main process
 
     def missing_batches(self) -> list[range] | None:
-        """Takes the folder; the batches that are to be generated, None where everything is there.
+        """Takes the folder, on the main process; the batches to be generated, None where everything is there.
 
         Batches are the same ones in every run, so that resuming makes no image different by rounding.
         """
-        present = _names(self.folder)
-        earlier = _read_manifest(self.folder / MANIFEST_NAME)
-        if earlier is None and any(not name.startswith((".writing.", _FRAMES_NAME)) for name in present):
-            raise ValueError(f"output_dir is {self.folder}, which holds other files: name a new or an empty folder")
-        if earlier is not None:
+        present, earlier = _names(self.folder), _read_manifest(self.folder / MANIFEST_NAME)
+        if earlier is None:
+            if any(not name.startswith((".writing.", _FRAMES_NAME)) for name in present):
+                raise ValueError(
+                    f"output_dir is {self.folder}, which holds other files: name a new or an empty folder"
+                )
+        else:
             images = {image["file"] for image in earlier["images"]}
-            written = {*earlier["files"], *images}
-            difference = _difference(earlier, self.manifest)
+            written, difference = {*earlier["files"], *images}, _difference(earlier, self.manifest)
             if difference is None and "unfinished" not in earlier and written <= present:
                 return None
             if difference is not None and "unfinished" in earlier and images & present:
@@ -166,17 +140,20 @@ class _Run:
                     (self.folder / Path(name).name).unlink(missing_ok=True)
                 shutil.rmtree(self.frames_folder, ignore_errors=True)
         self._write_manifest({"unfinished": True})
+        self.has_begun = True
         self.frames_folder.mkdir(exist_ok=True)
-        (self.frames_folder / _FAILED_NAME).unlink(missing_ok=True)
 
         present = _names(self.folder) | _names(self.frames_folder)
-        needed = [[file.name] for file in self.image_files]
-        if ANIMATION_NAME not in present:
-            for index, file in enumerate(self.frames_files):
-                needed[index].append(file.name)
-        size = self.options.batch_size
-        starts = {index // size * size for index, names in enumerate(needed) if not present.issuperset(names)}
-        return [range(start, min(start + size, len(needed))) for start in sorted(starts)]
+        size, total = self.options.batch_size, len(self.labels)
+        batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+        def is_missing(batch: range) -> bool:
+            needed = [self.image_files[index].name for index in batch]
+            if batch.start in self.frames_files and ANIMATION_NAME not in present:
+                needed.append(self.frames_files[batch.start].name)
+            return not present.issuperset(needed)
+
+        return list(filter(is_missing, batches))
 
     def _write_manifest(self, entries: dict[str, Any]) -> None:
         with atomic_file(self.folder / MANIFEST_NAME) as writing:
@@ -184,10 +161,7 @@ class _Run:
 
     def remove_if_empty(self) -> None:
         """Leaves nothing of a run that failed before its first image, so that any other may take its place."""
-        earlier = _read_manifest(self.folder / MANIFEST_NAME)
-        if earlier is None or "unfinished" not in earlier or any(file.exists() for file in self.image_files):
-            return
-        if _difference(earlier, self.manifest) is None:
+        if self.has_begun and not any(file.exists() for file in self.image_files):
             shutil.rmtree(self.frames_folder, ignore_errors=True)
             (self.folder / MANIFEST_NAME).unlink()
             with contextlib.suppress(OSError):
@@ -195,66 +169,47 @@ class _Run:
 
     def finish(self) -> None:
         """Writes the grid and the animation of the first images, and says that everything is there."""
-        options, folder = self.options, self.folder
-        if not (folder / GRID_NAME).exists():
+        grid, animation, columns = self.folder / GRID_NAME, self.folder / ANIMATION_NAME, self.options.columns
+        if not grid.exists():
             images = [Image.open(file) for file in self.image_files[: len(self.captions)]]
-            with atomic_file(folder / GRID_NAME) as writing:
-                image_grid(images, self.captions, options.columns).save(writing)
-        if options.animation and not (folder / ANIMATION_NAME).exists():
-            ways = [np.load(file, mmap_mode="r") for file in self.frames_files]
-            frames = [
-                image_grid(list(map(to_image, step)), self.captions, options.columns)
-                for step in zip(*ways, strict=True)
-            ]
-            save_animation(frames, folder / ANIMATION_NAME, options.fps)
+            with atomic_file(grid) as writing:
+                image_grid(images, self.captions, columns).save(writing)
+        if self.options.animation and not animation.exists():
+            ways = [np.load(file, mmap_mode="r") for file in self.frames_files.values()]
+            steps = ([to_image(image) for batch in step for image in batch] for step in zip(*ways, strict=True))
+            save_animation([image_grid(step, self.captions, columns) for step in steps], animation, self.options.fps)
         shutil.rmtree(self.frames_folder)
         self._write_manifest({})
 
-    # ------------------------------------------------------------------ sampling, on every rank
-
     def generate_batches(self, batches: list[range]) -> None:
-        """Generates this rank's part of the batches; ends early where another rank has failed."""
-        failed, state = self.frames_folder / _FAILED_NAME, self.state
-        mine = batches[state.process_index :: state.num_processes]
+        """Generates this rank's part of the batches."""
+        mine = batches[self.state.process_index :: self.state.num_processes]
+        hidden = not self.state.is_main_process
         num_steps = len(mine) * self.pipeline.num_timesteps
-        with tqdm(total=num_steps, desc="generating", unit="step", disable=not state.is_main_process) as progress_bar:
+        with tqdm(total=num_steps, desc="generating", unit="step", disable=hidden) as progress_bar:
             for batch in mine:
-                if failed.exists():
-                    return
-                try:
-                    self._generate_batch(batch, progress_bar)
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        failed.touch()
-                    raise
+                self._generate_batch(batch, progress_bar)
 
     def _generate_batch(self, batch: range, progress_bar: tqdm) -> None:
-        animated = batch[: max(self.num_animated - batch.start, 0)]
         frames: list[np.ndarray] = []
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
             progress_bar.update()
-            if animated:
-                frames.append(to_pixels(pipeline, tensors["latents"][: len(animated)]))
+            if batch.start in self.frames_files:
+                frames.append(to_pixels(pipeline, tensors["latents"][: len(self.captions) - batch.start]))
 
+        labels, seed = self.labels[batch.start : batch.stop], self.options.seed + batch.start
         try:
-            images = self.pipeline(
-                self.labels[batch.start : batch.stop],
-                generator=[torch.Generator().manual_seed(self.options.seed + index) for index in batch],
-                callback_on_step_end=on_step_end,
-                **self.arguments,
-            ).images
+            images = sample_images(self.pipeline, self.sampler, labels, seed, callback_on_step_end=on_step_end)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the device's memory is too small for {len(batch)} images at a time: give a smaller batch_size"
-            ) from error
+            raise ValueError(f"memory is too small for {len(batch)} images at a time: lower batch_size") from error
         # an image is there when it has its file, so its way from noise is written before
-        for number, index in enumerate(animated):
-            with atomic_file(self.frames_files[index]) as writing:
-                np.save(writing, np.stack([step[number] for step in frames]))
-        for index, image in zip(batch, images, strict=True):
-            if not self.image_files[index].exists():
-                with atomic_file(self.image_files[index]) as writing:
+        if frames:
+            with atomic_file(self.frames_files[batch.start]) as writing:
+                np.save(writing, np.stack(frames))
+        for file, image in zip(self.image_files[batch.start : batch.stop], images, strict=True):
+            if not file.exists():
+                with atomic_file(file) as writing:
                     image.save(writing)
 
 
@@ -267,10 +222,10 @@ def _read_manifest(file: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         manifest["options"] = dict(manifest.get("options", {}))
-        names = [*manifest["files"], *(image["file"] for image in manifest["images"])]
+        "".join([*manifest["files"], *(image["file"] for image in manifest["images"])])  # names, or a TypeError
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if all(isinstance(name, str) for name in names) else None
+    return manifest
 
 
 def _difference(earlier: dict[str, Any], manifest: dict[str, Any]) -> str | None:
@@ -284,13 +239,46 @@ def _difference(earlier: dict[str, Any], manifest: dict[str, Any]) -> str | None
     return None
 
 
+def open_model(
+    model: str, sampler: Sampler, device: torch.device | str, dtype: torch.dtype = torch.float32, **hub_options: Any
+) -> ClassConditionalPipeline:
+    """The pipeline of a folder or Hub id on a device, with the sampler's scheduler; raises as `load_pipeline`."""
+    device = find_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    pipeline = load_pipeline(model, dtype=dtype, **hub_options).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    sampler.prepare(pipeline)
+    return pipeline
+
+
+def sample_images(
+    pipeline: ClassConditionalPipeline, sampler: Sampler, labels: Sequence[int | None], seed: int, **options: Any
+) -> Any:
+    """Image i of class ``labels[i]``, None for the null class, from ``torch.Generator().manual_seed(seed + i)``.
+
+    The options are further arguments of the pipeline's call. The noise is made on the CPU, so that it is that of every
+    device.
+    """
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(labels))]
+    return pipeline(labels, generator=generators, **sampler.arguments(pipeline), **options).images
+
+
+_DIGESTS: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+
+
 def weights_digest(unet: torch.nn.Module) -> str:
-    """SHA-256 of a network's weights, which tells models apart whose folders have the same name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """SHA-256 of the weights of a loaded network, which tells models apart whose folders have the same name.
+
+    It is computed once: the weights must not change any more.
+    """
+    if unet not in _DIGESTS:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(unet.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        _DIGESTS[unet] = digest.hexdigest()
+    return _DIGESTS[unet]
 
 
 def to_pixels(pipeline: ClassConditionalPipeline, latents: torch.Tensor) -> np.ndarray:
@@ -300,13 +288,8 @@ def to_pixels(pipeline: ClassConditionalPipeline, latents: torch.Tensor) -> np.n
 
 
 def requested_class_ids(pipeline: ClassConditionalPipeline, options: GenerateOptions) -> list[int | None]:
-    """The class of each image that the options ask for; None is the null class.
-
-    Raises:
-        ValueError: If the model has no such class.
-    """
-    num_classes = pipeline.unet.config.num_class_embeds
-    asked = options.class_labels
+    """The class of each image that the options ask for, None for the null class; ValueError if there is none."""
+    num_classes, asked = pipeline.unet.config.num_class_embeds, options.class_labels
     if num_classes is None:
         if asked not in (["random"], ["null"]):
             raise ValueError(f"class_labels is {' '.join(asked)}, but the model has no classes: leave it out")
@@ -321,33 +304,29 @@ def requested_class_ids(pipeline: ClassConditionalPipeline, options: GenerateOpt
 
 
 def class_id(pipeline: ClassConditionalPipeline, label: str, num_classes: int) -> int | None:
-    """The id of a class that is given by its id or its name; None for null.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The id of a class that is given by its id or its name; None for null. ValueError if there is none."""
     if label == "null":
         return None
-    try:
-        number = int(label)
-    except ValueError:
+    if not label.removeprefix("-").isdecimal():
         return pipeline.get_label_ids(label)[0]
-    if not 0 <= number < num_classes:
-        raise ValueError(f"class label {number} is out of range: ids go from 0 to {num_classes - 1}")
-    return number
+    if not 0 <= int(label) < num_classes:
+        raise ValueError(f"class label {label} is out of range: ids go from 0 to {num_classes - 1}")
+    return int(label)
 
 
 def class_caption(pipeline: ClassConditionalPipeline, label: int | None) -> str:
     """The name of a class, or its id where it has none; empty for the null class."""
-    if label is None:
-        return ""
-    return (pipeline.config.id2label or {}).get(label, str(label))
+    return "" if label is None else (pipeline.config.id2label or {}).get(label, str(label))
 
 
 def make_manifest(
-    pipeline: ClassConditionalPipeline, options: GenerateOptions, timesteps: list[float], device: torch.device
+    pipeline: ClassConditionalPipeline,
+    options: GenerateOptions,
+    labels: Sequence[int | None],
+    timesteps: Sequence[Any],
 ) -> dict[str, Any]:
-    """How the images are generated, as JSON values; the images themselves are not in it yet."""
+    """How images of these classes are generated and what is written, as JSON values."""
+    digits = max(5, len(str(len(labels))))
     return {
         "versions": {
             "imagenet64_diffusion": __version__,
@@ -357,16 +336,25 @@ def make_manifest(
         },
         "model": options.model,
         "weights_sha256": weights_digest(pipeline.unet),
-        "device": device.type,
+        "device": pipeline.unet.device.type,
         "options": asdict(options),
         "scheduler": {"class": type(pipeline.scheduler).__name__, "config": plain_config(pipeline.scheduler.config)},
-        "timesteps": timesteps,
+        "timesteps": [float(timestep) for timestep in timesteps],
         "note": "each image begins with noise of torch.Generator().manual_seed(seed) on the CPU",
+        "files": [GRID_NAME, ANIMATION_NAME] if options.animation else [GRID_NAME],
+        "images": [
+            {
+                "file": f"{index:0{digits}d}.png",
+                "class_label": label,
+                "class_name": class_caption(pipeline, label),
+                "seed": options.seed + index,
+            }
+            for index, label in enumerate(labels)
+        ],
     }
 
 
 def plain_config(config: Any) -> dict[str, Any]:
     """A config as JSON holds it, without diffusers' own entries."""
-    return json.loads(
-        json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, default=str)
-    )
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    return json.loads(json.dumps(own, default=str))

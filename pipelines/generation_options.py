@@ -1,39 +1,38 @@
 """The options of sampling images, which generate_images.py and evaluate_models.py have in common."""
 
+import functools
 from dataclasses import dataclass
 
 from ..pretrained import DIGITS
 from ..utils.command_line import CheckedOptions, option, option_list
+from .sampler import Sampler
+
+
+_sampling, _model, _images, _output = (
+    functools.partial(option, group=group) for group in ("sampling", "model", "images", "output")
+)
 
 
 @dataclass(kw_only=True)
 class SamplerOptions(CheckedOptions):
     """How a pipeline samples, see `Sampler`."""
 
-    scheduler: str | None = option(
+    scheduler: str | None = _sampling(
         None,
         "Another scheduler, ours or one of diffusers, such as DDIM, DPMSolverMultistep, UniPCMultistep (default: the"
         " model's own).",
-        group="sampling",
         metavar="NAME",
     )
-    num_inference_steps: int | None = option(
-        None,
-        "Denoising steps (default: 100, where step_size is not given either).",
-        at_least=1,
-        group="sampling",
+    num_inference_steps: int | None = _sampling(
+        None, "Denoising steps (default: 100, where step_size is not given either).", at_least=1
     )
-    step_size: int | None = option(
-        None,
-        "The original program's way to say the steps: every step_size-th timestep, beginning at the first.",
-        at_least=1,
-        group="sampling",
+    step_size: int | None = _sampling(
+        None, "The original program's way to say the steps: every step_size-th timestep, from the first.", at_least=1
     )
-    guidance_scale: float = option(
+    guidance_scale: float = _sampling(
         5.0,
         "Classifier-free guidance, at least 0; up to 1 samples without. The original's guidance w is w + 1 here.",
         at_least=0,
-        group="sampling",
     )
     guidance_interval: list[float] = option_list(
         [0.0, 1.0],
@@ -41,21 +40,15 @@ class SamplerOptions(CheckedOptions):
         group="sampling",
         nargs=2,
     )
-    eta: float = option(
-        0.0,
-        "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.",
-        at_least=0,
-        group="sampling",
+    eta: float = _sampling(
+        0.0, "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.", at_least=0
     )
-    clip_sample: bool | None = option(
-        None, "Clip the predicted image at each step (default: as the model says).", group="sampling"
-    )
+    clip_sample: bool | None = _sampling(None, "Clip the predicted image at each step (default: as the model says).")
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""
         super().__post_init__()
-        if self.num_inference_steps is not None and self.step_size is not None:
-            raise ValueError("num_inference_steps and step_size both say the number of steps: give one of them")
+        Sampler.from_options(self)
 
 
 def check_class_labels(labels: list[str], special: tuple[str, ...]) -> None:
@@ -71,55 +64,31 @@ def check_class_labels(labels: list[str], special: tuple[str, ...]) -> None:
 class GenerateOptions(SamplerOptions):
     """Options of `generate`. The help texts say what each one is."""
 
-    model: str = option(
+    model: str = _model(
         str(DIGITS),
         "Pipeline folder or Hub id (default: the handwritten digits that travel with this program).",
-        group="model",
         metavar="MODEL",
     )
-    dtype: str = option(
-        "float32", "What the network computes in.", group="model", choices=["float32", "bfloat16", "float16"]
-    )
-    device: str | None = option(
-        None, "Such as cpu, cuda, cuda:1, mps (default: the best there is).", group="model", metavar="DEVICE"
-    )
-    batch_size: int = option(
-        64, "Images sampled at once, at least 1; it does not change them.", at_least=1, group="model"
-    )
-
+    dtype: str = _model("float32", "What the network computes in.", choices=["float32", "bfloat16", "float16"])
+    device: str | None = _model(None, "Such as cpu, cuda, cuda:1, mps (default: the best there is).", metavar="DEVICE")
+    batch_size: int = _model(64, "Images sampled at once, at least 1; it does not change them.", at_least=1)
     class_labels: list[str] = option_list(
         ["random"],
         "Classes by id or name; null is the null class, all is every class, random is num_images classes at random.",
         group="images",
         metavar="CLASS",
     )
-    num_images_per_label: int = option(
-        1, "Images of each class, at least 1; those of one class follow one another.", at_least=1, group="images"
+    num_images_per_label: int = _images(
+        1, "Images of each class, at least 1; those of one class follow one another.", at_least=1
     )
-    num_images: int = option(
-        16, "How many images, each of another class, where class_labels is random.", at_least=1, group="images"
+    num_images: int = _images(16, "How many images, each of another class, if class_labels is random.", at_least=1)
+    seed: int = _images(0, "Seed of the first image, at least 0; the next one's is one more, and so on.", at_least=0)
+    output_dir: str = _output("outputs/samples", "Folder for images, grid, animation and manifest.", metavar="FOLDER")
+    animation: bool = _output(True, "Write denoising.gif.")
+    fps: float = _output(
+        10.0, "Frames (steps) of the animation per second; above 0, at most 100.", above=0, at_most=100
     )
-    seed: int = option(
-        0, "Seed of the first image, at least 0; the next one's is one more, and so on.", at_least=0, group="images"
-    )
-
-    output_dir: str = option(
-        "outputs/samples",
-        "Folder for the images, the grid, the animation and the manifest.",
-        group="output",
-        metavar="FOLDER",
-    )
-    animation: bool = option(True, "Write denoising.gif.", group="output")
-    fps: float = option(
-        10.0,
-        "Frames of the animation per second, one frame per step; above 0, at most 100.",
-        above=0,
-        at_most=100,
-        group="output",
-    )
-    columns: int | None = option(
-        None, "Images in a row of the grid (default: as the classes suggest).", at_least=1, group="output"
-    )
+    columns: int | None = _output(None, "Images in a row of the grid (default: as the classes suggest).", at_least=1)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of range."""

@@ -11,10 +11,7 @@ from ..utils.atomic_write import atomic_file
 
 
 _MIN_CELL = 64  # pixels; smaller images are enlarged by a whole factor so that a person sees them
-_GAP = 2
-_MARGIN = 8
-_FONT_SIZE = 14
-_PAPER, _INK = "white", "black"
+_GAP, _MARGIN, _FONT_SIZE, _MAX_CAPTION_WIDTH = 2, 8, 14, 240
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -38,57 +35,36 @@ def image_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: 
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"a grid needs images and as many captions, but has {len(images)} and {len(captions)}")
-    columns = columns or _columns(captions)
-    rows = -(-len(images) // columns)
+    if columns is None:
+        runs = {len(list(run)) for _, run in itertools.groupby(captions)}
+        columns = max(runs) if len(runs) == 1 and max(runs) > 1 else max(1, round(len(captions) ** 0.5))
+    rows = [captions[start : start + columns] for start in range(0, len(captions), columns)]
     factor = -(-_MIN_CELL // min(images[0].size))
     width, height = images[0].width * factor, images[0].height * factor
     font = ImageFont.load_default(_FONT_SIZE)
 
-    row_captions = [set(captions[row * columns : (row + 1) * columns]) for row in range(rows)]
-    captions_left = columns > 1 and all(len(row) == 1 for row in row_captions)
-    if captions_left:
-        left = 2 * _MARGIN + int(max(font.getlength(_shorten(caption, 240, font)) for caption in captions))
-        below = 0
-    else:
-        left, below = 0, _FONT_SIZE + 4
-    sheet = Image.new(
-        "RGB", (left + columns * (width + _GAP) + _GAP, rows * (height + below + _GAP) + _GAP), color=_PAPER
-    )
+    captions_left = columns > 1 and all(len(set(row)) == 1 for row in rows)
+    captions = [_shorten(caption, _MAX_CAPTION_WIDTH if captions_left else width, font) for caption in captions]
+    left = 2 * _MARGIN + int(max(map(font.getlength, captions))) if captions_left else 0
+    row_height = height + _GAP + (0 if captions_left else _FONT_SIZE + 4)
+    sheet = Image.new("RGB", (left + columns * (width + _GAP) + _GAP, len(rows) * row_height + _GAP), color="white")
     draw = ImageDraw.Draw(sheet)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(index, columns)
-        x, y = left + _GAP + column * (width + _GAP), _GAP + row * (height + below + _GAP)
+        x, y = left + _GAP + column * (width + _GAP), _GAP + row * row_height
         sheet.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, y))
-        if captions_left and column == 0:
-            draw.text(
-                (left - _MARGIN, y + height / 2), _shorten(caption, 240, font), fill=_INK, font=font, anchor="rm"
-            )
-        elif not captions_left:
-            draw.text(
-                (x + width / 2, y + height + 1), _shorten(caption, width, font), fill=_INK, font=font, anchor="ma"
-            )
+        if not captions_left:
+            draw.text((x + width / 2, y + height + 1), caption, fill="black", font=font, anchor="ma")
+        elif column == 0:
+            draw.text((left - _MARGIN, y + height / 2), caption, fill="black", font=font, anchor="rm")
     return sheet
 
 
 def save_animation(frames: Sequence[Image.Image], file: str | Path, fps: float, hold_seconds: float = 1.5) -> None:
-    """Writes an endless GIF whose last frame stays for a while.
-
-    Args:
-        frames: All of one size.
-        file: Where to; ends in ``.gif``.
-        fps: Frames per second, above 0.
-        hold_seconds: How long the last frame stays.
-    """
+    """Writes an endless GIF of frames of one size, whose last one stays for ``hold_seconds``."""
     durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 * hold_seconds)]
     with atomic_file(file) as writing:
         frames[0].save(writing, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
-
-
-def _columns(captions: Sequence[str]) -> int:
-    runs = {len(list(run)) for _, run in itertools.groupby(captions)}
-    if len(runs) == 1 and max(runs) > 1:
-        return runs.pop()
-    return max(1, round(len(captions) ** 0.5))
 
 
 def _shorten(caption: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

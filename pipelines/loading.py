@@ -1,5 +1,10 @@
-"""Loading a pipeline folder or Hub repository with the installed classes, so that no code of the repository runs."""
+"""Loading a pipeline folder or Hub repository with the installed classes, so that no code of the repository runs.
 
+`DiffusionPipeline.from_pretrained` loads such a folder only by running the code in it, asks the Hub for the commit of
+that code even offline, and does not see weights that are as long as announced and yet damaged.
+"""
+
+import contextlib
 import inspect
 import json
 from pathlib import Path
@@ -9,16 +14,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.import_utils import DummyObject
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors, snapshot_download
 from huggingface_hub.utils.sha import sha_fileobj
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
@@ -56,6 +52,16 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     )
 
 
+def scheduler_names() -> list[str]:
+    """The schedulers that sample from such networks and whose libraries are installed, ours first."""
+    names = list(OUR_SCHEDULERS)
+    for name in sorted(entry for entry in dir(diffusers.schedulers) if entry.endswith("Scheduler")):
+        with contextlib.suppress(ValueError):
+            check_scheduler(scheduler_class(name))
+            names.append(name)
+    return names
+
+
 # The largest noise that stock solvers are given, as log(signal / noise): 164 times the signal. Cosine schedules reach
 # 20,000 times, the original program's 100,000. There float32 loses the image in the noise, and the solvers multiply
 # by the noise level what second order or a network that predicts noise get wrong.
@@ -86,8 +92,7 @@ def solvable_betas(alphas_cumprod: torch.Tensor, distinct: bool = True) -> list[
         if distinct or abar[t] < abar[t - 1]:
             log_ratios[t] = min(log_ratios[t], log_ratios[t - 1] - MIN_LOG_SIGNAL_TO_NOISE_STEP)
     abar = torch.sigmoid(2 * torch.tensor(log_ratios, dtype=torch.float64))
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-    return (1 - abar / previous).clamp(min=0).tolist()
+    return (1 - abar / torch.cat([torch.ones_like(abar[:1]), abar[:-1]])).clamp(min=0).tolist()
 
 
 def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
@@ -126,10 +131,10 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
         # the grid of a distilled network's training, which here is the whole
         overrides["original_inference_steps"] = options["num_train_timesteps"]
     # what it has no use for it keeps all the same, for a swap back; from_config would warn of it each time
-    foreign = options.keys() - accepted.keys() - {name for name in options if name.startswith("_")}
-    own = {name: value for name, value in options.items() if name not in foreign}
+    foreign = {key: options[key] for key in options.keys() - accepted.keys() if not key.startswith("_")}
+    own = {key: value for key, value in options.items() if key not in foreign}
     pipeline.scheduler = new_class.from_config(own, **overrides)
-    pipeline.scheduler.register_to_config(**{name: options[name] for name in foreign})
+    pipeline.scheduler.register_to_config(**foreign)
     pipeline.scheduler._before_swap = (options, alphas_cumprod)
 
 
@@ -154,8 +159,7 @@ def load_pipeline(
     Args:
         pretrained_model_name_or_path: A folder written by `ClassConditionalPipeline.save_pretrained`, or a Hub id.
         pipeline_class: The class to make.
-        unet: A network to use instead of the stored one.
-        scheduler: A scheduler to use instead of the stored one.
+        unet, scheduler: Used instead of the stored ones, which are not downloaded then.
         dtype: The dtype of the network; by default that of its file. ``torch_dtype`` is its former name.
         variant: Which of several files of weights, such as ``"fp16"``.
         trust_remote_code: Accepted and not needed.
@@ -171,39 +175,15 @@ def load_pipeline(
     if unknown:
         known = [*_STORED_OPTIONS, *_HUB_OPTIONS, *inspect.signature(load_pipeline).parameters]
         raise ValueError(f"unknown arguments of from_pretrained: {', '.join(unknown)}{perhaps(unknown[0], known)}")
-    folder = Path(pretrained_model_name_or_path)
+    name = str(pretrained_model_name_or_path)
+    folder = Path(name)
     if not folder.is_dir():
-        patterns = [pipeline_class.config_name]
-        if unet is None:
-            # of several variants, the weights of this one alone
-            weights = "unet/diffusion_pytorch_model" + (f".{variant}" if variant else "")
-            patterns += ["unet/*.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors"]
-        if scheduler is None:
-            patterns.append("scheduler/*.json")
-        hub_options = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        folder = download_snapshot(str(pretrained_model_name_or_path), patterns, **hub_options)
+        # of several variants, the weights of this one alone
+        weights = "unet/diffusion_pytorch_model" + (f".{variant}" if variant else "")
+        patterns = [pipeline_class.config_name] + ["scheduler/*.json"] * (scheduler is None)
+        patterns += ["unet/*.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors"] * (unet is None)
+        folder = download_snapshot(name, patterns, **{key: options[key] for key in _HUB_OPTIONS if key in options})
 
-    index = _read_index(folder, pipeline_class)
-    if unet is None:
-        stored = _component_class(folder, index, "unet")
-        if stored != ClassConditionalUNet2DModel.__name__:
-            raise ValueError(f"{folder} has a {stored} as its unet, but must have a ClassConditionalUNet2DModel")
-        unet = ClassConditionalUNet2DModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype or torch_dtype, variant=variant
-        )
-        # not the place in this machine's cache, which saving and pushing would write down
-        unet.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-    if scheduler is None:
-        stored = _component_class(folder, index, "scheduler")
-        scheduler = scheduler_class(stored).from_pretrained(folder, subfolder="scheduler")
-    own = {name: options.get(name, index.get(name, default)) for name, default in _STORED_OPTIONS.items()}
-    pipeline = pipeline_class(unet=unet, scheduler=scheduler, **own)
-    pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-    return pipeline
-
-
-def _read_index(folder: Path, pipeline_class: type[ClassConditionalPipeline]) -> dict[str, Any]:
-    """What model_index.json says, when it speaks of a pipeline of this kind."""
     file = folder / pipeline_class.config_name
     if not file.is_file():
         raise ValueError(f"{folder} holds no pipeline: there is no {file.name}")
@@ -211,18 +191,24 @@ def _read_index(folder: Path, pipeline_class: type[ClassConditionalPipeline]) ->
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    stored = index.get("_class_name")
-    stored = stored[1] if isinstance(stored, list) else stored
-    if stored not in (ClassConditionalPipeline.__name__, pipeline_class.__name__):
-        raise ValueError(f"{folder} holds a {stored}, but must hold a {ClassConditionalPipeline.__name__}")
-    return index
-
-
-def _component_class(folder: Path, index: dict[str, Any], name: str) -> str:
-    match index.get(name):
-        case [_, str(stored)]:
-            return stored
-    raise ValueError(f"{folder} has no {name}: its model_index.json says {index.get(name)}")
+    # a class that the folder brings is named with its module, as components are
+    kinds = {key: entry[1] if isinstance(entry, list) and len(entry) == 2 else entry for key, entry in index.items()}
+    if kinds.get("_class_name") not in (ClassConditionalPipeline.__name__, pipeline_class.__name__):
+        raise ValueError(f"{folder} holds a {kinds.get('_class_name')}, but must hold a ClassConditionalPipeline")
+    if unet is None:
+        if kinds.get("unet") != ClassConditionalUNet2DModel.__name__:
+            raise ValueError(f"{folder} has a {kinds.get('unet')} as its unet, not a ClassConditionalUNet2DModel")
+        unet = ClassConditionalUNet2DModel.from_pretrained(
+            folder, subfolder="unet", torch_dtype=dtype or torch_dtype, variant=variant
+        )
+        # not the place in this machine's cache, which saving and pushing would write down
+        unet.register_to_config(_name_or_path=name)
+    if scheduler is None:
+        scheduler = scheduler_class(str(kinds.get("scheduler"))).from_pretrained(folder, subfolder="scheduler")
+    own = {key: options.get(key, index.get(key, default)) for key, default in _STORED_OPTIONS.items()}
+    pipeline = pipeline_class(unet=unet, scheduler=scheduler, **own)
+    pipeline.register_to_config(_name_or_path=name)
+    return pipeline
 
 
 def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path:
@@ -238,9 +224,11 @@ def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path
     """
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise OSError(f"{repo_id} is not a folder, and cannot be the id of a Hub repository either") from error
-    except _HUB_ERRORS as error:
+    # The client's connection errors are those of the HTTP library that it is built on, which has changed twice: the
+    # base class of its own errors names it. Not all of them are OSErrors.
+    except (OSError, *errors.HfHubHTTPError.__bases__) as error:
         raise OSError(f"{repo_id} is not a folder, and cannot be loaded from the Hub: {_reason(error)}") from error
     # The Hub's client compares sizes alone. The cache calls large files by the SHA-256 that the Hub announced; without
     # links in it (Windows without developer mode) there is nothing to compare with.
@@ -259,25 +247,20 @@ def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path
     return folder
 
 
-# The client's connection errors are those of the HTTP library that it is built on, which has changed twice: the base
-# class of its own errors names it. Not all of them are OSErrors.
-_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
-
-
 def _reason(error: BaseException) -> str:
     """Why a repository could not be downloaded, in a part of a sentence."""
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
     first_line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
     match error:
-        case GatedRepoError():
+        case errors.GatedRepoError():
             return "it is gated; accept its conditions on its page, then give your token (token=..., or hf auth login)"
-        case RepositoryNotFoundError():
+        case errors.RepositoryNotFoundError():
             return "there is none of that name, or it is private and needs a token (token=..., or hf auth login)"
-        case RevisionNotFoundError():
+        case errors.RevisionNotFoundError():
             return "it has no such revision"
-        case LocalEntryNotFoundError():
-            why = "HF_HUB_OFFLINE is set" if isinstance(cause, OfflineModeIsEnabled) else "local_files_only is set"
-            if cause is not None and not isinstance(cause, OfflineModeIsEnabled):
-                why = f"the Hub does not answer as it should ({first_line})"
+        case errors.LocalEntryNotFoundError():
+            offline = isinstance(cause, errors.OfflineModeIsEnabled)
+            why = f"the Hub does not answer as it should ({first_line})"
+            why = "HF_HUB_OFFLINE is set" if offline else "local_files_only is set" if cause is None else why
             return f"{why}, and the cache has no whole copy"
     return first_line

@@ -1,14 +1,21 @@
-"""The model card of a pipeline: what a person who finds the repository on the Hub wants to know and to run."""
+"""What a repository on the Hub gets beside the model: a card with its facts, and everything in one commit.
+
+diffusers' own card says nothing of the model, and its upload may come in several commits, a half model in between.
+"""
 
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import re
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 from PIL import Image
 
 from ..configs import CONFIG_DIR
@@ -17,15 +24,12 @@ from ..utils.atomic_write import atomic_file
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 
-CARD_NAME = "README.md"
-SAMPLES_NAME = "samples.png"
+logger = logging.get_logger(__name__)
+
+CARD_NAME, SAMPLES_NAME = "README.md", "samples.png"
 # Stands in the card's code where the id is not known yet; pushing the folder puts the id in its place.
 UNKNOWN_REPO_ID = "your-name/your-model"
-
-_TEMPLATE = Path(__file__).with_name("model_card_template.md")
-
 _MARK = "\n<!-- made by imagenet64_diffusion, digest "
-
 # Given by the data and the run, not by the recipe.
 _NOT_OF_THE_RECIPE = ("sample_size", "in_channels", "num_class_embeds", "num_train_timesteps", "dropout")
 
@@ -33,27 +37,18 @@ _NOT_OF_THE_RECIPE = ("sample_size", "in_channels", "num_class_embeds", "num_tra
 def write_model_card(
     pipeline: ClassConditionalPipeline, folder: str | Path, *, samples: Image.Image | None = None, **facts: Any
 ) -> Path:
-    """Writes ``README.md``, and ``samples.png`` where samples are given, to a pipeline's folder.
+    """Writes ``README.md``, and ``samples.png`` where samples are given, to a pipeline's folder; the card's file.
 
-    ``pipeline.save_pretrained(folder, push_to_hub=True, repo_id=...)`` uploads both with the pipeline.
-
-    Args:
-        pipeline: What the card is about; its facts are read from its configs.
-        folder: Where to; what is there of these names is replaced.
-        samples: A grid of generated images, such as `image_grid` makes.
-        facts: The further arguments of `create_model_card`.
-
-    Returns:
-        The card's file.
+    ``pipeline.save_pretrained(folder, push_to_hub=True, repo_id=...)`` uploads both with the pipeline. ``samples`` is
+    a grid of images, such as `image_grid` makes; the facts are further arguments of `create_model_card`.
     """
-    folder = Path(folder)
     card = create_model_card(pipeline, has_samples=samples is not None, **facts)
     if samples is not None:
-        with atomic_file(folder / SAMPLES_NAME) as writing:
+        with atomic_file(Path(folder) / SAMPLES_NAME) as writing:
             samples.save(writing)
-    with atomic_file(folder / CARD_NAME) as writing:
+    with atomic_file(Path(folder) / CARD_NAME) as writing:
         card.save(writing)
-    return folder / CARD_NAME
+    return Path(folder) / CARD_NAME
 
 
 def create_model_card(
@@ -78,82 +73,43 @@ def create_model_card(
         datasets: Ids on the Hub of what it was trained on.
         license: Of the whole repository, as the Hub calls it. The source files in it are Apache-2.0.
     """
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    classes = unet.config.num_class_embeds
-    conditional = classes is not None
+    unet, noise, id2label = pipeline.unet.config, pipeline.scheduler.config, pipeline.config.id2label or {}
+    conditional, betas = unet.num_class_embeds is not None, noise.get("trained_betas")
     name = "Pixel-space diffusion" if repo_id is None else repo_id.rpartition("/")[2]
-    data = ModelCardData(
-        license=license,
-        library_name="diffusers",
-        # the Hub has no task of its own for images of classes; it counts them here, because no text is read
-        pipeline_tag="unconditional-image-generation",
-        tags=["class-conditional", "classifier-free-guidance"] * conditional
-        + ["diffusion", "pixel-space", "ddpm", "ddim"],
-        datasets=list(datasets) or None,
-        metrics=sorted({result.metric_type for result in eval_results}) or None,
-        model_name=name if eval_results else None,
-        eval_results=list(eval_results) or None,
-    )
-    arguments, again = "num_inference_steps=50, generator=torch.Generator().manual_seed(0)", "num_inference_steps=15"
-    if conditional:
-        labels = [*_example_labels(pipeline), None]
-        shown = "[" + ", ".join("None" if x is None else json.dumps(x, ensure_ascii=False) for x in labels) + "]"
-        scale = f"guidance_scale={inspect.signature(type(pipeline).__call__).parameters['guidance_scale'].default}"
-        arguments = f"""
-    {shown},  # class ids or names; None is an image without class
-    {scale},
-    num_inference_steps=50,
-    generator=[torch.Generator().manual_seed(seed) for seed in range({len(labels)})],
-"""
-        again = f"{shown}, {scale}, num_inference_steps=15"
-    scores = [
-        (
-            result.metric_name or result.metric_type,
-            result.metric_value,
-            result.dataset_name,
-            ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items()),
-        )
-        for result in eval_results
-    ]
-    # at the noisiest timesteps an error of a noise prediction is multiplied beyond repair; leading steps begin below
-    predicts_noise = scheduler.config.get("prediction_type", "epsilon") == "epsilon"
+    # by name where the first name of a class stands for it alone, else by id
+    shown = {
+        index: id2label.get(index, "").split(",")[0].strip() for index in range(min(2, unet.num_class_embeds or 0))
+    }
+    labels = [label if pipeline.labels.get(label) == index else index for index, label in shown.items()]
     card = ModelCard.from_template(
-        data,
-        template_path=str(_TEMPLATE),
+        ModelCardData(
+            license=license,
+            library_name="diffusers",
+            # the Hub has no task of its own for images of classes; it counts them here, because no text is read
+            pipeline_tag="unconditional-image-generation",
+            tags=["class-conditional", "classifier-free-guidance"] * conditional
+            + ["diffusion", "pixel-space", "ddpm", "ddim"],
+            datasets=list(datasets) or None,
+            metrics=sorted({result.metric_type for result in eval_results}) or None,
+            model_name=name if eval_results else None,
+            eval_results=list(eval_results) or None,
+        ),
+        template_path=str(Path(__file__).with_name("model_card_template.md")),
         name=name,
         repo_id=repo_id or UNKNOWN_REPO_ID,
         conditional=conditional,
-        what=f"{_image_size(pipeline)} images" + (f" of {classes:,} classes" if conditional else ""),
         has_samples=has_samples,
-        samples_name=SAMPLES_NAME,
-        arguments=arguments,
-        again=again,
-        spacing=', timestep_spacing="leading"' if predicts_noise else "",
-        facts=_table(("", ""), _facts(pipeline).items()),
-        training=_table(("", ""), training_facts.items()) if training_facts else "",
-        evaluation=_table(("metric", "value", "data", "how it was evaluated"), scores) if eval_results else "",
+        labels=[*(json.dumps(label, ensure_ascii=False) for label in labels), "None"],
+        pipeline=pipeline,
+        unet=unet,
+        noise=noise,
+        is_original_noise=bool(betas) and np.allclose(betas, original_cosine_betas(len(betas)), rtol=1e-5, atol=0),
+        recipe=recipe_name(unet),
+        defaults={key: each.default for key, each in inspect.signature(type(pipeline).__call__).parameters.items()},
+        training_facts=training_facts,
+        scores=eval_results,
     )
-    card.text = card.text.rstrip() + "\n"
-    card.text += _mark(str(card))
-    return card
-
-
-def is_untouched(card: str) -> bool:
-    """Whether the text of a card is one that `create_model_card` made and nobody has changed since."""
-    text, found, _ = card.rpartition(_MARK)
-    return bool(found) and card == text + _mark(text)
-
-
-def with_repo_id(card: str, repo_id: str) -> str:
-    """The text of a card that was made before the repository's id was known, with the id in it."""
-    text = card.rpartition(_MARK)[0] if is_untouched(card) else card
-    filled_in = text.replace(UNKNOWN_REPO_ID, repo_id)
-    return filled_in + _mark(filled_in) if is_untouched(card) else filled_in
-
-
-def _mark(text: str) -> str:
-    """A comment that tells later whether the text above it is as it was made."""
-    return f"{_MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
+    return ModelCard(_sealed(str(card).rstrip() + "\n"))
 
 
 def recipe_name(unet_config: Mapping[str, Any]) -> str | None:
@@ -161,78 +117,93 @@ def recipe_name(unet_config: Mapping[str, Any]) -> str | None:
 
     Image size, channels, classes, timesteps and drop-out do not matter; of the original's time encodings all are one.
     """
+
+    def of_the_recipe(config: Mapping[str, Any], names: Sequence[str]) -> str:
+        values = json.dumps([config.get(name) for name in names if name not in _NOT_OF_THE_RECIPE])
+        return re.sub(r"original_(interleaved|sine|alternating)", "original", values)
+
     for file in [*sorted(CONFIG_DIR.glob("*.json")), *sorted(CONFIG_DIR.glob("original/*.json"))]:
         recipe = json.loads(file.read_text(encoding="utf-8"))
-        names = [name for name in recipe if not name.startswith("_") and name not in _NOT_OF_THE_RECIPE]
-        if all(_comparable(recipe[name]) == _comparable(unet_config.get(name)) for name in names):
+        names = [name for name in recipe if not name.startswith("_")]
+        if of_the_recipe(recipe, names) == of_the_recipe(unet_config, names):
             return file.relative_to(CONFIG_DIR).with_suffix("").as_posix()
     return None
 
 
-def _comparable(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("original_"):
-        return "original"
-    return list(value) if isinstance(value, tuple) else value
+def _sealed(text: str) -> str:
+    """The text with a comment that tells later whether it is still as it was made."""
+    return f"{text}{_MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
-def _example_labels(pipeline: ClassConditionalPipeline, count: int = 2) -> list[int | str]:
-    """Classes for the examples: by name where the first name of a class stands for it alone, else by id."""
-    id2label, ids = pipeline.config.id2label or {}, range(min(count, pipeline.unet.config.num_class_embeds))
-    names = [id2label.get(index, "").split(",")[0].strip() for index in ids]
-    return [name if pipeline.labels.get(name) == index else index for index, name in enumerate(names)]
+def _is_untouched(card: str) -> bool:
+    return card == _sealed(card.rpartition(_MARK)[0])
 
 
-def _image_size(pipeline: ClassConditionalPipeline) -> str:
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = pipeline.unet.config.in_channels
-    return f"{height}x{width} {({1: 'grey', 3: 'RGB'}).get(channels, f'{channels}-channel')}"
+def push_pipeline(pipeline: ClassConditionalPipeline, *args: Any, **kwargs: Any) -> CommitInfo:
+    """Saves a pipeline and uploads it; further arguments are those of `DiffusionPipeline.push_to_hub`."""
+    given = inspect.signature(DiffusionPipeline.push_to_hub).bind(pipeline, *args, **kwargs).arguments
+    saving = {name: given.pop(name) for name in ("safe_serialization", "variant") if name in given}
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder, **saving)
+        return push_folder(given.pop("self"), folder, **given)
 
 
-def _facts(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
-    config, scheduler = pipeline.unet.config, pipeline.scheduler
-    recipe, count = recipe_name(config), pipeline.unet.num_parameters()
-    call = inspect.signature(type(pipeline).__call__).parameters
-    told = ["num_inference_steps", "eta"]
-    facts = {
-        "recipe": f"`{recipe}`" if recipe else "its own",
-        "layers at every resolution": ", ".join(config.layer_types).replace("_", " "),
-        "widths": f"{config.stem_channels} at the stem, then {', '.join(map(str, config.block_out_channels))}",
-        "parameters": f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}",
-        "images": _image_size(pipeline),
+def push_folder(
+    pipeline: ClassConditionalPipeline,
+    folder: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+    leave_out: Collection[str] = (),
+) -> CommitInfo:
+    """Uploads a folder that holds a saved pipeline. Hidden files stay where they are.
+
+    A ``README.md`` that somebody has written, or changed, in the repository stays. One that was made here and is
+    untouched gives way to the folder's. Where there is none, the folder's is uploaded, else one is made.
+
+    Args:
+        pipeline: What was saved to the folder; the card is made from it.
+        folder: The folder.
+        repo_id: Where to, ``"user/name"``; made where there is none.
+        commit_message, private, token, create_pr: As for `DiffusionPipeline.push_to_hub`.
+        subfolder: The folder in the repository; the card is for its root and left out then.
+        leave_out: Names of files and folders at the top of the folder that are not uploaded.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: An OSError. The repository is as it was then, because all files come in
+            one commit, the last thing that is sent.
+    """
+    api, folder = HfApi(token=token), Path(folder)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    additions: dict[str, str | bytes] = {  # name in the repository -> path or content
+        name.as_posix(): str(folder / name)
+        for name in names
+        if name.parts[0] not in leave_out and not any(part.startswith(".") for part in name.parts)
     }
-    if config.num_class_embeds is not None:
-        names = list((pipeline.config.id2label or {}).values())
-        shown = f" ({'; '.join(names[:3])}{'; …' * (len(names) > 3)})" if names else " without names"
-        facts["classes"] = f"{config.num_class_embeds:,}{shown}, and the null class"
-        facts["class attention"] = config.class_attention_type
-        told += ["guidance_scale", "guidance_interval"]
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    predicts = {"epsilon": "the noise", "sample": "the image"}.get(prediction, "the velocity")
-    return facts | {
-        "time embedding": config.time_embedding_type,
-        "timesteps": f"{scheduler.config.num_train_timesteps:,}",
-        "the network predicts": f"{predicts} (`{prediction}`), and the variance between its bounds (`learned_range`)",
-        "noise schedule": _noise_schedule(scheduler.config),
-        "stored scheduler": f"`{type(scheduler).__name__}`",
-        "guidance of the variance": "yes, as the original program" if pipeline.config.guide_variance else "no",
-        "defaults of a call": ", ".join(f"`{name}={call[name].default}`" for name in told),
-    }
-
-
-def _noise_schedule(config: Mapping[str, Any]) -> str:
-    betas = config.get("trained_betas")
-    if betas is not None:
-        same = np.allclose(betas, original_cosine_betas(len(betas)), rtol=1e-5, atol=0)
-        return ("the original program's cosine, " if same else "") + "stored as `trained_betas`"
-    schedule = config.get("beta_schedule", "linear")
-    if schedule == "squaredcos_cap_v2":
-        return f"cosine (`{schedule}`)"
-    return f"`{schedule}`, beta from {config['beta_start']:g} to {config['beta_end']:g}"
-
-
-def _table(header: Sequence[str], rows: Any) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |")
-    return "\n".join(lines)
+    own = additions.pop(CARD_NAME, None)
+    if subfolder is None:
+        card = None if own is None else Path(own).read_text(encoding="utf-8")
+        if not api.file_exists(repo_id, CARD_NAME):
+            card = card or str(create_model_card(pipeline, repo_id=repo_id))
+        elif card is not None:
+            with tempfile.TemporaryDirectory() as place:
+                present = Path(api.hf_hub_download(repo_id, CARD_NAME, local_dir=place)).read_bytes()
+            if not _is_untouched(present.decode("utf-8", "replace")):
+                logger.warning(f"{repo_id} keeps its {CARD_NAME}, which somebody has written or changed; not {own}")
+                card = None
+        if card is not None:
+            text = card.replace(UNKNOWN_REPO_ID, repo_id)
+            additions[CARD_NAME] = (_sealed(text.rpartition(_MARK)[0]) if _is_untouched(card) else text).encode()
+    prefix = "" if subfolder is None else f"{subfolder.strip('/')}/"
+    # not upload_folder, which may spread what takes long over several commits
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(prefix + name, content) for name, content in additions.items()],
+        commit_message=commit_message or f"Upload {type(pipeline).__name__}",
+        create_pr=create_pr,
+    )

@@ -5,6 +5,7 @@ The file imports torch and diffusers only, so that a repository on the Hub can c
 
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.machinery
 import inspect
@@ -33,52 +34,26 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# The schedulers of diffusers that would generate wrong images or none: reason -> schedulers, each with what is right
-# instead. By name, because diffusers imports a scheduler when it is first used, and some need libraries of their own.
-_UNSUITABLE = {
-    "it samples tokens of a vocabulary, and this network predicts pixels": """
-        Amused:DDPM BlockRefinement:DDPM DiscreteDDIM:DDIM EntropyBound:DDPM VQDiffusion:DDPM
-    """,
-    "it takes every prediction for a finished image, which only a network distilled for that gives": """
-        CMStochasticIterative:EulerAncestralDiscrete ConsistencyDecoder:EulerAncestralDiscrete
-        LCM:EulerAncestralDiscrete SCM:EulerAncestralDiscrete
-    """,
-    "it shifts the noise levels of the training, which this network does not know": """
-        CogVideoXDDIM:DDIM CogVideoXDPM:DPMSolverMultistep
-    """,
-    "it scales images and timesteps as EDM and score networks are trained with, and this network was not": """
-        CosineDPMSolverMultistep:DPMSolverMultistep EDMDPMSolverMultistep:DPMSolverMultistep EDMEuler:EulerDiscrete
-        KarrasVe:HeunDiscrete ScoreSdeVe:DDPM
-    """,
-    "it runs from an image to its noise": "DDIMInverse:DDIM DPMSolverMultistepInverse:DPMSolverMultistep",
-    "it asks for times between 0 and 1, and this network knows timesteps of num_train_timesteps": """
-        DDPMWuerstchen:DDPM IPNDM:PNDM ScoreSdeVp:DDPM
-    """,
-    "it runs along straight lines between noise and image, as only flow matching networks do": """
-        FlowMapEulerDiscrete:EulerDiscrete FlowMatchEulerDiscrete:EulerDiscrete FlowMatchHeunDiscrete:HeunDiscrete
-        FlowMatchLCM:EulerAncestralDiscrete HeliosDMD:UniPCMultistep Helios:UniPCMultistep
-        LTXEulerAncestralRF:EulerAncestralDiscrete MiniMaxH3:EulerDiscrete Piflow:EulerDiscrete
-        RFD4Proteina:EulerDiscrete
-    """,
-    "it fills a hole in a given image": "RePaint:DDPM",
-    "it must be told the previous timestep at every step": "UnCLIP:DDPM",
+# Schedulers of diffusers that know the noise levels of the training and would generate wrong images all the same.
+UNSUITABLE_SCHEDULERS = {
+    "LCMScheduler": "it takes every prediction for a finished image, which only a network distilled for that gives",
+    "CogVideoXDDIMScheduler": "it shifts the noise levels of the training, which this network does not know",
+    "CogVideoXDPMScheduler": "it shifts the noise levels of the training, which this network does not know",
+    "DDIMInverseScheduler": "it runs from an image to its noise",
+    "DPMSolverMultistepInverseScheduler": "it runs from an image to its noise",
+    "IPNDMScheduler": "it asks for times between 0 and 1, and this network knows timesteps of num_train_timesteps",
+    "RePaintScheduler": "it fills a hole in a given image",
+    "UnCLIPScheduler": "it must be told the previous timestep at every step",
 }
-UNSUITABLE_SCHEDULERS: dict[str, tuple[str, str]] = {
-    f"{name}Scheduler": (reason, f"{instead}Scheduler")
-    for reason, pairs in _UNSUITABLE.items()
-    for name, instead in (pair.split(":") for pair in pairs.split())
-}
+# Such as those for flow matching, EDM and score networks, and tokens.
+_OF_ANOTHER_KIND = "it has no alphas_cumprod, the noise levels of the training, as flow matching and EDM do not"
 
 # Those that divide by the difference of two noise levels or take its logarithm. Two steps at one level, which the
 # original program's schedule has at its end, turn their images into NaN.
-_NEED_DIFFERENT_NOISE_LEVELS = (
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "LMSDiscreteScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-)
+_NEED_DIFFERENT_NOISE_LEVELS = {
+    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"),
+    *("LMSDiscreteScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
+}
 
 # A first step that multiplies errors of the noise prediction by more than this generates nothing recognisable. Those
 # of the original program stay below 160.
@@ -86,28 +61,24 @@ _MAX_FIRST_STEP_GAIN = 1000.0
 
 
 def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
-    """Refuses schedulers, or classes of schedulers, that cannot generate with a network of this kind.
-
-    Raises:
-        ValueError: With the reason and what would be right.
-    """
+    """Raises ValueError for a scheduler, or a class of them, that cannot generate with a network of this kind."""
     scheduler_class = scheduler if isinstance(scheduler, type) else type(scheduler)
-    for name in (base.__name__ for base in scheduler_class.__mro__):
-        if name in UNSUITABLE_SCHEDULERS:
-            reason, instead = UNSUITABLE_SCHEDULERS[name]
-            raise ValueError(f"{name} cannot generate with this network: {reason}; take {instead}")
-    # what is not of diffusers, or newer than this file
-    if not isinstance(scheduler, type) and not hasattr(scheduler, "alphas_cumprod"):
+    knows_levels = hasattr(scheduler, "alphas_cumprod")
+    if scheduler is scheduler_class:
+        knows_levels = "trained_betas" in inspect.signature(scheduler_class.__init__).parameters
+    names = (base.__name__ for base in scheduler_class.__mro__ if base.__name__ in UNSUITABLE_SCHEDULERS)
+    reason = UNSUITABLE_SCHEDULERS.get(next(names, ""), None if knows_levels else _OF_ANOTHER_KIND)
+    if reason is not None:
         raise ValueError(
-            f"{scheduler_class.__name__} cannot generate with this network: it has no alphas_cumprod, the noise"
-            " levels of the training; take EulerDiscreteScheduler or UniPCMultistepScheduler"
+            f"{scheduler_class.__name__} cannot generate with this network: {reason}; take UniPCMultistepScheduler"
         )
 
 
 def _check_noise_levels(scheduler: SchedulerMixin) -> None:
     """Whether a stock scheduler can step over the noise levels that it chose; ours can step over all."""
     timesteps = scheduler.timesteps.detach().cpu()
-    name, steps = type(scheduler).__name__, getattr(scheduler, "num_inference_steps", len(timesteps))
+    steps = getattr(scheduler, "num_inference_steps", len(timesteps))
+    name, names = type(scheduler).__name__, {base.__name__ for base in type(scheduler).__mro__}
     if not timesteps.isfinite().all():
         raise ValueError(
             f"{name} finds no {steps} timesteps on this noise schedule, whose last level is too high for it: take more"
@@ -117,84 +88,60 @@ def _check_noise_levels(scheduler: SchedulerMixin) -> None:
     visited = timesteps[:: getattr(scheduler, "order", 1)].to(torch.int64).clamp(0, len(scheduler.alphas_cumprod) - 1)
     levels = scheduler.alphas_cumprod.detach().cpu()[visited]
     equal = (levels[1:] == levels[:-1]).nonzero().flatten().tolist()
-    if equal and _needs_different_noise_levels(scheduler):
-        first, second = visited[equal[0]].item(), visited[equal[0] + 1].item()
+    # the upper end of a learned variance is a beta, whose logarithm is taken
+    if equal and (names & _NEED_DIFFERENT_NOISE_LEVELS or _takes_learned_variance(scheduler)):
+        first, second = visited[equal[0] : equal[0] + 2].tolist()
         raise ValueError(
             f"{name} needs a different noise level at every step, but those of timesteps {first} and {second} are the"
             f" same: take fewer than {steps} steps, or EulerDiscreteScheduler"
         )
-    if scheduler.config.get("prediction_type") == "epsilon":
-        # x_0 = (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t), and the next sample has sqrt(abar_next) of it
-        gain = ((levels[1] if len(levels) > 1 else 1.0) / levels[0]) ** 0.5
-        if gain > _MAX_FIRST_STEP_GAIN:
-            logger.warning(
-                f"the first of {steps} steps of {name}, from timestep {visited[0].item()}, multiplies errors of the"
-                f" noise prediction by {gain:.0f}: take timestep_spacing='leading'"
-            )
+    # x_0 = (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t), and the next sample has sqrt(abar_next) of it
+    gain = ((levels[1] if len(levels) > 1 else 1.0) / levels[0]) ** 0.5
+    if scheduler.config.get("prediction_type") == "epsilon" and gain > _MAX_FIRST_STEP_GAIN:
+        logger.warning(
+            f"the first of {steps} steps of {name}, from timestep {visited[0].item()}, multiplies errors of the noise"
+            f" prediction by {gain:.0f}: take timestep_spacing='leading'"
+        )
 
 
-def _needs_different_noise_levels(scheduler: SchedulerMixin) -> bool:
-    names = {base.__name__ for base in type(scheduler).__mro__}
-    if names & {"DDPMScheduler", "DDPMParallelScheduler"}:
-        # the upper end of the learned variance is a beta, whose logarithm is taken
-        return scheduler.config.variance_type == "learned_range"
-    return bool(names.intersection(_NEED_DIFFERENT_NOISE_LEVELS))
+def _takes_learned_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler's step takes (batch, 2 * channels, ...): a matter of its class, not of its config alone.
 
-
-def _register_component_names() -> None:
-    """Makes ``from_pretrained(repository, unet=my_unet)`` work for a repository that carries this file.
-
-    diffusers checks such a component against the class that the repository names, imported by the name of its file.
-    Stand-ins with the right base classes are put there; the repository's own components come from its own files.
+    from_config carries variance_type into schedulers that have no use for it.
     """
-    for module_name, class_name, bases in (
-        ("unet_class_conditional", "ClassConditionalUNet2DModel", (ModelMixin, ConfigMixin)),
-        ("scheduling_ddim_eta", "EtaDDIMScheduler", (SchedulerMixin, ConfigMixin)),
-        ("scheduling_ddim_eta", "LearnedVarianceDDPMScheduler", (SchedulerMixin, ConfigMixin)),
-        ("scheduling_ddpm_learned", "LearnedVarianceDDPMScheduler", (SchedulerMixin, ConfigMixin)),
-    ):
-        module = sys.modules.setdefault(module_name, types.ModuleType(module_name))
-        if not hasattr(module, class_name):
-            module.__spec__ = importlib.machinery.ModuleSpec(module_name, loader=None)
-            # diffusers looks in the module for the base classes that it knows, too
-            for base in bases:
-                setattr(module, base.__name__, base)
-            setattr(module, class_name, type(class_name, bases, {}))
+    if not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
+        return getattr(scheduler, "accepts_learned_variance", False)
+    if scheduler.config.variance_type == "learned":
+        raise ValueError(
+            "the scheduler's variance_type is 'learned', but the network predicts 'learned_range': change its config"
+        )
+    return scheduler.config.variance_type == "learned_range"
 
 
-_register_component_names()
+# diffusers checks a component that from_pretrained is given against the class that the repository names, imported by
+# the name of its file. Stand-ins with the right base classes let it pass; stored components come from their own files.
+for _file, _name, _base in (
+    ("unet_class_conditional", "ClassConditionalUNet2DModel", ModelMixin),
+    ("scheduling_ddim_eta", "EtaDDIMScheduler", SchedulerMixin),
+    ("scheduling_ddim_eta", "LearnedVarianceDDPMScheduler", SchedulerMixin),
+    ("scheduling_ddpm_learned", "LearnedVarianceDDPMScheduler", SchedulerMixin),
+):
+    _module = sys.modules.setdefault(_file, types.ModuleType(_file))
+    if not hasattr(_module, _name):
+        _module.__spec__ = importlib.machinery.ModuleSpec(_file, loader=None)
+        # it looks in the module for the base classes that it knows, too
+        for _class in (_base, ConfigMixin, type(_name, (_base, ConfigMixin), {})):
+            setattr(_module, _class.__name__, _class)
 
 
-def _package_module(name: str) -> types.ModuleType | None:
+def _package_module(name: str) -> Any:
     """A module beside this one; None where this file is a copy that was loaded from a repository.
 
     Such a copy leaves the package alone even where it is installed: the two may be of different versions.
     """
     package = __name__.rpartition(".")[0]
-    if package != "imagenet64_diffusion.pipelines":
-        return None
     # by name, because diffusers would look for what is imported relatively in the repository
-    return importlib.import_module(f"{package}.{name}")
-
-
-def _unwrap_compiled(module: Any) -> Any:
-    return getattr(module, "_orig_mod", module)
-
-
-def _cached_weights(unet: Any) -> contextlib.AbstractContextManager[None]:
-    """The time in which a network may keep what depends on its weights alone, for networks that know of such."""
-    unet = _unwrap_compiled(unet)
-    return unet.cached_weights() if hasattr(unet, "cached_weights") else contextlib.nullcontext()
-
-
-def _seeds_from(generator: torch.Generator | Sequence[torch.Generator] | None) -> Any:
-    """A seed for each generator, which stay as they are, so that the starting noise is that of every scheduler."""
-    if generator is None:
-        return None
-    if not isinstance(generator, torch.Generator):
-        return [_seeds_from(single) for single in generator]
-    copy = generator.clone_state()
-    return int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device))
+    return importlib.import_module(f"{package}.{name}") if package == "imagenet64_diffusion.pipelines" else None
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -208,6 +155,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         id2label: The name of each class id, several names of one class separated by commas; None without names.
         guide_variance: Whether guidance extrapolates the variance too, as the original program does; else the variance
             is that of the conditional branch.
+
+    Attributes:
+        timesteps: Those of the last or current call.
+        num_timesteps: How many there are.
     """
 
     model_cpu_offload_seq = "unet"
@@ -229,10 +180,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self._ids_by_name: dict[str, list[int]] = {}
         for index, label in sorted((id2label or {}).items()):
             # "tabby, tabby cat" is found under the whole and under each part
-            for name in dict.fromkeys([label, *(part.strip() for part in label.split(","))]):
+            for name in {label, *(part.strip() for part in label.split(","))}:
                 self._ids_by_name.setdefault(name, []).append(index)
-
-    # ------------------------------------------------------------------ classes
 
     @property
     def labels(self) -> dict[str, int]:
@@ -240,19 +189,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return {name: ids[0] for name, ids in self._ids_by_name.items() if len(ids) == 1}
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Class ids of class names, one name or several.
-
-        Raises:
-            ValueError: If a name is unknown (the message suggests close ones) or stands for more than one class.
-        """
+        """Class ids of class names, one name or several; ValueError if one is unknown or stands for several."""
         if not isinstance(label, str):
             return [index for name in label for index in self.get_label_ids(name)]
         if not self._ids_by_name:
             raise ValueError(f"class label {label!r} is a name, but this pipeline has no class names: give an id")
         ids = self._ids_by_name.get(label, [])
         if not ids:
-            close = difflib.get_close_matches(label, self._ids_by_name, n=3)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "pipeline.labels lists all names"
+            close = " or ".join(map(repr, difflib.get_close_matches(label, self._ids_by_name)))
+            hint = f"did you mean {close}?" if close else "pipeline.labels lists all names"
             raise ValueError(f"there is no class named {label!r}; {hint}")
         if len(ids) > 1:
             whole = " or ".join(f"{index} ({self.config.id2label[index]})" for index in ids)
@@ -267,37 +212,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
         labels = [class_labels] if class_labels is None or isinstance(class_labels, (int, str)) else list(class_labels)
         if not labels:
             raise ValueError("class_labels is empty: give at least one class, or None for an image without class")
-        if num_classes is None:
-            if any(label is not None for label in labels):
-                raise ValueError("class_labels were given, but the network has no classes: leave them None")
-            return [0] * len(labels)  # counted, never used
+        if num_classes is None and any(label is not None for label in labels):
+            raise ValueError("class_labels were given, but the network has no classes: leave them None")
         ids = []
         for label in labels:
-            index = self.get_label_ids(label)[0] if isinstance(label, str) else num_classes if label is None else label
-            if not 0 <= index <= num_classes:
+            index = self.get_label_ids(label)[0] if isinstance(label, str) else label
+            if index is not None and not 0 <= index <= num_classes:
                 raise ValueError(
                     f"class label {label} is out of range: ids go from 0 to {num_classes - 1}, and {num_classes} or"
                     " None is the null class"
                 )
-            ids.append(int(index))
+            ids.append((num_classes or 0) if index is None else int(index))
         return ids
-
-    # ------------------------------------------------------------------ sampling
-
-    @property
-    def interrupt(self) -> bool:
-        """Set ``pipeline._interrupt = True`` in a callback to leave out the remaining steps."""
-        return self._interrupt
-
-    @property
-    def timesteps(self) -> torch.Tensor:
-        """The timesteps of the last or current call."""
-        return self._timesteps
-
-    @property
-    def num_timesteps(self) -> int:
-        """How many denoising steps the last or current call takes."""
-        return len(self._timesteps)
 
     @property
     def guidance_scale(self) -> float:
@@ -330,72 +256,88 @@ class ClassConditionalPipeline(DiffusionPipeline):
             num_images_per_label: How many images of each; those of one label follow one another.
             guidance_scale: g in null + g (conditional - null) (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598,
                 equation 6, with g = 1 + w). Up to 1 the conditional branch runs alone.
-            guidance_interval: First and last moment of guidance as fractions of the steps, 0 the noisy begin and 1
-                the end (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724). Outside it a step costs one
-                branch.
+            guidance_interval: Begin and end of guidance as fractions of the steps (Kynkäänniemi et al. 2024,
+                https://arxiv.org/abs/2404.07724). Outside it a step costs one branch.
             num_inference_steps: Number of denoising steps.
             timesteps: The timesteps themselves, descending, instead of ``num_inference_steps``.
             eta: From 0, deterministic, to 1, as random as DDPM (Song et al. 2020, https://arxiv.org/abs/2010.02502,
                 equation 16), for schedulers that take it.
-            clip_sample: Whether the predicted image is clipped at every step; None leaves it to the scheduler's
-                config.
-            generator: One for all images, or a list of one per image. With a list each image depends on its own
-                generator alone, not on its batch.
+            clip_sample: Whether the predicted image is clipped at every step; None as the scheduler's config says.
+            generator: One for all images, or a list of one per image, on which alone the image depends then.
             latents: The starting noise, (images, channels, height, width), instead of noise from ``generator``.
             output_type: ``"pil"``, ``"np"`` (images, height, width, channels) in [0, 1], ``"pt"`` (images, channels,
                 height, width) in [0, 1], or ``"latent"``, the last sample as it is, about [-1, 1].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as ``callback(pipeline, step, timestep, tensors)`` after each step. It may
-                return ``{"latents": ...}`` to replace the sample.
+                return ``{"latents": ...}`` to replace the sample; ``pipeline._interrupt = True`` ends the call early.
             callback_on_step_end_tensor_inputs: What ``tensors`` holds: ``"latents"``, ``"model_output"`` (after
                 guidance), ``"pred_original_sample"`` (None for schedulers that do not tell it).
 
         Raises:
-            ValueError: If an argument does not fit; the message says which value was found and what would be right.
+            ValueError: If an argument does not fit.
         """
-        # 1. one class id for each image
-        class_ids = self._class_ids(class_labels)
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label is {num_images_per_label}, but must be at least 1")
-        class_ids = [index for index in class_ids for _ in range(num_images_per_label)]
-        self._check_arguments(
-            len(class_ids), guidance_interval, output_type, generator, callback_on_step_end_tensor_inputs
-        )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        device = self._execution_device
+        # 1. One class id for each image. An image of the null class has no other branch to be guided away from.
+        class_ids = [index for index in self._class_ids(class_labels) for _ in range(num_images_per_label)]
+        null_class, channels = self.unet.config.num_class_embeds, self.unet.config.in_channels
+        can_guide = null_class is not None and any(index != null_class for index in class_ids)
+        interval, num_images = guidance_interval, len(class_ids)
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        num_generators = len(generator) if isinstance(generator, (list, tuple)) else None
+        for is_wrong, message in (
+            (num_images_per_label < 1, f"num_images_per_label is {num_images_per_label}, but must be at least 1"),
+            (
+                len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0,
+                f"guidance_interval is {interval}, but must be two fractions of the steps, 0 <= begin <= end <= 1",
+            ),
+            (output_type not in OUTPUT_TYPES, f"output_type is {output_type!r}, but must be one of {OUTPUT_TYPES}"),
+            (
+                output_type == "pil" and channels not in (1, 3, 4),
+                f"output_type 'pil' cannot hold images of {channels} channels: take 'np' or 'pt'",
+            ),
+            (
+                num_generators not in (None, num_images),
+                f"generator is a list of {num_generators}, but must be one, or one for each of {num_images} images",
+            ),
+            (
+                bool(unknown),
+                f"callback_on_step_end_tensor_inputs has {unknown}, but must be of {self._callback_tensor_inputs}",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(message)
+        self._guidance_scale, self._interrupt = guidance_scale, False
 
-        # 2. timesteps, and which of them are guided
+        # 2. Timesteps, and which of them are guided; 0.29 * 100 is a little less than 29.
         scheduler = self.prepare_scheduler(num_inference_steps, timesteps, clip_sample)
-        step_arguments = self._step_arguments(scheduler, eta, generator)
-        guided_steps = self._guided_steps(guidance_interval, self.num_timesteps)
+        takes_variance, step_arguments = _takes_learned_variance(scheduler), _step_arguments(scheduler, eta, generator)
+        guided_steps = range(*(math.floor(end * self.num_timesteps + 1e-6) for end in guidance_interval))
 
-        # 3. starting noise, kept in at least float32 whatever the network computes in
-        latents = self._prepare_latents(len(class_ids), generator, latents, device) * scheduler.init_noise_sigma
+        # 3. Starting noise, kept in at least float32 whatever the network computes in.
+        latents = self.prepare_latents(num_images, generator, latents) * scheduler.init_noise_sigma
+        both_labels = torch.tensor([null_class or 0] * num_images + class_ids, device=latents.device)
+        labels = None if null_class is None else both_labels[num_images:]
 
-        # 4. labels of both branches; an image of the null class has no other branch to be guided away from
-        num_classes = self.unet.config.num_class_embeds
-        labels = labels_of_both = None
-        can_guide = num_classes is not None and any(index != num_classes for index in class_ids)
-        if num_classes is not None:
-            labels = torch.tensor(class_ids, device=device)
-            labels_of_both = torch.cat([torch.full_like(labels, num_classes), labels])
-
-        # 5. denoise
-        with _cached_weights(self.unet), self.progress_bar(total=self.num_timesteps) as progress_bar:
+        # 4. Denoise, with what depends on the network's weights alone made once, where the network knows of such.
+        unet = getattr(self.unet, "_orig_mod", self.unet)
+        cached_weights = getattr(unet, "cached_weights", contextlib.nullcontext)
+        with cached_weights(), self.progress_bar(total=self.num_timesteps) as progress_bar:
             for step, timestep in enumerate(scheduler.timesteps):
-                if self.interrupt:
+                if self._interrupt:
                     break
                 model_input = scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
                 # not the argument: a callback may have changed it
-                guidance_scale = self._guidance_scale
-                if can_guide and guidance_scale > 1 and step in guided_steps:
-                    output = self.unet(model_input.repeat(2, 1, 1, 1), timestep, labels_of_both, return_dict=False)[0]
-                    model_output = self._guide(output.to(latents.dtype), guidance_scale)
+                guided = can_guide and self.guidance_scale > 1 and step in guided_steps
+                if guided:
+                    model_input = model_input.repeat(2, 1, 1, 1)
+                    output = self.unet(model_input, timestep, both_labels, return_dict=False)[0].to(latents.dtype)
+                    null, conditional = output.chunk(2)
+                    model_output = torch.lerp(null, conditional, self.guidance_scale)
+                    if not self.config.guide_variance:
+                        model_output[:, channels:] = conditional[:, channels:]
                 else:
                     model_output = self.unet(model_input, timestep, labels, return_dict=False)[0].to(latents.dtype)
-                if not self._takes_variance(scheduler):
-                    model_output = model_output.chunk(2, dim=1)[0]
+                if not takes_variance:
+                    model_output = model_output[:, :channels]
 
                 output = scheduler.step(model_output, timestep, latents, **step_arguments)
                 latents = output.prev_sample
@@ -410,87 +352,22 @@ class ClassConditionalPipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
                 progress_bar.update()
 
-        # 6. to images
+        # 5. To images.
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_arguments(
-        self,
-        num_images: int,
-        guidance_interval: tuple[float, float],
-        output_type: str,
-        generator: Any,
-        tensor_inputs: Sequence[str],
-    ) -> None:
-        if len(guidance_interval) != 2 or not 0.0 <= guidance_interval[0] <= guidance_interval[1] <= 1.0:
-            raise ValueError(
-                f"guidance_interval is {guidance_interval}, but must be two fractions of the steps,"
-                " 0 <= begin <= end <= 1"
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}")
-        channels = self.unet.config.in_channels
-        if output_type == "pil" and channels not in (1, 3, 4):
-            raise ValueError(f"output_type 'pil' cannot hold images of {channels} channels: take 'np' or 'pt'")
-        if isinstance(generator, (list, tuple)) and len(generator) != num_images:
-            raise ValueError(
-                f"generator is a list of {len(generator)}, but must be one generator, or one for each of {num_images}"
-                " images"
-            )
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs names {unknown[0]!r}, but must be made of"
-                f" {', '.join(self._callback_tensor_inputs)}"
-            )
-
-    @staticmethod
-    def _guided_steps(guidance_interval: tuple[float, float], num_timesteps: int) -> range:
-        # 0.29 * 100 is a little less than 29
-        return range(*(math.floor(end * num_timesteps + 1e-6) for end in guidance_interval))
-
-    def _guide(self, output: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-        """(2 * images, 2 * channels, ...), the null branch first -> (images, 2 * channels, ...)."""
-        null, conditional = output.chunk(2)
-        guided = torch.lerp(null, conditional, guidance_scale)  # null + g (conditional - null)
-        if self.config.guide_variance:
-            return guided
-        channels = guided.shape[1] // 2
-        return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
-
-    def _prepare_latents(
-        self, num_images: int, generator: Any, latents: torch.Tensor | None, device: torch.device
-    ) -> torch.Tensor:
+    def prepare_latents(self, num_images: int, generator: Any, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """Standard normal noise from the generator, or the given latents, (images, channels, height, width)."""
         size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (num_images, self.unet.config.in_channels, height, width)
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        shape = (num_images, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         # other sizes are for the network to take or refuse
         if latents.ndim != 4 or latents.shape[:2] != shape[:2]:
             raise ValueError(f"latents has shape {tuple(latents.shape)}, but must be {shape}")
         return latents.to(device=device, dtype=dtype)
-
-    # ------------------------------------------------------------------ schedulers
-
-    @staticmethod
-    def _takes_variance(scheduler: SchedulerMixin) -> bool:
-        """Whether a scheduler's step takes (batch, 2 * channels, ...): a matter of its class, not of its config alone.
-
-        from_config carries variance_type into schedulers that have no use for it.
-        """
-        if getattr(scheduler, "accepts_learned_variance", False):
-            return True
-        if not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
-            return False
-        if scheduler.config.variance_type == "learned":
-            raise ValueError(
-                "the scheduler's variance_type is 'learned', but the network predicts 'learned_range': change its"
-                " config"
-            )
-        return scheduler.config.variance_type == "learned_range"
 
     def prepare_scheduler(
         self,
@@ -500,8 +377,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> SchedulerMixin:
         """The scheduler that a call with these arguments steps with, its timesteps set; they are `timesteps` then.
 
-        Raises:
-            ValueError: If the scheduler is not one for this network, or cannot take these arguments.
+        ValueError if the scheduler is not one for this network, or cannot take these arguments.
         """
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         check_scheduler(scheduler)
@@ -510,43 +386,26 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if "clip_sample" not in inspect.signature(type(scheduler).__init__).parameters:
                 raise ValueError(f"clip_sample is {clip_sample}, but {name} has no such option: leave it None")
             scheduler = type(scheduler).from_config(scheduler.config, clip_sample=clip_sample)
-        if timesteps is None:
-            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(timesteps=list(timesteps), device=self._execution_device)
-        else:
-            raise ValueError(f"timesteps were given, but {name} chooses its own: give num_inference_steps instead")
+        steps: dict[str, Any] = {"num_inference_steps": num_inference_steps}
+        if timesteps is not None:
+            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise ValueError(f"timesteps were given, but {name} chooses its own: give num_inference_steps instead")
+            steps = {"timesteps": list(timesteps)}
+        scheduler.set_timesteps(**steps, device=self._execution_device)
         if not getattr(scheduler, "accepts_learned_variance", False):
             _check_noise_levels(scheduler)
-        self._timesteps = scheduler.timesteps
+        self.timesteps, self.num_timesteps = scheduler.timesteps, len(scheduler.timesteps)
         return scheduler
-
-    @staticmethod
-    def _step_arguments(scheduler: SchedulerMixin, eta: float, generator: Any) -> dict[str, Any]:
-        """Those of eta and generator that the scheduler's step takes."""
-        accepted = inspect.signature(scheduler.step).parameters
-        arguments = {}
-        if "generator" in accepted:
-            arguments["generator"] = generator
-        elif hasattr(scheduler, "noise_sampler_seed") and scheduler.config.noise_sampler_seed is None:
-            # it takes seeds, one or one for each image, and without them torch's global generator
-            scheduler.noise_sampler_seed = _seeds_from(generator)
-        if "eta" in accepted:
-            arguments["eta"] = eta
-        elif eta != 0.0:
-            logger.warning(f"eta is {eta}, but {type(scheduler).__name__} takes no eta: it has no effect")
-        return arguments
-
-    # ------------------------------------------------------------------ saving and loading
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """Writes a folder that `DiffusionPipeline.from_pretrained` loads where this package is not installed.
 
-        The source files of the pipeline and of components that are not diffusers' own lie in it, and
-        ``model_index.json`` names them. Arguments are those of `DiffusionPipeline.save_pretrained`. With
-        ``push_to_hub=True`` the folder is uploaded, with the ``README.md`` and the images in it.
+        diffusers writes the names of modules that only an installation has. Here the source files of the pipeline and
+        of components that are not diffusers' own lie in the folder, and ``model_index.json`` names them. Arguments are
+        those of `DiffusionPipeline.save_pretrained`. With ``push_to_hub=True`` the folder is uploaded, with the
+        ``README.md`` and the images in it.
 
         Raises:
             ValueError: If a component's class is defined in no file.
@@ -558,46 +417,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         index_file = folder / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        index["_class_name"] = self._carry_source(type(self), folder)
+        index["_class_name"] = _carry_source(type(self), folder)
         for name, component in self.components.items():
-            component_class = type(_unwrap_compiled(component))
+            component_class = type(getattr(component, "_orig_mod", component))
             if not component_class.__module__.startswith("diffusers."):
-                index[name] = self._carry_source(component_class, folder / name)
+                index[name] = _carry_source(component_class, folder / name)
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
         if push_to_hub:
             repo_id = hub_arguments.pop("repo_id", folder.resolve().name)
-            publishing = _package_module("publishing")
-            if publishing is None:
+            if (package := _package_module("model_card")) is not None:
+                package.push_folder(self, folder, repo_id, **hub_arguments)
+            else:
                 # goes through save_pretrained once more, so that what is uploaded is complete
                 self.push_to_hub(repo_id, **hub_arguments)
-            else:
-                publishing.push_folder(self, folder, repo_id, **hub_arguments)
 
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Uploads what `save_pretrained` writes, and a model card where the repository has none, in one commit.
 
         A pipeline whose class was loaded from a repository's own files uploads as every diffusers pipeline does, with
         diffusers' card. Arguments and result are those of `DiffusionPipeline.push_to_hub`.
         """
-        publishing = _package_module("publishing")
-        if publishing is None:
-            return super().push_to_hub(repo_id, *args, **kwargs)
-        return publishing.push_pipeline(self, repo_id, *args, **kwargs)
-
-    @staticmethod
-    def _carry_source(component_class: type, folder: Path) -> list[str]:
-        """Copies the file that defines a class; what model_index.json then says of it."""
-        try:
-            source = Path(inspect.getfile(component_class))
-        except (TypeError, OSError) as error:
-            raise ValueError(
-                f"{component_class.__name__} is defined in no file that could be saved with the pipeline: move it to a"
-                " module of its own"
-            ) from error
-        if source.resolve() != (folder / source.name).resolve():
-            shutil.copyfile(source, folder / source.name)
-        return [source.stem, component_class.__name__]
+        package = _package_module("model_card")
+        push = super().push_to_hub if package is None else functools.partial(package.push_pipeline, self)
+        return push(repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ClassConditionalPipeline":
@@ -606,7 +449,38 @@ class ClassConditionalPipeline(DiffusionPipeline):
         With the package installed its own classes are used, and no code of the repository runs. Arguments are those of
         `load_pipeline` then, and those of `DiffusionPipeline.from_pretrained` otherwise.
         """
-        loading = _package_module("loading")
-        if loading is None:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return loading.load_pipeline(pretrained_model_name_or_path, pipeline_class=cls, **kwargs)
+        if (package := _package_module("loading")) is not None:
+            return package.load_pipeline(pretrained_model_name_or_path, pipeline_class=cls, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def _step_arguments(scheduler: SchedulerMixin, eta: float, generator: Any) -> dict[str, Any]:
+    """Those of eta and generator that the scheduler's step takes."""
+    accepted = inspect.signature(scheduler.step).parameters
+    if "eta" not in accepted and eta != 0.0:
+        logger.warning(f"eta is {eta}, but {type(scheduler).__name__} takes no eta: it has no effect")
+    if "generator" not in accepted and scheduler.config.get("noise_sampler_seed", 0) is None:
+        # it takes seeds, one or one for each image, and without them torch's global generator
+        several = isinstance(generator, (list, tuple))
+        scheduler.noise_sampler_seed = list(map(_seed_from, generator)) if several else _seed_from(generator)
+    return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+
+
+def _seed_from(generator: torch.Generator | None) -> int | None:
+    """A seed from a generator, which stays as it is, so that the starting noise is that of every scheduler."""
+    copy = None if generator is None else generator.clone_state()
+    return None if copy is None else int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device))
+
+
+def _carry_source(component_class: type, folder: Path) -> list[str]:
+    """Copies the file that defines a class; what model_index.json then says of it."""
+    try:
+        source = Path(inspect.getfile(component_class))
+    except (TypeError, OSError) as error:
+        raise ValueError(
+            f"{component_class.__name__} is defined in no file that could be saved with the pipeline: move it to a"
+            " module of its own"
+        ) from error
+    with contextlib.suppress(shutil.SameFileError):
+        shutil.copyfile(source, folder / source.name)
+    return [source.stem, component_class.__name__]

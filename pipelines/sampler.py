@@ -3,25 +3,44 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..schedulers.original_schedule import original_timesteps
-from .loading import swap_scheduler
-from .pipeline_class_conditional import ClassConditionalPipeline
+
+
+if TYPE_CHECKING:
+    from .pipeline_class_conditional import ClassConditionalPipeline
+
+
+def _is_number(value: Any, low: float, high: float = math.inf, kinds: Any = (int, float)) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
+
+
+def _is_interval(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and _is_number(value[1], 0, 1)
+        and _is_number(value[0], 0, value[1])
+    )
+
+
+_COUNT = (lambda value: value is None or _is_number(value, 1, kinds=int), "a whole number that is at least 1")
+_FACTOR = (lambda value: _is_number(value, 0), "a number that is at least 0")
+_CHECKS = {
+    "scheduler": (lambda value: value is None or isinstance(value, str), "a name"),
+    "num_inference_steps": _COUNT,
+    "step_size": _COUNT,
+    "guidance_scale": _FACTOR,
+    "guidance_interval": (_is_interval, "two fractions of the steps, 0 <= begin <= end <= 1"),
+    "eta": _FACTOR,
+    "clip_sample": (lambda value: value in (None, True, False), "true, false, or nothing at all"),
+}
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings of a sampling run.
-
-    Attributes:
-        scheduler: Another scheduler than the pipeline's own, as for `swap_scheduler`.
-        num_inference_steps: Denoising steps, at least 1; 100 where step_size is not given either.
-        step_size: The original program's way to say the steps: every step_size-th timestep, beginning at the first.
-        guidance_scale: As for `ClassConditionalPipeline`; up to 1 there is none.
-        guidance_interval: Begin and end of guidance as fractions of the steps, from 0 to 1.
-        eta: 0 is DDIM, 1 is DDPM (Song et al. 2020, https://arxiv.org/abs/2010.02502, equation 16).
-        clip_sample: Whether the predicted image is clipped at each step; None as the model says.
+    """Settings of a sampling run; the options of the commands say what each one is (`SamplerOptions`).
 
     Raises:
         ValueError: If a value is of the wrong type or out of range, or both ways to say the steps are taken.
@@ -36,26 +55,11 @@ class Sampler:
     clip_sample: bool | None = None
 
     def __post_init__(self) -> None:
+        for name, (is_right, wanted) in _CHECKS.items():
+            if not is_right(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value!r}, but must be {wanted}")
         if self.num_inference_steps is not None and self.step_size is not None:
             raise ValueError("num_inference_steps and step_size both say the number of steps: give one of them")
-        for name in ("num_inference_steps", "step_size"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and _is_finite(value) and value >= 1):
-                raise ValueError(f"{name} is {value!r}, but must be a whole number that is at least 1")
-        for name in ("guidance_scale", "eta"):
-            value = getattr(self, name)
-            if not _is_finite(value) or value < 0:
-                raise ValueError(f"{name} is {value!r}, but must be a number that is at least 0")
-        interval = self.guidance_interval
-        is_pair = isinstance(interval, tuple) and len(interval) == 2 and all(map(_is_finite, interval))
-        if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(
-                f"guidance_interval is {interval}, but must be two fractions of the steps, 0 <= begin <= end <= 1"
-            )
-        if self.clip_sample not in (None, True, False):
-            raise ValueError(f"clip_sample is {self.clip_sample!r}, but must be true, false, or nothing at all")
-        if self.scheduler is not None and not isinstance(self.scheduler, str):
-            raise ValueError(f"scheduler is {self.scheduler!r}, but must be a name")
 
     @classmethod
     def from_options(cls, options: Any) -> "Sampler":
@@ -63,35 +67,32 @@ class Sampler:
         values = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
         return cls(**{**values, "guidance_interval": tuple(options.guidance_interval)})
 
-    def prepare(self, pipeline: ClassConditionalPipeline) -> None:
+    def prepare(self, pipeline: "ClassConditionalPipeline") -> None:
         """Gives the pipeline the scheduler, if another one than its own is asked for; raises as `swap_scheduler`."""
+        from .loading import swap_scheduler  # which imports torch
+
         if self.scheduler is not None:
             swap_scheduler(pipeline, self.scheduler)
 
-    def arguments(self, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
+    def arguments(self, pipeline: "ClassConditionalPipeline") -> dict[str, Any]:
         """Arguments of the pipeline's call; ValueError if step_size does not fit the model's number of timesteps."""
         steps: dict[str, Any] = {"num_inference_steps": self.num_inference_steps or 100}
         if self.step_size is not None:
             num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
             steps = {"timesteps": original_timesteps(num_train_timesteps, self.step_size)}
-        return steps | {
-            name: getattr(self, name) for name in ("guidance_scale", "guidance_interval", "eta", "clip_sample")
-        }
+        names = ("guidance_scale", "guidance_interval", "eta", "clip_sample")
+        return steps | {name: getattr(self, name) for name in names}
 
     def title(self) -> str:
         """A few words that tell it from others in a chart, such as ``DDIM, 50 steps, guidance 2``."""
-        steps = f"step size {self.step_size}" if self.step_size else f"{self.num_inference_steps or 100} steps"
-        words = [self.scheduler.removesuffix("Scheduler") if self.scheduler else "own scheduler", steps]
+        words = [self.scheduler.removesuffix("Scheduler") if self.scheduler else "own scheduler"]
+        words.append(f"step size {self.step_size}" if self.step_size else f"{self.num_inference_steps or 100} steps")
         if self.guidance_scale > 1:
-            words.append(f"guidance {self.guidance_scale:g}")
-            if self.guidance_interval != (0.0, 1.0):
-                words[-1] += f" in [{self.guidance_interval[0]:g}, {self.guidance_interval[1]:g}]"
+            begin, end = self.guidance_interval
+            interval = f" in [{begin:g}, {end:g}]" if (begin, end) != (0, 1) else ""
+            words.append(f"guidance {self.guidance_scale:g}{interval}")
         if self.eta:
             words.append(f"eta {self.eta:g}")
         if self.clip_sample is not None:
             words.append("clipped" if self.clip_sample else "not clipped")
         return ", ".join(words)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -19,14 +19,8 @@ def original_cosine_betas(num_train_timesteps: int = 1000) -> list[float]:
     (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17); beta(1) = 1 - abar(1) and
     beta(t) = 1 - abar(t) / abar(t - 1). Because of the upper clamp the betas after the first begin with zeros.
 
-    Args:
-        num_train_timesteps: Number of diffusion steps T, at least 1.
-
     Returns:
-        T betas in [0, 1), in double precision; the first belongs to timestep 0.
-
-    Raises:
-        ValueError: if `num_train_timesteps` is less than 1.
+        T betas in [0, 1), in double precision; the first belongs to timestep 0. ValueError if T is less than 1.
     """
     if num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps is {num_train_timesteps}, but must be at least 1.")
@@ -46,13 +40,10 @@ def original_timesteps(num_train_timesteps: int, step_size: int) -> list[int]:
 
     Args:
         num_train_timesteps: Number of diffusion steps T.
-        step_size: Distance s between two timesteps, in [1, T].
+        step_size: Distance s between two timesteps; ValueError if it is not in [1, T].
 
     Returns:
         The timesteps in descending order, the last being 0.
-
-    Raises:
-        ValueError: if `step_size` is out of range.
     """
     if not 1 <= step_size <= num_train_timesteps:
         raise ValueError(f"step_size is {step_size}, but must lie in [1, {num_train_timesteps}].")
@@ -63,9 +54,6 @@ def original_cosine_options(num_train_timesteps: int = 1000) -> dict[str, Any]:
     """The options by which a scheduler of ours samples as the original program does on its cosine schedule.
 
     All that matter are named, because from_config carries only what is named into other schedulers.
-
-    Args:
-        num_train_timesteps: T, at least 1.
     """
     return {
         "num_train_timesteps": num_train_timesteps,

@@ -49,15 +49,7 @@ class StepCoefficients(NamedTuple):
     beta_tilde: torch.Tensor  # (1 - abar_prev) / (1 - abar_t) * beta
 
 
-def cosine_betas(num_train_timesteps: int) -> list[float]:
-    """Betas of the cosine schedule (Nichol & Dhariwal 2021, eq. 17), "squaredcos_cap_v2", in double precision."""
-    abar = [
-        math.cos((t / num_train_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(num_train_timesteps + 1)
-    ]
-    return [min(1 - current / previous, 0.999) for previous, current in pairwise(abar)]
-
-
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value as an int in [low, high]; ValueError if it is none."""
     if not hasattr(value, "__index__") or value < low or (high is not None and value > high):
         wanted = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
@@ -107,18 +99,16 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
             beta_start, beta_end: First and last beta of the "linear" and "scaled_linear" schedules.
             beta_schedule: "linear", "scaled_linear" (linear in the square root) or "squaredcos_cap_v2" (cosine).
             trained_betas: The betas themselves, T values in [0, 1); the three options above are then not read.
-            clip_sample: Clip the predicted clean sample to [-clip_sample_range, clip_sample_range].
-            clip_sample_range: Largest absolute value of a clipped sample.
+            clip_sample, clip_sample_range: Clip the predicted clean sample to [-clip_sample_range, clip_sample_range].
             set_alpha_to_one: Whether the last step ends at abar = 1 (a clean sample) or at the abar of timestep 0.
             steps_offset: Added to the timesteps of the "leading" spacing.
             prediction_type: "epsilon" (the noise), "sample" (the clean sample) or "v_prediction" (Salimans & Ho 2022).
             timestep_spacing: "leading", "trailing" or "linspace" (Lin et al. 2023, https://arxiv.org/abs/2305.08891).
             variance_type: "fixed_small" (the posterior variance beta_tilde), "fixed_large" (beta), or "learned_range":
-                the model's second C channels interpolate between the two in the logarithm, -1 for the smaller and 1
-                for the larger one (Nichol & Dhariwal 2021, eq. 15). A model output of C channels has no learned
-                variance and gets "fixed_small"; the fixed types ignore a second half.
-            max_beta: Upper clamp in (0, 1] of a step's beta where it stands for a variance; the posterior mean is not
-                touched. 1.0 is what stock schedulers do, 0.999 what "Diffusion models from scratch" does.
+                the model's second C channels interpolate in the logarithm from the smaller, -1, to the larger, 1
+                (Nichol & Dhariwal 2021, eq. 15); an output of C channels gets "fixed_small" then.
+            max_beta: Upper clamp in (0, 1] of a step's beta where it stands for a variance, not in the posterior mean:
+                1.0 in stock schedulers, 0.999 in "Diffusion models from scratch".
 
         Raises:
             ValueError: for an unknown name or a value out of its range.
@@ -126,25 +116,26 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         self.max_beta = max_beta
         for name, choices in CHOICES.items():
             if self.config[name] not in choices and (name != "beta_schedule" or trained_betas is None):
-                raise ValueError(
-                    f"{name} is {self.config[name]!r}, but must be one of {', '.join(map(repr, choices))}."
-                )
-        check_integer("num_train_timesteps", num_train_timesteps, 1)
-        check_integer("steps_offset", steps_offset, 0)
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range is {clip_sample_range}, but must be greater than 0.")
-        if not 0 < max_beta <= 1:
-            raise ValueError(f"max_beta is {max_beta}, but must lie in (0, 1].")
+                raise ValueError(f"{name} is {self.config[name]!r}, but must be one of {choices}.")
+        _check_integer("num_train_timesteps", num_train_timesteps, 1)
+        _check_integer("steps_offset", steps_offset, 0)
+        for name, high in (("clip_sample_range", math.inf), ("max_beta", 1)):
+            if not 0 < self.config[name] <= high:
+                raise ValueError(f"{name} is {self.config[name]}, but must lie in (0, {high}].")
 
         if trained_betas is not None:
             self.betas = torch.as_tensor(trained_betas, dtype=torch.float64, device="cpu").clone()
             self.register_to_config(trained_betas=self.betas.tolist())  # what JSON can hold
-        elif beta_schedule == "squaredcos_cap_v2":
-            self.betas = torch.tensor(cosine_betas(num_train_timesteps), dtype=torch.float64)
+        elif beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
+            time = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+            abar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+            self.betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
         else:
             power = 0.5 if beta_schedule == "scaled_linear" else 1.0
             ends = beta_start**power, beta_end**power
             self.betas = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** (1 / power)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         source = f"beta_start {beta_start} and beta_end {beta_end}" if trained_betas is None else "trained_betas"
         if self.betas.shape != (num_train_timesteps,):
             raise ValueError(
@@ -152,11 +143,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
                 "but there must be one beta for each timestep."
             )
         if not ((self.betas >= 0) & (self.betas < 1)).all():
-            raise ValueError(
-                f"{source} give betas in [{self.betas.min()}, {self.betas.max()}], but must be in [0, 1)."
-            )
-        self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+            raise ValueError(f"{source} give betas in [{self.betas.min()}, {self.betas.max()}], not in [0, 1).")
         if not self.alphas_cumprod[-1] > 0:
             raise ValueError(f"{source} give alphas_cumprod that end at 0: lower the betas.")
         self.final_alpha_cumprod = torch.ones_like(self.alphas[0]) if set_alpha_to_one else self.alphas_cumprod[0]
@@ -209,11 +196,11 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
                 f"num_inference_steps is {num_inference_steps} and timesteps is {timesteps}: give exactly one of them."
             )
         if timesteps is not None:
-            chosen = [check_integer(f"timesteps[{i}]", t, 0, total - 1) for i, t in enumerate(timesteps)]
+            chosen = [_check_integer(f"timesteps[{i}]", t, 0, total - 1) for i, t in enumerate(timesteps)]
             if not chosen or any(t <= following for t, following in pairwise(chosen)):
                 raise ValueError(f"timesteps is {chosen}, but must be strictly descending, at least one.")
         else:
-            steps = check_integer("num_inference_steps", num_inference_steps, 1, total)
+            steps = _check_integer("num_inference_steps", num_inference_steps, 1, total)
             if self.config.timestep_spacing == "leading":
                 chosen = [i * (total // steps) + self.config.steps_offset for i in range(steps)]
             elif self.config.timestep_spacing == "trailing":
@@ -233,10 +220,8 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
     def _activate(self, timesteps: list[int], device: str | torch.device | None) -> None:
         """Makes a list of timesteps the active one, and computes the coefficients of every timestep under it."""
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
-        self._ascending_timesteps = timesteps[::-1]
-
         # the previous timestep is the largest of the list that is smaller, for members of the list and all others
-        ascending = torch.tensor(self._ascending_timesteps)
+        ascending = torch.tensor(timesteps[::-1])
         index = torch.searchsorted(ascending, torch.arange(self.config.num_train_timesteps)) - 1
         abar = self.alphas_cumprod
         abar_prev = torch.where(index >= 0, abar[ascending[index.clamp(min=0)]], self.final_alpha_cumprod)
@@ -262,7 +247,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         self._table(self.timesteps.device)
 
     def _table(self, device: torch.device) -> torch.Tensor:
-        """The coefficients of all timesteps on a device, shape (num_train_timesteps, number of coefficients)."""
+        """The coefficients on a device, shape (num_train_timesteps, number of coefficients)."""
         if device not in self._tables:
             # there is no float64 on Apple's devices
             dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -272,7 +257,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
     def _step_coefficients(self, timestep: int | torch.Tensor, device: torch.device) -> StepCoefficients:
         """Coefficients of one timestep as tensors of shape (), usable beside tensors on the device."""
         if not isinstance(timestep, torch.Tensor):
-            timestep = torch.tensor(check_integer("timestep", timestep, 0, self.config.num_train_timesteps - 1))
+            timestep = torch.tensor(_check_integer("timestep", timestep, 0, self.config.num_train_timesteps - 1))
         elif timestep.numel() != 1 or timestep.is_floating_point():
             raise ValueError(f"timestep is a tensor of {tuple(timestep.shape)} {timestep.dtype}, not of one integer.")
         # subscripting with a tensor on the device would copy it to the host and wait; index_select does not
@@ -288,15 +273,13 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         self, model_output: torch.Tensor, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Prediction and variance interpolation of a model output, both (batch, channels, height, width)."""
-        channels = sample.shape[1]
-        if model_output.shape == sample.shape:
-            return model_output, None
-        if model_output.shape == (sample.shape[0], 2 * channels, *sample.shape[2:]):
-            return model_output[:, :channels], model_output[:, channels:]
-        raise ValueError(
-            f"model_output has shape {tuple(model_output.shape)} for a sample of shape {tuple(sample.shape)}, but "
-            f"must have {channels} channels (prediction) or {2 * channels} (with variance), else the same shape."
-        )
+        (batch, channels, *size), shape = sample.shape, tuple(model_output.shape)
+        if shape not in ((batch, channels, *size), (batch, 2 * channels, *size)):
+            raise ValueError(
+                f"model_output has shape {shape} for a sample of shape {tuple(sample.shape)}, but must have {channels}"
+                f" channels (prediction) or {2 * channels} (with variance), else the same shape."
+            )
+        return model_output[:, :channels], None if shape[1] == channels else model_output[:, channels:]
 
     def _predict_original(self, prediction: torch.Tensor, sample: torch.Tensor, c: StepCoefficients) -> torch.Tensor:
         """The clean sample that a prediction stands for, clipped if the config says so."""
@@ -364,26 +347,15 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         signal_rate, noise_rate = self._rates(timesteps, sample)
         return (signal_rate * noise - noise_rate * sample).to(sample.dtype)
 
-    def previous_timestep(self, timestep: int) -> int:
-        """The timestep at which a step from any `timestep` ends: the largest active one below it, else -1."""
-        timestep = check_integer("timestep", timestep, 0, self.config.num_train_timesteps - 1)
-        return max((t for t in self._ascending_timesteps if t < timestep), default=-1)
-
 
 class EtaDDIMScheduler(LearnedVarianceScheduler):
     """DDIM (Song et al. 2020) from deterministic (eta 0) to the noise of DDPM (eta 1), its variance learned or fixed.
 
-    It differs from the stock `DDIMScheduler` where that one loses precision or time, or fails:
-
-    - a model output may have C or 2C channels, and a learned variance is used for the noise of eta > 0;
-    - tables are double precision, and betas of 0 are allowed (their logarithm is taken at 1e-10);
-    - the previous timestep is looked up in the list of timesteps, so that every spacing and custom lists work, and
-      `step` may be called in any order;
-    - `step` never waits for the device: a timestep may lie there as a tensor;
-    - noise is added at every step but one that ends at abar = 1.
-
-    With S = eta^2 this is also the sampler of "Diffusion models from scratch", whose "DDIM scale" S multiplies the
-    variance.
+    It differs from the stock `DDIMScheduler`: a model output may have C or 2C channels, and a learned variance is used
+    for the noise of eta > 0. Tables are double precision, and betas of 0 are allowed (their logarithm is taken at
+    1e-10). The previous timestep is looked up in the list of timesteps, so that every spacing and custom lists work,
+    and `step` may be called in any order. It never waits for the device. Noise is added at every step but one that
+    ends at abar = 1. With S = eta^2 it samples as "Diffusion models from scratch", whose "DDIM scale" is S.
     """
 
     def step(

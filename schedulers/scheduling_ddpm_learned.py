@@ -1,4 +1,7 @@
-"""The DDPM scheduler; it is defined beside the DDIM scheduler, with which it shares nearly all."""
+"""The DDPM scheduler. A saved pipeline carries the file that defines it, which is that of the DDIM scheduler.
+
+The two share nearly all, and from the Hub diffusers fetches one file for a scheduler, nothing that it imports.
+"""
 
 from .scheduling_ddim_eta import LearnedVarianceDDPMScheduler
 

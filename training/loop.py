@@ -18,9 +18,8 @@ from tqdm.auto import tqdm
 
 from ..data.dataset import to_model_range
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..pipelines.model_card import write_model_card
+from ..pipelines.model_card import push_folder, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..pipelines.publishing import push_folder
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, settle_folder
 from ..utils.command_line import OtherRankError, StoppedBySignalError
 from ..utils.distributed import on_main_process

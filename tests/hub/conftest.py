@@ -8,22 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from imagenet64_diffusion.tests.hub.loopback_hub import LoopbackHub
-
-
-# Put before a program that runs where this package is not installed.
-WITHOUT_THE_PACKAGE = """
-import sys
-
-import torch
-from diffusers import DiffusionPipeline
-
-def generate(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
-    return pipeline([0, "goldfish"], generator=generator, **options).images
-"""
+from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN, LoopbackHub
 
 
 @pytest.fixture
@@ -35,12 +20,16 @@ def hub():
 @pytest.fixture
 def online(hub, monkeypatch, tmp_path) -> LoopbackHub:
     """Points the Hub's client in this process at the loopback Hub: what HF_ENDPOINT and the like do at its import."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    values = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -48,20 +37,21 @@ def online(hub, monkeypatch, tmp_path) -> LoopbackHub:
 
 
 @pytest.fixture
+def logged_in(online, monkeypatch) -> LoopbackHub:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return online
+
+
+@pytest.fixture
 def run_python(hub, tmp_path, outside_python):
     """Runs a program where this package is not installed. It knows the loopback Hub alone, with an empty cache."""
 
-    def run(program: str, **environment: str) -> None:
+    def run(program: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        kept |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url}
+        kept |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
         kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(
-            [outside_python, "-E", "-c", program],
-            cwd=tmp_path,
-            env={**kept, **environment},
-            capture_output=True,
-            text=True,
-        )
+        command = [outside_python, "-E", "-c", program]
+        finished = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
 
     return run

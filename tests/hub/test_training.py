@@ -4,8 +4,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from imagenet64_diffusion import ClassConditionalPipeline
-from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN
 from imagenet64_diffusion.train_imagenet64 import main
+
+
+SMALL = ("--layer_types", "resnet", "--stem_channels", "8", "--block_out_channels", "8")
+SMALL += ("--time_embed_dim", "8", "--class_embed_dim", "8")
 
 
 @pytest.fixture
@@ -21,32 +24,24 @@ def train(prepared, tmp_path):
     return run
 
 
-SMALL = ("--layer_types", "resnet", "--stem_channels", "8", "--block_out_channels", "8")
-SMALL += ("--time_embed_dim", "8", "--class_embed_dim", "8")
-
-
-def test_from_training_to_the_hub_and_on(online, train, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+def test_from_training_to_the_hub_and_on(logged_in, train, tmp_path, capfd):
     assert train("first", *SMALL, "--push_to_hub", "--hub_model_id", "me/first", "--hub_private_repo") == 0
-    repository = online.repositories["me/first"]
+    repository = logged_in.repositories["me/first"]
     assert repository.private
     assert repository.commits[repository.refs["main"]].message == "Step 2"
     assert "samples.png" in repository.files
-    card = ModelCard(repository.files["README.md"].content.decode())
-    for fact in ("| optimizer steps | 2 |", "| images per step | 4 |", "| began from | random weights |"):
-        assert fact in card.text
-    assert 'from_pretrained("me/first"' in card.text
+    card = ModelCard(repository.files["README.md"].content.decode()).text
+    for fact in ("optimizer steps | 2 |", "images per step | 4 |", "began from | random weights |", '("me/first"'):
+        assert fact in card
 
     assert train("second", "--pretrained_model_name_or_path", "me/first", "--learning_rate", "1e-9") == 0
     assert "training from me/first" in capfd.readouterr().out
-    first, second = (
-        ClassConditionalPipeline.from_pretrained(tmp_path / name / "model") for name in ("first", "second")
-    )
-    weights = second.unet.state_dict()
-    for name, weight in first.unet.state_dict().items():
+    models = [ClassConditionalPipeline.from_pretrained(tmp_path / name / "model") for name in ("first", "second")]
+    first, second = (model.unet.state_dict() for model in models)
+    for name, weight in first.items():
         # two steps of a billionth
-        assert (weight - weights[name]).abs().max() < 1e-7, name
-    assert first.scheduler.config == second.scheduler.config
+        assert (weight - second[name]).abs().max() < 1e-7, name
+    assert models[0].scheduler.config == models[1].scheduler.config
     assert "| began from | me/first |" in (tmp_path / "second" / "model" / "README.md").read_text()
 
 

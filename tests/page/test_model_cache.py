@@ -32,9 +32,9 @@ def test_a_lent_pipeline_shares_the_network_alone(models):
 
 def test_each_is_loaded_once_and_only_so_many_stay_in_memory(tmp_path, tiny_model, monkeypatch):
     names, loaded = [str(shutil.copytree(tiny_model, tmp_path / name)) for name in "abc"], []
-    load = model_cache.load_pipeline
+    load = model_cache.open_model
     monkeypatch.setattr(
-        model_cache, "load_pipeline", lambda name, **options: loaded.append(name) or load(name, **options)
+        model_cache, "open_model", lambda name, *rest, **options: loaded.append(name) or load(name, *rest, **options)
     )
     models = ModelCache(names, max_loaded=2)
     with ThreadPoolExecutor(4) as people:

@@ -8,9 +8,9 @@ from imagenet64_diffusion.page.request import (
     TWO_SCALES,
     TWO_SCHEDULERS,
     read_form,
-    scheduler_names,
     takes_eta,
 )
+from imagenet64_diffusion.pipelines.loading import scheduler_names
 from imagenet64_diffusion.tests.page.forms import form
 
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler
-from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas
+from imagenet64_diffusion.schedulers.original_schedule import original_cosine_options
 from imagenet64_diffusion.tests.components import seeded
 
 
@@ -62,26 +61,18 @@ class GaussianToy(ModelMixin, ConfigMixin):
         return torch.sigmoid(-2 * level).sqrt(), torch.sigmoid(2 * level).sqrt()
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float,
-        class_labels: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool
+    ) -> tuple[torch.Tensor]:
         signal_rate, noise_rate = self.rates(timestep)
-        means = self.means[-1:] if class_labels is None else self.means[class_labels]
-        means = means.double().reshape(-1, 1, 1, 1)
+        means = self.means[class_labels].double().reshape(-1, 1, 1, 1)
         data_variance = self.config.standard_deviation**2
-        deviation = sample.double() - signal_rate * means
-        variance = signal_rate**2 * data_variance + noise_rate**2
-        prediction = noise_rate * deviation / variance
+        deviation = (sample.double() - signal_rate * means) / (signal_rate**2 * data_variance + noise_rate**2)
+        prediction = noise_rate * deviation
         if self.config.prediction_type == "v_prediction":
-            image = means + signal_rate * data_variance * deviation / variance
-            prediction = signal_rate * prediction - noise_rate * image
+            prediction = signal_rate * prediction - noise_rate * (means + signal_rate * data_variance * deviation)
         prediction = prediction + self.config.prediction_error
         # the lower end of the learned variance, that of the posterior
-        output = torch.cat([prediction, -torch.ones_like(prediction)], dim=1).to(sample.dtype)
-        return UNet2DOutput(sample=output) if return_dict else (output,)
+        return (torch.cat([prediction, -torch.ones_like(prediction)], dim=1).to(sample.dtype),)
 
 
 def make_gaussian_pipeline(schedule: str, **options) -> ClassConditionalPipeline:
@@ -90,22 +81,12 @@ def make_gaussian_pipeline(schedule: str, **options) -> ClassConditionalPipeline
     Nothing is clipped: a clipped Gaussian is none.
     """
     if schedule == "original":
-        scheduler = EtaDDIMScheduler(
-            trained_betas=original_cosine_betas(1000),
-            set_alpha_to_one=False,
-            max_beta=0.999,
-            timestep_spacing="leading",
-            clip_sample=False,
-        )
-        options.setdefault("round_timesteps", True)
+        scheduler = EtaDDIMScheduler(**original_cosine_options())
+        options = {"round_timesteps": True, **options}
     else:
-        scheduler = EtaDDIMScheduler(
-            beta_schedule="squaredcos_cap_v2",
-            prediction_type="v_prediction",
-            timestep_spacing="trailing",
-            clip_sample=False,
-        )
-        options.setdefault("prediction_type", "v_prediction")
+        common = {"prediction_type": "v_prediction", "clip_sample": False}
+        scheduler = EtaDDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", **common)
+        options = {"prediction_type": "v_prediction", **options}
     pipeline = ClassConditionalPipeline(GaussianToy(scheduler.alphas_cumprod.tolist(), **options), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -146,31 +127,19 @@ def sample_gaussian(
 
     The solution starts where the scheduler does: at what it first gives to the network, and at that timestep.
     """
-    toy = pipeline.unet
-    first_inputs = []
+    toy, first_inputs = pipeline.unet, []
     hook = toy.register_forward_pre_hook(lambda module, arguments: first_inputs.append(arguments[:2]))
     labels = list(range(toy.config.num_class_embeds))
-    try:
-        images = pipeline(
-            labels,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=seeded(*labels),
-            output_type="latent",
-            **options,
-        ).images
-    finally:
-        hook.remove()
+    options |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "output_type": "latent"}
+    images = pipeline(labels, generator=seeded(*labels), **options).images
+    hook.remove()
 
-    means = toy.means.double()
+    means, deviation = toy.means.double(), toy.config.standard_deviation
     means = torch.lerp(means[-1], means[:-1], guidance_scale).reshape(-1, 1, 1, 1)
-    deviation = toy.config.standard_deviation
-
     sample, timestep = first_inputs[0]
     signal_rate, noise_rate = toy.rates(timestep)
     spread = (signal_rate**2 * deviation**2 + noise_rate**2).sqrt()
     quantiles = (sample[: len(labels)].double() - signal_rate * means) / spread
-
     signal_rate, noise_rate = toy.rates(0)
     spread = (signal_rate**2 * deviation**2 + noise_rate**2).sqrt()
     ends = {

@@ -6,35 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from imagenet64_diffusion.pipelines.generation import sample_images
 from imagenet64_diffusion.pipelines.sampler import Sampler
 from imagenet64_diffusion.tests.components import make_pipeline, seeded
 
 
 def test_arguments_are_those_of_the_pipeline():
     pipeline = make_pipeline()
-    arguments = Sampler().arguments(pipeline)
-    assert arguments == {
-        "num_inference_steps": 100,
-        "guidance_scale": 1.0,
-        "guidance_interval": (0.0, 1.0),
-        "eta": 0.0,
-        "clip_sample": None,
-    }
-    sampler = Sampler(step_size=400, guidance_scale=2.0, guidance_interval=(0.2, 0.8), eta=0.5, clip_sample=True)
-    arguments = sampler.arguments(pipeline)
-    assert "num_inference_steps" not in arguments
-    by_sampler = pipeline([0, 1], generator=seeded(3, 4), output_type="pt", **arguments).images
-    by_hand = pipeline(
-        [0, 1],
-        generator=seeded(3, 4),
-        output_type="pt",
-        timesteps=[800, 400, 0],
-        guidance_scale=2.0,
-        guidance_interval=(0.2, 0.8),
-        eta=0.5,
-        clip_sample=True,
-    ).images
-    assert torch.equal(by_sampler, by_hand)
+    defaults = {"guidance_scale": 1.0, "guidance_interval": (0.0, 1.0), "eta": 0.0, "clip_sample": None}
+    assert Sampler().arguments(pipeline) == {"num_inference_steps": 100, **defaults}
+    values = {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), "eta": 0.5, "clip_sample": True}
+    by_sampler = sample_images(pipeline, Sampler(step_size=400, **values), [0, None], 3, output_type="pt")
+    options = {"generator": seeded(3, 4), "output_type": "pt", "timesteps": [800, 400, 0]}
+    assert torch.equal(by_sampler, pipeline([0, None], **options, **values).images)
 
 
 def test_another_scheduler():

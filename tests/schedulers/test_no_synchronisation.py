@@ -6,8 +6,7 @@ from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imagenet64_diffusion.schedulers.scheduling_ddim_eta import EtaDDIMScheduler
-from imagenet64_diffusion.schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
+from imagenet64_diffusion import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 
 
 SHAPE = (2, 3, 4, 4)
