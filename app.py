@@ -24,8 +24,12 @@ def serve(options: AppOptions) -> None:
         ImportError: If gradio is not installed.
         StoppedBySignalError: When it is told to end.
     """
+
+    def stop(number: int, frame: Any) -> None:
+        raise StoppedBySignalError(number, "")
+
     with contextlib.ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _stop))
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop))
         # Gradio looks at these when it is imported
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
         os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="imagenet64-page-"))
@@ -60,10 +64,6 @@ def serve(options: AppOptions) -> None:
         )
         print(f"the page is at {page.share_url or page.local_url}", flush=True)
         threading.Event().wait()
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise StoppedBySignalError(number, "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

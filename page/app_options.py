@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..utils.command_line import CheckedOptions, option, option_list
 
 
+_address = functools.partial(option, None, group="address")
 _model = functools.partial(option, group="model")
 _limit = functools.partial(option, group="limits", at_least=1)
 
@@ -33,18 +34,12 @@ class AppOptions(CheckedOptions):
         3, "Models in memory; the one that was not asked for the longest goes first.", at_least=1
     )
 
-    host: str | None = option(
-        None,
+    host: str | None = _address(
         "Address to listen on (default: GRADIO_SERVER_NAME, else 127.0.0.1, which is this machine alone).",
-        group="address",
         metavar="HOST",
     )
-    port: int | None = option(
-        None,
-        "Port (default: GRADIO_SERVER_PORT, else the first free one from 7860).",
-        group="address",
-        at_least=1,
-        at_most=65_535,
+    port: int | None = _address(
+        "Port (default: GRADIO_SERVER_PORT, else the first free one from 7860).", at_least=1, at_most=65_535
     )
     share: bool = option(
         False, "Ask Gradio's servers for a public address, through which everything then goes.", group="address"

@@ -10,6 +10,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +43,6 @@ _SECONDS_BETWEEN_IMAGES = 0.15
 _running: set[Callable[[], None]] = set()
 
 
-class AbandonedError(Exception):
-    """Nobody takes the steps any more, or the process ends."""
-
-
 class Step(NamedTuple):
     """The images after denoising step ``number`` of ``total``: uint8, (images, height, width, channels)."""
 
@@ -65,13 +62,9 @@ class Generation:
         self.frames: list[np.ndarray] = []  # the pixels of each step, or of every so many
 
     def steps(self) -> Generator[Step, None, None]:
-        """Samples in a thread of its own, which is never more than two steps ahead.
+        """Samples in a thread of its own, which is never more than two steps ahead; CancelledError after `end_all`.
 
         When the iterator is closed or dropped, the thread ends with the step that it is in.
-
-        Raises:
-            ValueError: What the pipeline raises where the options do not fit together.
-            AbandonedError: After `end_all`.
         """
         taken: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
         wanted, abandoned = threading.Semaphore(2), threading.Event()
@@ -80,7 +73,7 @@ class Generation:
             taken.put(step)
             wanted.acquire()  # an iterator that nobody takes from holds the network back
             if abandoned.is_set():
-                raise AbandonedError
+                raise CancelledError
 
         def stop() -> None:
             abandoned.set()
@@ -157,7 +150,7 @@ def generate(form: Form, models: ModelCache, limits: AppOptions) -> Generator[Vi
             options = [each.request.options for each in generations]
             yield View(done(said, options), images, write_files(generations, Path(folder)))
         return
-    except AbandonedError:
+    except CancelledError:
         return
     except (ValueError, OSError) as error:
         sentence = str(error)

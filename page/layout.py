@@ -36,11 +36,7 @@ _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"
 
 
 def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
-    """The page, ready to be launched.
-
-    Raises:
-        ValueError, OSError: If the model that it begins with cannot be opened.
-    """
+    """The page, ready to be launched; ValueError or OSError if the model that it begins with cannot be opened."""
     pipeline = models.pipeline(models.names[0])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_DELETE_DOWNLOADS) as page:
         about = gr.HTML(_about(models.names[0], pipeline), elem_id="head")
@@ -92,8 +88,6 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
             show_progress_on=[status],
             preprocess=False,  # all that comes is checked in one place
             trigger_mode="once",
-            concurrency_limit=limits.max_concurrent,
-            concurrency_id="sampling",
             api_visibility="private",
         )
         start.click(None, None, None, js=_SHOW_IMAGES, **_QUIET)
@@ -110,35 +104,24 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
 
 def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """The controls of the first column."""
-    model = gr.Dropdown(
-        [(title(name), name) for name in models.names],
-        value=models.names[0],
-        label="Model",
-        info="A name of the list, a folder of this machine, or a Hub id." if models.takes_any else None,
-        allow_custom_value=models.takes_any,
-        visible=models.takes_any or len(models.names) > 1,
-        elem_id="model",
-    )
-    classes = gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes")
+    others = {"allow_custom_value": models.takes_any, "visible": models.takes_any or len(models.names) > 1}
+    if models.takes_any:
+        others["info"] = "A name of the list, a folder of this machine, or a Hub id."
+    names = [(title(name), name) for name in models.names]
+    controls: dict[str, Any] = {
+        "model": gr.Dropdown(names, value=models.names[0], label="Model", elem_id="model", **others),
+        "class_labels": gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes"),
+    }
     with gr.Row(elem_id="seed-row"):
         number = gr.Number(2, label="Images per class", min_width=60, elem_id="per-class")
         seed = gr.Number(0, label="Seed", min_width=60, elem_id="seed")
-        gr.Button("New seed", size="sm", min_width=80, elem_id="new-seed").click(
-            None, None, seed, js=_NEW_SEED, **_QUIET
-        )
+        new_seed = gr.Button("New seed", size="sm", min_width=80, elem_id="new-seed")
+    new_seed.click(None, None, seed, js=_NEW_SEED, **_QUIET)
     compare = gr.Radio([NOTHING, TWO_SCHEDULERS, TWO_SCALES], value=NOTHING, label="Compare", elem_id="compare")
     other = gr.Dropdown(_schedulers(), value="DPMSolverMultistepScheduler", label="Other scheduler", visible=False)
     other_scale = gr.Number(5, label="Other guidance scale", visible=False, elem_id="other-scale")
-    names = (
-        "model",
-        "class_labels",
-        "num_images_per_label",
-        "seed",
-        "compare",
-        "other_scheduler",
-        "other_guidance_scale",
-    )
-    return dict(zip(names, (model, classes, number, seed, compare, other, other_scale), strict=True))
+    controls |= {"num_images_per_label": number, "seed": seed, "compare": compare}
+    return controls | {"other_scheduler": other, "other_guidance_scale": other_scale}
 
 
 def _settings(limits: AppOptions, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
@@ -174,7 +157,5 @@ def _classes(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
 
 
 def _schedulers() -> list[tuple[str, str]]:
-    return [
-        ("the model's own", OWN_SCHEDULER),
-        *((name.removesuffix("Scheduler"), name) for name in scheduler_names()),
-    ]
+    own = ("the model's own", OWN_SCHEDULER)
+    return [own, *((name.removesuffix("Scheduler"), name) for name in scheduler_names())]

@@ -20,16 +20,10 @@ _SIDES = ((1, 320, 320, 256, 128), (4, 192, 128, 160, 128), (12, 128, 96, 96, 64
 
 
 def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, beside: bool = False) -> str:
-    """Images with their class names; images of one class that follow one another share theirs.
+    """Images, uint8 (images, height, width, channels), under their class names, which neighbours of one class share.
 
-    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images.
-
-    Args:
-        pixels: uint8, (images, height, width, channels).
-        captions: The class name of each, empty for the null class.
-        seed: That of the first image.
-        finished: Whether they stay; those in between are sent with less quality.
-        beside: Whether there is another gallery beside it.
+    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images. The seed is that of the
+    first image. Until they are finished they are sent with less quality; beside another gallery they are smaller.
     """
     height, width = pixels.shape[1:3]
     sides = next(each for each in _SIDES if len(pixels) <= each[0])

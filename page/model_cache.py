@@ -19,8 +19,7 @@ class ModelCache:
     Args:
         names: Folders or Hub ids to choose from; the first is what the page begins with.
         takes_any: Whether others are opened too.
-        device: Where the networks compute.
-        dtype: What they compute in.
+        device, dtype: Where, and in what, the networks compute.
         max_loaded: How many are kept in memory.
     """
 

@@ -41,9 +41,7 @@ def takes_eta(pipeline: ClassConditionalPipeline, scheduler: str) -> bool:
 def read_form(form: Form, models: ModelCache, limits: AppOptions) -> list[Request]:
     """The set of images that a form asks for, or the two of a comparison.
 
-    Raises:
-        ValueError: With a sentence for the person who filled it in.
-        OSError: If the model cannot be had.
+    ValueError or OSError if that cannot be, with a sentence for the person who filled it in.
     """
     form = {**form, **_numbers(form, limits)}
     sides = [form]
@@ -83,9 +81,6 @@ def _numbers(form: Form, limits: AppOptions) -> dict[str, float]:
             found = "empty" if value in (None, "") else repr(value)[:100]
             whole = "whole " if kind is int else ""
             raise ValueError(f"{name} is {found}, but must be a {whole}number from {low} to {high}")
-    begin, end = form["guidance_begin"], form["guidance_end"]
-    if begin > end:
-        raise ValueError(f"Guidance begins at {begin:g} and ends at {end:g}, but must end after it begins")
     return {key: kind(form[key]) for key, (*_, kind) in ranges.items()}
 
 

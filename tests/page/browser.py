@@ -118,7 +118,7 @@ class Browser:
         """What the download button for png, gif, json or zip gives."""
         for file in self.downloads.iterdir():
             file.unlink()
-        self.all("#downloads button")[("png", "gif", "json", "zip").index(kind)].click()
+        self.find(f"#download-{('png', 'gif', 'json', 'zip').index(kind)}").click()
         [file] = self.wait(lambda: list(self.downloads.glob(f"*.{kind}")))
         return file.read_bytes()
 
