@@ -129,7 +129,9 @@ class View(NamedTuple):
 
 def generate(form: Form, models: ModelCache, limits: AppOptions) -> Generator[View, None, None]:
     """Samples what a form asks for. Whatever goes wrong is shown, and nothing is raised."""
-    images, files = None, None  # before it begins, those of the request before stay
+    # before it begins, those of the request before stay
+    images: str | None = None
+    files: list[Path] | None = None
     try:
         generations = [Generation(request) for request in read_form(form, models, limits)]
         started = shown = time.monotonic()
@@ -171,7 +173,9 @@ def _galleries(generations: Sequence[Generation], latest: Sequence[Step], finish
 
 def write_files(generations: Sequence[Generation], folder: Path) -> list[Path]:
     """Writes the files of `FILE_NAMES` for one finished generation, or for two side by side."""
-    everything, manifests, animations = folder / "everything", {}, []
+    everything = folder / "everything"
+    manifests: dict[str, dict[str, Any]] = {}
+    animations: list[list[Image.Image]] = []
     for name, each in zip((".",) if len(generations) == 1 else ("left", "right"), generations, strict=True):
         pipeline, options, class_ids = each.request.pipeline, each.request.options, each.request.class_ids
         manifests[name] = make_manifest(pipeline, options, class_ids, pipeline.timesteps)

@@ -21,8 +21,10 @@ from .request import MAX_SEED, NOTHING, OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULER
 TITLE = "Class-conditional diffusion in pixels"
 STYLE = Path(__file__).with_name("style.css")
 # with fonts that the visitor's machine has: nothing is fetched from elsewhere
-_FONTS = {"font": ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif"), "font_mono": ("Consolas", "monospace")}
-THEME = gr.themes.Base(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", **_FONTS).set(
+_FONT = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
+THEME = gr.themes.Base(
+    primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_FONT, font_mono="monospace"
+).set(
     **{"body_background_fill": "*neutral_50", "input_background_fill": "white", "input_border_color": "*neutral_300"},
     **{"input_background_fill_dark": "*neutral_800", "input_border_color_dark": "*neutral_600"},
 )
@@ -60,9 +62,9 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
         def on_generate(*values: Any) -> Iterator[list[Any]]:
             # closing this closes what it yields from, which ends the work
             for view in generate(dict(zip(controls, values, strict=True)), models, limits):
-                buttons = [gr.skip()] * len(downloads)
+                buttons: list[Any] = [gr.skip()] * len(downloads)
                 if view.files is not None:
-                    files = [str(file) for file in view.files] or [None] * len(downloads)
+                    files: list[Any] = [str(file) for file in view.files] or [None] * len(downloads)
                     buttons = [gr.DownloadButton(value=file, interactive=file is not None) for file in files]
                 yield [view.status, gr.skip() if view.images is None else view.images, *buttons]
 
@@ -75,7 +77,7 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
 
         def on_choice(name: Any, scheduler: str, other: str, compare: str) -> list[Any]:
             schedulers = [scheduler, other] if compare == TWO_SCHEDULERS else [scheduler]
-            eta = gr.skip()
+            eta: Any = gr.skip()
             with contextlib.suppress(ValueError, OSError):  # which on_model shows
                 eta = gr.Slider(visible=any(takes_eta(models.pipeline(name), each) for each in schedulers))
             return [eta, gr.Dropdown(visible=compare == TWO_SCHEDULERS), gr.Number(visible=compare == TWO_SCALES)]
@@ -94,8 +96,8 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
         # afterwards, or a last image that was on its way would have the last word
         stopped = stop.click(None, None, None, cancels=[running], **_QUIET)
         stopped.then(lambda: note("Stopped."), None, status, **_QUIET)
-        model = controls["model"]
-        model.change(on_model, model, [about, controls["class_labels"], status], preprocess=False, **_QUIET)
+        opened = [about, controls["class_labels"], status]
+        controls["model"].change(on_model, controls["model"], opened, preprocess=False, **_QUIET)
         chosen = [controls[name] for name in ("model", "scheduler", "other_scheduler", "compare")]
         shown = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
         gr.on([each.change for each in chosen], on_choice, chosen, shown, preprocess=False, **_QUIET)
@@ -104,9 +106,9 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
 
 def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """The controls of the first column."""
-    others = {"allow_custom_value": models.takes_any, "visible": models.takes_any or len(models.names) > 1}
-    if models.takes_any:
-        others["info"] = "A name of the list, a folder of this machine, or a Hub id."
+    info = "A name of the list, a folder of this machine, or a Hub id." if models.takes_any else None
+    shown = models.takes_any or len(models.names) > 1
+    others: dict[str, Any] = {"info": info, "allow_custom_value": models.takes_any, "visible": shown}
     names = [(title(name), name) for name in models.names]
     controls: dict[str, Any] = {
         "model": gr.Dropdown(names, value=models.names[0], label="Model", elem_id="model", **others),
@@ -126,13 +128,13 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
 
 def _settings(limits: AppOptions, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """The controls of the last column."""
-    eta = {"info": "0 is deterministic (DDIM), 1 as random as DDPM.", "visible": takes_eta(pipeline, OWN_SCHEDULER)}
+    eta, shown = "0 is deterministic (DDIM), 1 as random as DDPM.", takes_eta(pipeline, OWN_SCHEDULER)
     begin = "At this fraction of the steps."
     return {
         "guidance_scale": gr.Slider(0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance."),
         "num_inference_steps": gr.Number(20, label="Steps", info=f"From 1 to {limits.max_steps}.", elem_id="steps"),
         "scheduler": gr.Dropdown(_schedulers(), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"),
-        "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", elem_id="eta", **eta),
+        "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", info=eta, visible=shown, elem_id="eta"),
         "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin),
         "guidance_end": gr.Slider(0, 1, 1, step=0.05, label="Guidance ends"),
     }

@@ -3,7 +3,8 @@
 import copy
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -34,14 +35,12 @@ class ModelCache:
         self.names = tuple(dict.fromkeys(names)) or (str(DIGITS),)
         self.takes_any, self.device, self.dtype = takes_any, device, dtype
         # a lock for whoever loads the model, and the model when that is done
-        self._entry = functools.lru_cache(max_loaded)(lambda name: (threading.Lock(), []))
+        self._entry: Callable[..., Any] = functools.lru_cache(max_loaded)(lambda name: (threading.Lock(), []))
 
     def pipeline(self, name: str) -> ClassConditionalPipeline:
         """A pipeline of its own on the shared network, whose scheduler may be changed and stepped.
 
-        Raises:
-            ValueError: If the page does not take the name, or there is no pipeline of this kind.
-            OSError: If there is neither such a folder nor such a repository.
+        ValueError if the page does not take the name or there is no such pipeline, OSError if nothing has that name.
         """
         if not isinstance(name, str) or not name.strip():
             raise ValueError("Model is empty: choose one")
