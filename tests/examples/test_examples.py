@@ -13,7 +13,6 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from imagenet64_diffusion import ClassConditionalPipeline
-from imagenet64_diffusion.pipelines.image_grid import image_grid
 from imagenet64_diffusion.pretrained import DIGITS
 from imagenet64_diffusion.tests.components import seeded
 
@@ -57,14 +56,6 @@ def number_of_right_digits():
         return (read == torch.arange(10)).sum()
 
     return count
-
-
-def test_rows_of_digits(tmp_path):
-    """The cells of a grid are found where they are."""
-    digits = np.random.default_rng(0).integers(0, 256, (2, 10, 32, 32), dtype=np.uint8)
-    images = [Image.fromarray(digit) for digit in digits.reshape(20, 32, 32)]
-    image_grid(images, ["first"] * 10 + ["second row"] * 10, columns=10).save(tmp_path / "grid.png")
-    np.testing.assert_allclose(rows_of_digits(tmp_path / "grid.png"), digits / np.float32(127.5) - 1, atol=1e-6)
 
 
 def test_swap_scheduler(tmp_path, run_example, number_of_right_digits):

@@ -1,6 +1,5 @@
 """A headless Chromium, and what a person does with the page."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,19 +59,15 @@ class Browser:
         self.driver.execute_script(_RECORD)
 
     def find(self, selector: str) -> Any:
-        """The first element of a CSS selector."""
         return self.driver.find_element("css selector", selector)
 
     def all(self, selector: str) -> list[Any]:
-        """Every element of a CSS selector."""
         return self.driver.find_elements("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
-        """What a person reads in each of them."""
         return [each.text for each in self.all(selector)]
 
     def text(self, selector: str) -> str:
-        """What a person reads in the first of them."""
         return self.find(selector).text
 
     def wait(self, what: Callable[[], Any]) -> Any:
@@ -121,13 +116,3 @@ class Browser:
         self.find(f"#download-{('png', 'gif', 'json', 'zip').index(kind)}").click()
         [file] = self.wait(lambda: list(self.downloads.glob(f"*.{kind}")))
         return file.read_bytes()
-
-    def complaints(self) -> list[str]:
-        """The errors in Chromium's console since the page was opened."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
-
-    def requests(self) -> list[str]:
-        """The addresses asked for since the page was opened."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [each["params"] for each in messages if each["method"] == "Network.requestWillBeSent"]
-        return [each["request"]["url"] for each in sent]

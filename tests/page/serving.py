@@ -15,23 +15,18 @@ from typing import Any
 from imagenet64_diffusion.tests.commands.processes import CommandProcess, wait_until
 
 
-_THIS_MACHINE = (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0")
-
-
 def main(argv: Sequence[str]) -> int:
     """app.py's, which writes down names and addresses of other machines that it looks up or connects to."""
     from imagenet64_diffusion.app import main
 
     def watch(event: str, arguments: Sequence[Any]) -> None:
-        if event not in ("socket.connect", "socket.getaddrinfo"):
-            return
-        host = arguments[1] if event == "socket.connect" else arguments[0]
-        host = host[0] if isinstance(host, tuple) else host
-        host = host.decode() if isinstance(host, bytes) else host
-        # a path is a socket of this machine
-        if host not in _THIS_MACHINE and not str(host).startswith("/"):
-            with Path(os.environ["WATCHED"]).open("a") as file:
-                file.write(f"{event} {host}\n")
+        if event in ("socket.connect", "socket.getaddrinfo"):
+            host = arguments[1] if event == "socket.connect" else arguments[0]
+            host = host[0] if isinstance(host, tuple) else host
+            # a path is a socket of this machine
+            if not re.fullmatch(r"|localhost|127\.0\.0\.1|::1|0\.0\.0\.0|/.*", os.fsdecode(host or "")):
+                with Path(os.environ["WATCHED"]).open("a") as file:
+                    file.write(f"{event} {host}\n")
 
     sys.addaudithook(watch)
     tempfile.tempdir = None  # which TMPDIR says

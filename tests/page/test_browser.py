@@ -14,8 +14,10 @@ def browser(request, chromium, server):
     """The page just opened; no errors in the console, and nobody asks another machine for anything."""
     chromium.open(server.address, request.param)
     yield chromium
-    assert chromium.complaints() == []
-    hosts = {urlparse(address).netloc for address in chromium.requests() if address.startswith(("http", "ws"))}
+    assert [entry for entry in chromium.driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    messages = [json.loads(entry["message"])["message"] for entry in chromium.driver.get_log("performance")]
+    sent = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
+    hosts = {urlparse(address).netloc for address in sent if address.startswith(("http", "ws"))}
     assert hosts == {urlparse(server.address).netloc}
     assert server.calls == ""
 

@@ -7,18 +7,14 @@ import pytest
 
 from imagenet64_diffusion.page import model_cache
 from imagenet64_diffusion.page.model_cache import ModelCache, facts
-from imagenet64_diffusion.pretrained import DIGITS
 from imagenet64_diffusion.tests.components import make_pipeline
 
 
-def test_without_a_name_it_has_the_digits():
+def test_facts_of_the_digits_and_of_a_network_without_classes():
     models = ModelCache([])
-    assert models.names == (str(DIGITS),)
-    line = facts(str(DIGITS), models.pipeline(str(DIGITS)))
+    [name] = models.names
+    line = facts(name, models.pipeline(name))
     assert line == "the digits of this package · 0.63 M parameters · 32x32 pixels, grey · 10 classes · on cpu"
-
-
-def test_facts_of_a_network_without_classes():
     pipeline = make_pipeline(num_class_embeds=None, layer_types=("resnet",), in_channels=3, sample_size=(16, 32))
     assert "· 32x16 pixels, RGB · no classes ·" in facts("mine", pipeline)
 

@@ -1,15 +1,8 @@
 """Forms, good and bad, before anything is sampled."""
 
-import diffusers
 import pytest
 
-from imagenet64_diffusion.page.request import (
-    OWN_SCHEDULER,
-    TWO_SCALES,
-    TWO_SCHEDULERS,
-    read_form,
-    takes_eta,
-)
+from imagenet64_diffusion.page.request import TWO_SCALES, TWO_SCHEDULERS, read_form
 from imagenet64_diffusion.pipelines.loading import scheduler_names
 from imagenet64_diffusion.tests.page.forms import form
 
@@ -36,24 +29,19 @@ def test_a_good_form(models, limits):
         ({"num_images_per_label": 0}, "Images per class is 0, but must be a whole number from 1 to 12"),
         ({"num_images_per_label": 5}, "This is 15 images, but a request may ask for 12"),
         ({"class_labels": ["0"] * 13, "num_images_per_label": 1}, "This is 13 images"),
-        ({"class_labels": ["all"], "num_images_per_label": 5}, "This is 15 images"),
         ({"num_inference_steps": 51}, "Steps is 51, but must be a whole number from 1 to 50"),
         ({"num_inference_steps": None}, "Steps is empty"),
         ({"num_inference_steps": "ten"}, "Steps is 'ten', but"),
-        ({"num_inference_steps": True}, "Steps is True, but"),
         ({"seed": 1.5}, "Seed is 1.5, but must be a whole number"),
         ({"seed": 2**32}, "Seed is 4294967296, but"),
-        ({"seed": float("inf")}, "Seed is inf, but"),
         ({"guidance_scale": float("nan")}, "Guidance scale is nan, but must be a number from 0 to 100"),
         ({"guidance_scale": -1}, "Guidance scale is -1, but"),
         ({"guidance_begin": 0.6, "guidance_end": 0.5}, "guidance_interval is (0.6, 0.5), but must be two"),
-        ({"guidance_end": 1.5}, "Guidance ends is 1.5, but must be a number from 0 to 1"),
         ({"eta": 2}, "Eta is 2, but must be a number from 0 to 1"),
         ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "Scheduler is 'FlowMatchEulerDiscreteScheduler', which"),
         ({"scheduler": ["DDIMScheduler"]}, "Scheduler is ['DDIMScheduler'], which this page does not have"),
         ({"compare": "three"}, "Compare is 'three', but must be nothing, two schedulers or two guidance scales"),
         ({"compare": TWO_SCALES, "other_guidance_scale": None}, "Other guidance scale is empty"),
-        ({"compare": TWO_SCHEDULERS, "other_scheduler": None}, "Scheduler is None, which"),
         ({"model": ""}, "Model is empty: choose one"),
         # 6 images, 50 steps, two branches
         ({"num_inference_steps": 50}, "This takes 600 evaluations of the network, but a request may take 400"),
@@ -76,18 +64,13 @@ def test_what_is_just_allowed(models, limits):
         assert len(read_form(form(models, **changes), models, limits)[0].class_ids) == number
 
 
-def test_two_schedulers_with_the_same_noise(models, limits):
-    filled = form(models, compare=TWO_SCHEDULERS, eta=0.5)
-    left, right = read_form(filled, models, limits)
-    assert type(left.pipeline.scheduler).__name__ == "EtaDDIMScheduler"
-    assert type(right.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
+def test_two_schedulers_or_guidance_scales_with_the_same_noise(models, limits):
+    left, right = read_form(form(models, compare=TWO_SCHEDULERS, eta=0.5), models, limits)
     assert (left.title, right.title) == ("EtaDDIMScheduler of the model", "DPMSolverMultistepScheduler")
+    assert type(right.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert left.options.seed == right.options.seed == 7
     # which DPMSolverMultistep does not have
     assert (left.options.eta, right.options.eta) == (0.5, 0.0)
-
-
-def test_two_guidance_scales(models, limits):
     left, right = read_form(form(models, compare=TWO_SCALES), models, limits)
     assert (left.options.guidance_scale, right.options.guidance_scale) == (2.5, 4.0)
     assert (left.title, right.title) == ("guidance 2.5", "guidance 4")
@@ -100,11 +83,3 @@ def test_every_scheduler_of_the_list_is_taken(models, limits):
     for name in names:
         [request] = read_form(form(models, scheduler=name), models, limits)
         assert type(request.pipeline.scheduler).__name__ == name
-
-
-def test_which_schedulers_take_eta(models):
-    pipeline = models.pipeline(models.names[0])
-    taken = {name: takes_eta(pipeline, name) for name in (OWN_SCHEDULER, "DDIMScheduler", "EulerDiscreteScheduler")}
-    assert taken == {OWN_SCHEDULER: True, "DDIMScheduler": True, "EulerDiscreteScheduler": False}
-    pipeline.scheduler = diffusers.EulerDiscreteScheduler()
-    assert not takes_eta(pipeline, OWN_SCHEDULER)

@@ -58,8 +58,9 @@ def test_files_of_the_server_are_not_given_away(server, path):
 def test_nothing_is_uploaded(server):
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.bin"\r\n\r\nmuch\r\n--x--\r\n'
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    upload = urllib.request.Request(server.address + "gradio_api/upload", body, headers)
     with pytest.raises(urllib.error.HTTPError, match="413"):
-        urllib.request.urlopen(urllib.request.Request(server.address + "gradio_api/upload", body, headers), timeout=30)
+        urllib.request.urlopen(upload, timeout=30)
 
 
 def test_a_full_queue_and_the_end_in_the_midst_of_it(tmp_path, tiny_model):
