@@ -80,7 +80,6 @@ class Generation:
             wanted.release()
 
         def work() -> None:
-            _running.add(stop)
             try:
                 self._sample(give)
                 taken.put(None)
@@ -88,6 +87,7 @@ class Generation:
                 taken.put(error)
             _running.discard(stop)
 
+        _running.add(stop)
         # no daemon: an interpreter that ends under a thread in torch aborts
         threading.Thread(target=work, name="generation").start()
         try:

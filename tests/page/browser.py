@@ -26,10 +26,7 @@ document.querySelectorAll('#status .again, #status .problem').forEach(each => ea
 
 
 class Browser:
-    """Chromium without a window, whose names of other machines than this one lead nowhere.
-
-    The test is skipped where Chromium, its driver or selenium is missing.
-    """
+    """Chromium without a window, which finds no other machine than this one; skips the test where it is missing."""
 
     def __init__(self, downloads: Path):
         webdriver = pytest.importorskip("selenium.webdriver", reason='pip install "imagenet64-diffusion[test]"')
@@ -39,9 +36,9 @@ class Browser:
             pytest.skip("the page is tested in Chromium, which is missing: apt-get install chromium chromium-driver")
         options = webdriver.ChromeOptions()
         options.binary_location = program
-        for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
+        only_here = "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+        for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", only_here):
             options.add_argument(f"--{argument}")
-        options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
         options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.downloads = downloads
@@ -95,9 +92,8 @@ class Browser:
         self.find(options).click()
         self.driver.execute_script("arguments[0].blur()", field)
 
-    def take(self, selector: str, choice: str) -> None:
-        """Takes one of several choices that stand side by side."""
-        next(each for each in self.all(f"{selector} label") if each.text == choice).click()
+    def compare(self, choice: str) -> None:
+        next(each for each in self.all("#compare label") if each.text == choice).click()
 
     def generate(self) -> None:
         """Presses Generate and waits for the end, good or bad."""
@@ -114,5 +110,5 @@ class Browser:
         for file in self.downloads.iterdir():
             file.unlink()
         self.find(f"#download-{('png', 'gif', 'json', 'zip').index(kind)}").click()
-        [file] = self.wait(lambda: list(self.downloads.glob(f"*.{kind}")))
+        [file] = self.wait(lambda: not [*self.downloads.glob("*.crdownload")] and [*self.downloads.glob(f"*.{kind}")])
         return file.read_bytes()

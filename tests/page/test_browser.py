@@ -65,17 +65,17 @@ def test_bad_input_shows_a_sentence_and_the_page_goes_on(browser):
 def test_side_by_side(browser):
     browser.fill("#per-class", 1)
     browser.fill("#steps", 5)
-    browser.take("#compare", "two schedulers")
+    browser.compare("two schedulers")
     browser.generate()
     titles = ["EtaDDIMScheduler of the model", "DPMSolverMultistepScheduler"]
     assert browser.texts("#images .side h2") == titles
-    sides = browser.all("#images .side")
-    assert [len(side.find_elements("css selector", "img")) for side in sides] == [10, 10]
-    assert abs(sides[0].location["y"] - sides[1].location["y"]) < 2
+    assert [len(browser.all(f"#images .side:nth-child({side}) img")) for side in (1, 2)] == [10, 10]
+    left, right = browser.all("#images .side")
+    assert abs(left.location["y"] - right.location["y"]) < 2
     manifest = json.loads(browser.downloaded("json"))
     assert manifest["left"]["images"] == manifest["right"]["images"]
 
-    browser.take("#compare", "two guidance scales")
+    browser.compare("two guidance scales")
     browser.wait(lambda: browser.find("#other-scale").is_displayed())
     browser.fill("#other-scale", 6)
     browser.generate()
@@ -115,7 +115,7 @@ def test_nothing_is_wider_than_the_screen(browser):
     width = browser.driver.execute_script("return innerWidth")
     browser.fill("#steps", 2)
     for choice in ("two schedulers", "nothing"):
-        browser.take("#compare", choice)
+        browser.compare(choice)
         browser.generate()
         assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert all(image.size["width"] % 32 == 0 for image in browser.all("#images img"))
