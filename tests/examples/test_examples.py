@@ -89,16 +89,16 @@ def test_custom_training_loop(tmp_path, prepared, run_example, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     # an Accelerator stays for the whole process
     AcceleratorState._reset_state(reset_partial_state=True)
-    arguments = ["--output_dir", "model", "--num_train_epochs", "8", "--train_batch_size", "16"]
+    arguments = ["--output_dir", "model", "--num_train_epochs", "5", "--train_batch_size", "16"]
     said = run_example("custom_training_loop.py", "--train_data_dir", prepared, *arguments)
     AcceleratorState._reset_state(reset_partial_state=True)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
-    assert len(losses) == 8
-    assert np.mean(losses[-3:]) < 0.6 * losses[0]
+    assert len(losses) == 5
+    assert np.mean(losses[-2:]) < 0.7 * losses[0]
     pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "model")
     assert pipeline.labels == {"dark": 0, "grey": 1, "light": 2}
-    options = {"guidance_scale": 1, "num_inference_steps": 20, "generator": seeded(*range(16)), "output_type": "pt"}
-    dark, light = pipeline(["dark", "light"], num_images_per_label=8, **options).images.split(8)
+    options = {"guidance_scale": 1, "num_inference_steps": 10, "generator": seeded(*range(8)), "output_type": "pt"}
+    dark, light = pipeline(["dark", "light"], num_images_per_label=4, **options).images.split(4)
     # the classes differ in brightness by 160 of 255
     assert light.mean() - dark.mean() > 0.3
 
