@@ -1,1 +1,1 @@
-"""The web page: its models, checks of what it is asked for, sampling step by step, downloads, and its style."""
+"""The web page: its layout, its models, checks of what it is asked for, and sampling step by step."""

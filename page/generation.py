@@ -1,44 +1,49 @@
 """What a click on Generate does: checks, samples step by step while somebody watches, shows images and files."""
 
 import itertools
+import json
 import math
 import queue
-import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
-from ..pipelines.generation import to_pixels
+from ..pipelines.generation import (
+    ANIMATION_NAME,
+    GRID_NAME,
+    MANIFEST_NAME,
+    class_caption,
+    make_manifest,
+    sample_images,
+    to_pixels,
+)
+from ..pipelines.generation_options import GenerateOptions
+from ..pipelines.image_grid import image_grid, save_animation, to_image
 from ..pipelines.sampler import Sampler
 from .app_options import AppOptions
-from .downloads import captions, write_downloads
-from .markup import done, gallery, note, problem, progress, side_by_side
+from .markup import done, gallery, problem, progress, side_by_side
 from .model_cache import ModelCache
 from .request import Form, Request, read_form
 
 
+FILE_NAMES = (GRID_NAME, ANIMATION_NAME, MANIFEST_NAME, "everything.zip")
 _MAX_FRAMES = 100  # an animation of more would be too large to download
 _SECONDS_BETWEEN_IMAGES = 0.15
-# Threads that sample, each with what ends it. An interpreter that ends under a thread in torch aborts.
-_running: dict[threading.Thread, threading.Event] = {}
+# What ends each generation that is under way.
+_running: set[Callable[[], None]] = set()
 
 
-class AbandonedError(Exception):
-    """Nobody takes the steps any more, or the process ends."""
-
-
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """The images after denoising step ``number`` of ``total``: uint8, (images, height, width, channels)."""
 
     number: int
@@ -47,74 +52,54 @@ class Step:
 
 
 class Generation:
-    """The images of a request.
-
-    Attributes:
-        request: What is sampled.
-        images: The images, when all steps have been taken.
-        frames: What they looked like after each step, or every so many: uint8, (images, height, width, channels).
-        timesteps: What the scheduler stepped over.
-    """
+    """The images of a request."""
 
     def __init__(self, request: Request):
         self.request = request
-        self.images: list[Image.Image] = []
-        self.frames: list[np.ndarray] = []
-        self.timesteps: list[float] = []
+        # the class name of each image; empty for the null class
+        self.captions = [class_caption(request.pipeline, class_id) for class_id in request.class_ids]
+        self.images: list[Image.Image] = []  # when all steps have been taken
+        self.frames: list[np.ndarray] = []  # the pixels of each step, or of every so many
 
     def steps(self) -> Generator[Step, None, None]:
-        """Samples in a thread of its own, which is never more than two steps ahead.
+        """Samples in a thread of its own, which is never more than two steps ahead; CancelledError after `end_all`.
 
         When the iterator is closed or dropped, the thread ends with the step that it is in.
-
-        Raises:
-            ValueError: What the pipeline raises where the options do not fit together.
-            AbandonedError: After `end_all`.
         """
-        # of one place: an iterator that nobody takes from holds the network back
-        taken: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=1)
-        abandoned = threading.Event()
+        taken: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
+        wanted, abandoned = threading.Semaphore(2), threading.Event()
 
-        def give(what: Step | BaseException | None) -> None:
-            while not abandoned.is_set():
-                try:
-                    return taken.put(what, timeout=0.1)
-                except queue.Full:
-                    continue
-            raise AbandonedError
+        def give(step: Step) -> None:
+            taken.put(step)
+            wanted.acquire()  # an iterator that nobody takes from holds the network back
+            if abandoned.is_set():
+                raise CancelledError
+
+        def stop() -> None:
+            abandoned.set()
+            wanted.release()
 
         def work() -> None:
             try:
-                try:
-                    self._sample(give)
-                    give(None)
-                except Exception as error:
-                    give(error)
-            except AbandonedError:
-                pass
-            finally:
-                del _running[threading.current_thread()]
+                self._sample(give)
+                taken.put(None)
+            except BaseException as error:
+                taken.put(error)
+            _running.discard(stop)
 
-        thread = threading.Thread(target=work, name="generation", daemon=True)
-        _running[thread] = abandoned
-        thread.start()
+        _running.add(stop)
+        # no daemon: an interpreter that ends under a thread in torch aborts
+        threading.Thread(target=work, name="generation").start()
         try:
-            while True:
-                try:
-                    step = taken.get(timeout=0.5)
-                except queue.Empty:
-                    if abandoned.is_set():
-                        raise AbandonedError from None
-                    continue
-                if step is None:
-                    return
+            while (step := taken.get()) is not None:
                 if isinstance(step, BaseException):
                     raise step
                 yield step
+                wanted.release()
         finally:
-            abandoned.set()
+            stop()
 
-    def _sample(self, give: Any) -> None:
+    def _sample(self, give: Callable[[Step], None]) -> None:
         pipeline, options, class_ids = self.request.pipeline, self.request.options, self.request.class_ids
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
@@ -124,90 +109,95 @@ class Generation:
                 self.frames.append(pixels)
             give(Step(step + 1, total, pixels))
 
-        self.images = pipeline(
-            class_ids,
-            generator=[torch.Generator().manual_seed(options.seed + i) for i in range(len(class_ids))],
-            callback_on_step_end=on_step_end,
-            **Sampler.from_options(options).arguments(pipeline),
-        ).images
-        self.timesteps = [float(timestep) for timestep in pipeline.scheduler.timesteps]
+        sampler = Sampler.from_options(options)
+        self.images = sample_images(pipeline, sampler, class_ids, options.seed, callback_on_step_end=on_step_end)
 
 
 def end_all() -> None:
-    """Ends every generation of this process with the step that it is in, and waits for that."""
-    running = dict(_running)
-    for abandoned in running.values():
-        abandoned.set()
-    for thread in running:
-        thread.join()
+    """Ends every generation of this process with the step that it is in."""
+    for stop in list(_running):
+        stop()
 
 
-@dataclass(frozen=True)
-class View:
-    """What the page shows next, each whole: HTML of status and images, and the downloads; None leaves a part as it is.
-
-    The files are copied before the next view is asked for; an empty list takes those before away.
-    """
+class View(NamedTuple):
+    """What the page shows next: HTML of status and images, and the files to download; None leaves them as they are."""
 
     status: str
-    images: str | None = None
-    files: list[Path] | None = None
+    images: str | None
+    files: list[Path] | None  # which are copied before the next view is asked for
 
 
 def generate(form: Form, models: ModelCache, limits: AppOptions) -> Generator[View, None, None]:
     """Samples what a form asks for. Whatever goes wrong is shown, and nothing is raised."""
-    view = None
+    # before it begins, those of the request before stay
+    images: str | None = None
+    files: list[Path] | None = None
     try:
-        with closing(_generate(form, models, limits)) as views:
-            for view in views:
-                yield view
+        generations = [Generation(request) for request in read_form(form, models, limits)]
+        started = shown = time.monotonic()
+        latest: list[Step] = []
+        with ExitStack() as stack:
+            iterators = [stack.enter_context(closing(each.steps())) for each in generations]
+            for steps in itertools.zip_longest(*iterators):
+                # one that has come to its end stays as it is
+                latest = [new or old for new, old in itertools.zip_longest(steps, latest)]
+                if time.monotonic() - shown >= _SECONDS_BETWEEN_IMAGES or latest[0].number == 1:
+                    shown, (number, total, _) = time.monotonic(), max(latest, key=lambda step: step.total)
+                    images, files = _galleries(generations, latest, finished=False), []
+                    yield View(progress(number, total), images, files)
+        number, seconds = sum(len(each.images) for each in generations), time.monotonic() - started
+        said = f"{number} image{'s' if number > 1 else ''} in {seconds:.1f} seconds"
+        images = _galleries(generations, latest, finished=True)
+        with tempfile.TemporaryDirectory(prefix="imagenet64-") as folder:
+            options = [each.request.options for each in generations]
+            yield View(done(said, options), images, write_files(generations, Path(folder)))
         return
-    except AbandonedError:
+    except CancelledError:
         return
     except (ValueError, OSError) as error:
         sentence = str(error)
     except Exception as error:
         # what the person cannot mend is for whoever serves the page to read
-        traceback.print_exc(file=sys.stderr)
+        traceback.print_exc()
         sentence = f"Sampling failed ({type(error).__name__}): whoever serves this page finds more in its log"
-    # before it began, images and files of the request before stay
-    yield View(problem(sentence)) if view is None else View(problem(sentence), view.images, files=[])
+    yield View(problem(sentence), images, files)
 
 
-def _generate(form: Form, models: ModelCache, limits: AppOptions) -> Generator[View, None, None]:
-    generations = [Generation(request) for request in read_form(form, models, limits)]
-    titles = [each.request.title for each in generations]
-    started = shown = time.monotonic()
-
-    def images(steps: list[Step], finished: bool) -> str:
-        beside = len(generations) > 1
-        galleries = [
-            gallery(step.pixels, captions(each), each.request.options.seed, finished, beside)
-            for step, each in zip(steps, generations, strict=True)
-        ]
-        return side_by_side(galleries, titles)
-
-    steps: list[Step] = []
-    with ExitStack() as stack:
-        for steps in _together([stack.enter_context(closing(each.steps())) for each in generations]):
-            if time.monotonic() - shown >= _SECONDS_BETWEEN_IMAGES or steps[0].number == 1:
-                shown = time.monotonic()
-                furthest = max(steps, key=lambda step: step.total)
-                yield View(progress(furthest.number, furthest.total), images(steps, finished=False), files=[])
-    seconds = time.monotonic() - started
-
-    final = images(steps, finished=True)
-    yield View(note("writing the files"), final, files=[])
-    number = sum(len(each.images) for each in generations)
-    said = f"{number} image{'s' if number > 1 else ''} in {seconds:.1f} seconds"
-    with tempfile.TemporaryDirectory(prefix="imagenet64-") as folder:
-        files = write_downloads(generations, Path(folder))
-        yield View(done(said, [each.request.options for each in generations]), final, files)
+def _galleries(generations: Sequence[Generation], latest: Sequence[Step], finished: bool) -> str:
+    galleries = [
+        gallery(step.pixels, each.captions, each.request.options.seed, finished, beside=len(generations) > 1)
+        for step, each in zip(latest, generations, strict=True)
+    ]
+    return side_by_side(galleries, [each.request.title for each in generations])
 
 
-def _together(iterators: Sequence[Iterator[Step]]) -> Iterator[list[Step]]:
-    """The steps of several generations, of each the one that it has come to."""
-    current: list[Step | None] = [None] * len(iterators)
-    for steps in itertools.zip_longest(*iterators):
-        current = [new or old for new, old in zip(steps, current, strict=True)]
-        yield [step for step in current if step is not None]
+def write_files(generations: Sequence[Generation], folder: Path) -> list[Path]:
+    """Writes the files of `FILE_NAMES` for one finished generation, or for two side by side."""
+    everything = folder / "everything"
+    manifests: dict[str, dict[str, Any]] = {}
+    animations: list[list[Image.Image]] = []
+    for name, each in zip((".",) if len(generations) == 1 else ("left", "right"), generations, strict=True):
+        pipeline, options, class_ids = each.request.pipeline, each.request.options, each.request.class_ids
+        manifests[name] = make_manifest(pipeline, options, class_ids, pipeline.timesteps)
+        animations.append([image_grid(list(map(to_image, frame)), each.captions) for frame in each.frames])
+        (everything / name).mkdir(parents=True)
+        for image, entry in zip(each.images, manifests[name]["images"], strict=True):
+            image.save(everything / name / entry["file"])
+        _write_shared_files(everything / name, animations[-1], manifests[name])
+    with zipfile.ZipFile(folder / FILE_NAMES[-1], "w") as archive:
+        for file in filter(Path.is_file, everything.rglob("*")):
+            archive.write(file, file.relative_to(everything))
+    if len(generations) == 1:
+        return [*(everything / name for name in FILE_NAMES[:-1]), folder / FILE_NAMES[-1]]
+
+    # frame i of the longest one, and what the other one has come to by then
+    length, titles = max(map(len, animations)), [each.request.title for each in generations]
+    pairs = ([own[max(0, (i + 1) * len(own) // length - 1)] for own in animations] for i in range(length))
+    _write_shared_files(folder, [image_grid(pair, titles, columns=2) for pair in pairs], manifests)
+    return [folder / name for name in FILE_NAMES]
+
+
+def _write_shared_files(folder: Path, frames: list[Image.Image], manifest: dict[str, Any]) -> None:
+    frames[-1].save(folder / GRID_NAME)
+    save_animation(frames, folder / ANIMATION_NAME, GenerateOptions.fps)
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """The page as Gradio's components and what happens when they are used."""
 
+import contextlib
 import html
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,191 +8,150 @@ from typing import Any
 
 import gradio as gr
 
+from ..pipelines.generation import class_caption
+from ..pipelines.loading import scheduler_names
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from .app_options import AppOptions
-from .downloads import FILE_NAMES
-from .generation import generate as generate_images
+from .generation import generate
 from .markup import note, problem
 from .model_cache import ModelCache, facts, title
-from .request import (
-    MAX_SEED,
-    NOTHING,
-    OWN_SCHEDULER,
-    TWO_SCALES,
-    TWO_SCHEDULERS,
-    Form,
-    scheduler_names,
-    takes_eta,
-)
+from .request import MAX_SEED, NOTHING, OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULERS, takes_eta
 
 
 TITLE = "Class-conditional diffusion in pixels"
-_HINT = '<p class="hint">Choose classes and press Generate.</p>'
+STYLE = Path(__file__).with_name("style.css")
+# with fonts that the visitor's machine has: nothing is fetched from elsewhere
+_FONT = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
+THEME = gr.themes.Base(
+    primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_FONT, font_mono="monospace"
+).set(
+    **{"body_background_fill": "*neutral_50", "input_background_fill": "white", "input_border_color": "*neutral_300"},
+    **{"input_background_fill_dark": "*neutral_800", "input_border_color_dark": "*neutral_600"},
+)
 _DOWNLOAD_LABELS = ("Image grid (PNG)", "Animation (GIF)", "Manifest (JSON)", "Everything (ZIP)")
-# Copies of the downloads go when they are this old, in seconds, give or take a third.
-_KEEP_DOWNLOADS = 1800
+# how often copies of the downloads are looked at, and how old they become, in seconds
+_DELETE_DOWNLOADS = (600, 1800)
 # on a narrow screen the images stand below the button
 _SHOW_IMAGES = "() => { if (innerWidth <= 820) document.querySelector('#result').scrollIntoView(); }"
 _NEW_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
+_QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
-    """The page, ready to be launched.
-
-    Raises:
-        ValueError, OSError: If the model that it begins with cannot be opened.
-    """
-    first = models.names[0]
-    pipeline = models.pipeline(first)
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(_KEEP_DOWNLOADS // 3, _KEEP_DOWNLOADS)) as page:
-        about = gr.HTML(_about(facts(first, pipeline)), elem_id="head")
+    """The page, ready to be launched; ValueError or OSError if the model that it begins with cannot be opened."""
+    pipeline = models.pipeline(models.names[0])
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_DELETE_DOWNLOADS) as page:
+        about = gr.HTML(_about(models.names[0], pipeline), elem_id="head")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="ask"):
-                model = gr.Dropdown(
-                    [(title(name), name) for name in models.names],
-                    value=first,
-                    label="Model",
-                    info="A name of the list, a folder of this machine, or a Hub id." if models.takes_any else None,
-                    allow_custom_value=models.takes_any,
-                    visible=models.takes_any or len(models.names) > 1,
-                    elem_id="model",
-                )
-                classes = gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes")
-                with gr.Row(elem_id="seed-row"):
-                    per_class = gr.Number(2, label="Images per class", min_width=60, elem_id="per-class")
-                    seed = gr.Number(0, label="Seed", min_width=60, elem_id="seed")
-                    new_seed = gr.Button("New seed", size="sm", min_width=80, elem_id="new-seed")
-                compare = gr.Radio(
-                    [NOTHING, TWO_SCHEDULERS, TWO_SCALES], value=NOTHING, label="Compare", elem_id="compare"
-                )
-                other_scheduler = gr.Dropdown(
-                    _schedulers(), value="DPMSolverMultistepScheduler", label="Other scheduler", visible=False
-                )
-                other_scale = gr.Number(5, label="Other guidance scale", visible=False, elem_id="other-scale")
+                controls = _controls(models, pipeline)
                 with gr.Row():
-                    generate = gr.Button(
-                        "Generate", variant="primary", size="md", min_width=140, scale=2, elem_id="generate"
-                    )
+                    start = gr.Button("Generate", variant="primary", size="md", scale=2, elem_id="generate")
                     stop = gr.Button("Stop", size="md", min_width=80, elem_id="stop")
             with gr.Column(elem_id="result"):
                 status = gr.HTML(elem_id="status")
-                images = gr.HTML(_HINT, elem_id="images")
+                images = gr.HTML('<p class="hint">Choose classes and press Generate.</p>', elem_id="images")
                 with gr.Row(elem_id="downloads"):
                     downloads = [
-                        gr.DownloadButton(
-                            label,
-                            interactive=False,
-                            size="sm",
-                            min_width=100,
-                            elem_id=f"download-{Path(name).suffix[1:]}",
-                        )
-                        for label, name in zip(_DOWNLOAD_LABELS, FILE_NAMES, strict=True)
+                        gr.DownloadButton(label, interactive=False, size="sm", min_width=100, elem_id=f"download-{i}")
+                        for i, label in enumerate(_DOWNLOAD_LABELS)
                     ]
             with gr.Column(elem_id="settings"):
-                scale = gr.Slider(0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance.")
-                steps = gr.Number(20, label="Steps", info=f"From 1 to {limits.max_steps}.", elem_id="steps")
-                scheduler = gr.Dropdown(_schedulers(), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler")
-                eta = gr.Slider(
-                    0, 1, 0, step=0.05, label="Eta", info="0 is deterministic (DDIM), 1 as random as DDPM.",
-                    visible=takes_eta(pipeline, OWN_SCHEDULER), elem_id="eta",
-                )  # fmt: skip
-                begin = gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info="At this fraction of the steps.")
-                end = gr.Slider(0, 1, 1, step=0.05, label="Guidance ends")
-
-        # in the order of Form
-        controls = [
-            model, classes, per_class, seed, compare, other_scheduler, other_scale, scale, steps, scheduler, eta,
-            begin, end,
-        ]  # fmt: skip
+                controls |= _settings(limits, pipeline)
 
         def on_generate(*values: Any) -> Iterator[list[Any]]:
             # closing this closes what it yields from, which ends the work
-            for view in generate_images(Form(*values), models, limits):
-                yield [
-                    view.status,
-                    gr.skip() if view.images is None else view.images,
-                    *_offered(view.files, len(downloads)),
-                ]
+            for view in generate(dict(zip(controls, values, strict=True)), models, limits):
+                buttons: list[Any] = [gr.skip()] * len(downloads)
+                if view.files is not None:
+                    files: list[Any] = [str(file) for file in view.files] or [None] * len(downloads)
+                    buttons = [gr.DownloadButton(value=file, interactive=file is not None) for file in files]
+                yield [view.status, gr.skip() if view.images is None else view.images, *buttons]
 
-        def on_model(name: Any, scheduler_name: str, other: str, shown: str) -> list[Any]:
+        def on_model(name: Any) -> list[Any]:
             try:
                 opened = models.pipeline(name)
             except (ValueError, OSError) as error:
-                return [gr.skip(), gr.skip(), gr.skip(), problem(str(error))]
-            return [
-                _about(facts(name, opened)),
-                gr.Dropdown(**_classes(opened)),
-                _eta_shown(opened, scheduler_name, other, shown),
-                note(""),
-            ]
+                return [gr.skip(), gr.skip(), problem(str(error))]
+            return [_about(name, opened), gr.Dropdown(**_classes(opened)), note("")]
 
-        def on_scheduler(name: Any, scheduler_name: str, other: str, shown: str) -> Any:
-            try:
-                return _eta_shown(models.pipeline(name), scheduler_name, other, shown)
-            except (ValueError, OSError):
-                return gr.skip()
+        def on_choice(name: Any, scheduler: str, other: str, compare: str) -> list[Any]:
+            schedulers = [scheduler, other] if compare == TWO_SCHEDULERS else [scheduler]
+            eta: Any = gr.skip()
+            with contextlib.suppress(ValueError, OSError):  # which on_model shows
+                eta = gr.Slider(visible=any(takes_eta(models.pipeline(name), each) for each in schedulers))
+            return [eta, gr.Dropdown(visible=compare == TWO_SCHEDULERS), gr.Number(visible=compare == TWO_SCALES)]
 
-        running = generate.click(
+        running = start.click(
             on_generate,
-            controls,
+            list(controls.values()),
             [status, images, *downloads],
             show_progress="minimal",
             show_progress_on=[status],
             preprocess=False,  # all that comes is checked in one place
             trigger_mode="once",
-            concurrency_limit=limits.max_concurrent,
-            concurrency_id="sampling",
             api_visibility="private",
         )
-        generate.click(None, None, None, js=_SHOW_IMAGES, **quiet)
+        start.click(None, None, None, js=_SHOW_IMAGES, **_QUIET)
         # afterwards, or a last image that was on its way would have the last word
-        stop.click(None, None, None, cancels=[running], **quiet).then(lambda: note("Stopped."), None, status, **quiet)
-        new_seed.click(None, None, seed, js=_NEW_SEED, **quiet)
-        chosen = [model, scheduler, other_scheduler, compare]
-        model.change(on_model, chosen, [about, classes, eta, status], preprocess=False, **quiet)
-        gr.on(
-            [scheduler.change, other_scheduler.change, compare.change],
-            on_scheduler,
-            chosen,
-            eta,
-            preprocess=False,
-            **quiet,
-        )
-        compare.change(
-            lambda shown: [gr.Dropdown(visible=shown == TWO_SCHEDULERS), gr.Number(visible=shown == TWO_SCALES)],
-            compare,
-            [other_scheduler, other_scale],
-            **quiet,
-        )
+        stopped = stop.click(None, None, None, cancels=[running], **_QUIET)
+        stopped.then(lambda: note("Stopped."), None, status, **_QUIET)
+        opened = [about, controls["class_labels"], status]
+        controls["model"].change(on_model, controls["model"], opened, preprocess=False, **_QUIET)
+        chosen = [controls[name] for name in ("model", "scheduler", "other_scheduler", "compare")]
+        shown = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
+        gr.on([each.change for each in chosen], on_choice, chosen, shown, preprocess=False, **_QUIET)
     return page.queue(max_size=limits.max_queue, default_concurrency_limit=limits.max_concurrent, api_open=False)
 
 
-def _offered(files: list[Path] | None, number: int) -> list[Any]:
-    """Updates of the download buttons, see `View.files`."""
-    if files is None:
-        return [gr.skip()] * number
-    if not files:
-        return [gr.DownloadButton(value=None, interactive=False)] * number
-    return [gr.DownloadButton(value=str(file), interactive=True) for file in files]
+def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
+    """The controls of the first column."""
+    info = "A name of the list, a folder of this machine, or a Hub id." if models.takes_any else None
+    shown = models.takes_any or len(models.names) > 1
+    others: dict[str, Any] = {"info": info, "allow_custom_value": models.takes_any, "visible": shown}
+    names = [(title(name), name) for name in models.names]
+    controls: dict[str, Any] = {
+        "model": gr.Dropdown(names, value=models.names[0], label="Model", elem_id="model", **others),
+        "class_labels": gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes"),
+    }
+    with gr.Row(elem_id="seed-row"):
+        number = gr.Number(2, label="Images per class", min_width=60, elem_id="per-class")
+        seed = gr.Number(0, label="Seed", min_width=60, elem_id="seed")
+        new_seed = gr.Button("New seed", size="sm", min_width=80, elem_id="new-seed")
+    new_seed.click(None, None, seed, js=_NEW_SEED, **_QUIET)
+    compare = gr.Radio([NOTHING, TWO_SCHEDULERS, TWO_SCALES], value=NOTHING, label="Compare", elem_id="compare")
+    other = gr.Dropdown(_schedulers(), value="DPMSolverMultistepScheduler", label="Other scheduler", visible=False)
+    other_scale = gr.Number(5, label="Other guidance scale", visible=False, elem_id="other-scale")
+    controls |= {"num_images_per_label": number, "seed": seed, "compare": compare}
+    return controls | {"other_scheduler": other, "other_guidance_scale": other_scale}
 
 
-def _about(line: str) -> str:
-    return f"<h1>{TITLE}</h1><p>{html.escape(line)}</p>"
+def _settings(limits: AppOptions, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
+    """The controls of the last column."""
+    eta, shown = "0 is deterministic (DDIM), 1 as random as DDPM.", takes_eta(pipeline, OWN_SCHEDULER)
+    begin = "At this fraction of the steps."
+    return {
+        "guidance_scale": gr.Slider(0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance."),
+        "num_inference_steps": gr.Number(20, label="Steps", info=f"From 1 to {limits.max_steps}.", elem_id="steps"),
+        "scheduler": gr.Dropdown(_schedulers(), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"),
+        "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", info=eta, visible=shown, elem_id="eta"),
+        "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin),
+        "guidance_end": gr.Slider(0, 1, 1, step=0.05, label="Guidance ends"),
+    }
+
+
+def _about(name: str, pipeline: ClassConditionalPipeline) -> str:
+    return f"<h1>{TITLE}</h1><p>{html.escape(facts(name, pipeline))}</p>"
 
 
 def _classes(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """Choices of the classes of a model, and those it begins with."""
     num_classes = pipeline.unet.config.num_class_embeds
-    names = pipeline.config.id2label or {}
-    choices = []
-    for number in range(num_classes or 0):
-        name = names.get(number, f"class {number}")
-        choices.append((name if name == str(number) else f"{name} ({number})", str(number)))
-    begin_with = choices if len(choices) <= 10 else choices[:4]
+    names = {str(number): class_caption(pipeline, number) for number in range(num_classes or 0)}
+    choices = [(name if name == number else f"{name} ({number})", number) for number, name in names.items()]
     return {
         "choices": [*choices, ("no class", "null")],
-        "value": [value for _, value in begin_with],
+        "value": list(names)[: 10 if len(names) <= 10 else 4],
         "multiselect": True,
         "visible": num_classes is not None,
         "info": "Type to search by name or number.",
@@ -199,11 +159,5 @@ def _classes(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
 
 
 def _schedulers() -> list[tuple[str, str]]:
-    return [("the model's own", OWN_SCHEDULER)] + [
-        (name.removesuffix("Scheduler"), name) for name in scheduler_names()
-    ]
-
-
-def _eta_shown(pipeline: ClassConditionalPipeline, scheduler: str, other: str, shown: str) -> Any:
-    chosen = [scheduler, other] if shown == TWO_SCHEDULERS else [scheduler]
-    return gr.Slider(visible=any(takes_eta(pipeline, name) for name in chosen))
+    own = ("the model's own", OWN_SCHEDULER)
+    return [own, *((name.removesuffix("Scheduler"), name) for name in scheduler_names())]

@@ -15,30 +15,29 @@ from ..pipelines.image_grid import to_image
 
 
 # The sides in screen pixels that images have at most where there are so many of them: (images, on a wide screen, on a
-# narrow one). They are enlarged by a whole factor, so that every pixel has the same size.
-_SIDES = ((1, 320, 320), (4, 192, 128), (12, 128, 96), (64, 96, 64))
-_SIDES_BESIDE = ((1, 256, 128), (4, 160, 128), (12, 96, 64), (64, 64, 64))
+# narrow one, on both beside another gallery). They are enlarged by a whole factor, so that every pixel has one size.
+_SIDES = ((1, 320, 320, 256, 128), (4, 192, 128, 160, 128), (12, 128, 96, 96, 64), (64, 96, 64, 64, 64))
 
 
 def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, beside: bool = False) -> str:
-    """Images with their class names; images of one class that follow one another share theirs.
+    """Images, uint8 (images, height, width, channels), under their class names, which neighbours of one class share.
 
-    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images.
-
-    Args:
-        pixels: uint8, (images, height, width, channels).
-        captions: The class name of each, empty for the null class.
-        seed: That of the first image.
-        finished: Whether they stay; those in between are sent with less quality.
-        beside: Whether there is another gallery beside it.
+    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images. The seed is that of the
+    first image. Until they are finished they are sent with less quality; beside another gallery they are smaller.
     """
-    sides = next(each for each in (_SIDES_BESIDE if beside else _SIDES) if len(pixels) <= each[0])[1:]
     height, width = pixels.shape[1:3]
-    wide, narrow = (max(1, side // max(height, width)) for side in sides)
+    sides = next(each for each in _SIDES if len(pixels) <= each[0])
+    wide, narrow = (max(1, side // max(height, width)) for side in (sides[3:] if beside else sides[1:3]))
+    kind = {"format": "png"} if finished else {"format": "jpeg", "quality": 90, "subsampling": 0}
     figures = ""
     for caption, group in itertools.groupby(range(len(pixels)), key=lambda number: captions[number]):
-        name = html.escape(caption or "no class")
-        images = "".join(_image(pixels[i], f"{name}, seed {seed + i}", finished) for i in group)
+        name, images = html.escape(caption or "no class"), ""
+        for number in group:
+            buffer = io.BytesIO()
+            to_image(pixels[number]).save(buffer, **kind)
+            source = f"data:image/{kind['format']};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+            # decoded before it is painted, so that nothing flickers
+            images += f'<img src="{source}" alt="{name}, seed {seed + number}" decoding="sync">'
         figures += f'<figure><div>{images}</div><figcaption title="{name}">{name}</figcaption></figure>'
     style = f"--height:{height};--width:{width};--wide:{wide};--narrow:{narrow}"
     return f'<div class="gallery" style="{style}">{figures}</div>'
@@ -48,11 +47,9 @@ def side_by_side(galleries: Sequence[str], titles: Sequence[str]) -> str:
     """Galleries under their titles; one alone has none."""
     if len(galleries) == 1:
         return galleries[0]
-    sides = "".join(
-        f'<section class="side"><h2>{html.escape(title)}</h2>{gallery}</section>'
-        for gallery, title in zip(galleries, titles, strict=True)
-    )
-    return f'<div class="sides">{sides}</div>'
+    sides = zip(galleries, titles, strict=True)
+    sections = (f'<section class="side"><h2>{html.escape(title)}</h2>{each}</section>' for each, title in sides)
+    return f'<div class="sides">{"".join(sections)}</div>'
 
 
 def progress(number: int, total: int) -> str:
@@ -80,20 +77,10 @@ def done(text: str, all_options: Sequence[GenerateOptions]) -> str:
 
 def command_line(options: GenerateOptions) -> str:
     """What a shell is told to generate the images of these options."""
-    words = ["imagenet64-generate"]
-    defaults = GenerateOptions()
+    words, defaults = ["imagenet64-generate"], GenerateOptions()
     for field in fields(options):
         value = getattr(options, field.name)
         # the device is the page's own affair
         if field.name != "device" and value != getattr(defaults, field.name):
             words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
-
-
-def _image(pixels: np.ndarray, text: str, finished: bool) -> str:
-    kind = {"format": "png"} if finished else {"format": "jpeg", "quality": 90, "subsampling": 0}
-    buffer = io.BytesIO()
-    to_image(pixels).save(buffer, **kind)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    # decoded before it is painted, so that nothing flickers
-    return f'<img src="data:image/{kind["format"]};base64,{data}" alt="{text}" decoding="sync">'

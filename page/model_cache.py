@@ -1,14 +1,16 @@
 """The models of the page: opened once, shared by everybody, and given out without what a request may change."""
 
 import copy
+import functools
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from ..pipelines.loading import load_pipeline
+from ..pipelines.generation import open_model
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..pipelines.sampler import Sampler
 from ..pretrained import DIGITS
 
 
@@ -18,8 +20,7 @@ class ModelCache:
     Args:
         names: Folders or Hub ids to choose from; the first is what the page begins with.
         takes_any: Whether others are opened too.
-        device: Where the networks compute.
-        dtype: What they compute in.
+        device, dtype: Where, and in what, the networks compute.
         max_loaded: How many are kept in memory.
     """
 
@@ -27,52 +28,34 @@ class ModelCache:
         self,
         names: Sequence[str],
         takes_any: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        dtype: str = "float32",
         max_loaded: int = 3,
     ):
         self.names = tuple(dict.fromkeys(names)) or (str(DIGITS),)
-        self.takes_any, self.device, self.dtype = takes_any, torch.device(device), dtype
-        self._max_loaded = max_loaded
-        self._loaded: OrderedDict[str, ClassConditionalPipeline] = OrderedDict()
-        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self.takes_any, self.device, self.dtype = takes_any, device, dtype
+        # a lock for whoever loads the model, and the model when that is done
+        self._entry: Callable[..., Any] = functools.lru_cache(max_loaded)(lambda name: (threading.Lock(), []))
 
     def pipeline(self, name: str) -> ClassConditionalPipeline:
         """A pipeline of its own on the shared network, whose scheduler may be changed and stepped.
 
-        Raises:
-            ValueError: If the page does not take the name, or there is no pipeline of this kind.
-            OSError: If there is neither such a folder nor such a repository.
+        ValueError if the page does not take the name or there is no such pipeline, OSError if nothing has that name.
         """
         if not isinstance(name, str) or not name.strip():
             raise ValueError("Model is empty: choose one")
         if name not in self.names and not self.takes_any:
             raise ValueError(f"Model is {name!r}, but this page has {' and '.join(map(title, self.names))} only")
-        if (shared := self._find(name)) is None:
-            shared = self._load(name)
-        pipeline = ClassConditionalPipeline(
-            shared.unet, copy.deepcopy(shared.scheduler), shared.config.id2label, shared.config.guide_variance
-        )
+        lock, loaded = self._entry(name)
+        with lock:
+            if not loaded:
+                # what is typed is not fetched with the rights of whoever serves the page
+                token = None if name in self.names else False
+                dtype = getattr(torch, self.dtype)
+                loaded.append(open_model(name, Sampler(), self.device, dtype, token=token))
+        unet, scheduler, config = loaded[0].unet, copy.deepcopy(loaded[0].scheduler), loaded[0].config
+        pipeline = ClassConditionalPipeline(unet, scheduler, config.id2label, config.guide_variance)
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def _find(self, name: str) -> ClassConditionalPipeline | None:
-        with self._lock:
-            if name in self._loaded:
-                self._loaded.move_to_end(name)
-            return self._loaded.get(name)
-
-    def _load(self, name: str) -> ClassConditionalPipeline:
-        with self._loading:
-            if (found := self._find(name)) is not None:  # another request has loaded it meanwhile
-                return found
-            # what is typed is not fetched with the rights of whoever serves the page
-            token = None if name in self.names else False
-            pipeline = load_pipeline(name, dtype=self.dtype, token=token).to(self.device)
-            with self._lock:
-                self._loaded[name] = pipeline
-                while len(self._loaded) > self._max_loaded:
-                    self._loaded.popitem(last=False)
         return pipeline
 
 
@@ -87,6 +70,5 @@ def facts(name: str, pipeline: ClassConditionalPipeline) -> str:
     height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
     colors = {1: "grey", 3: "RGB"}.get(config.in_channels, f"{config.in_channels} channels")
     classes = "no classes" if config.num_class_embeds is None else f"{config.num_class_embeds:,} classes"
-    millions = pipeline.unet.num_parameters() / 1e6
-    parameters = f"{millions:,.{2 if millions < 10 else 0}f} M parameters"
+    parameters = f"{pipeline.unet.num_parameters() / 1e6:,.2f} M parameters"
     return f"{title(name)} · {parameters} · {width}x{height} pixels, {colors} · {classes} · on {pipeline.unet.device}"

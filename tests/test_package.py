@@ -15,23 +15,16 @@ from imagenet64_diffusion.utils.command_line import parse_options
 
 
 ROOT = Path(__file__).parents[1]
-USE = (
-    "import imagenet64_diffusion as package; from imagenet64_diffusion.data.class_names import imagenet64_names;"
-    "from imagenet64_diffusion.training.components import load_model_config;"
-    "assert package.ClassConditionalPipeline and len(imagenet64_names()) == 1000;"
-    "assert load_model_config('original/res_res')['output_head_type'] == 'original';"
-    "print(package.__file__)"
-)
-
-
-def python(*arguments, **options) -> str:
-    return subprocess.run(
-        [sys.executable, *arguments], check=True, capture_output=True, text=True, timeout=240, **options
-    ).stdout
 
 
 def test_editable_install_from_another_folder(tmp_path):
-    assert Path(python("-c", USE, cwd=tmp_path).strip()) == ROOT / "__init__.py"
+    """Importing it is cheap: torch and diffusers come with what needs them."""
+    program = (
+        "import sys, imagenet64_diffusion as package; print(package.__file__, {'torch', 'diffusers'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert printed == f"{ROOT / '__init__.py'} set()\n"
 
 
 def test_public_names():
@@ -49,9 +42,7 @@ def test_citation():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     papers = re.findall(r"\(https://arxiv\.org/abs/[\d.]+\)", readme)
     assert {f"({reference['url']})" for reference in citation["references"]} == set(papers)
-    assert all(
-        reference["authors"] and reference["title"] and reference["year"] for reference in citation["references"]
-    )
+    assert all(each["authors"] and each["title"] and each["year"] for each in citation["references"])
     assert f"## {imagenet64_diffusion.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
@@ -67,18 +58,18 @@ def test_training_configs_are_options(file, prepared):
 
 
 @pytest.mark.parametrize(
-    "module",
+    "file",
     [
-        "models/unet_class_conditional",
-        "pipelines/cached_weights",
-        "pipelines/pipeline_class_conditional",
-        "schedulers/scheduling_ddim_eta",
+        "models/unet_class_conditional.py",
+        "pipelines/cached_weights.py",
+        "pipelines/pipeline_class_conditional.py",
+        "schedulers/scheduling_ddim_eta.py",
     ],
 )
-def test_what_a_repository_carries_stands_alone(module):
+def test_what_a_repository_carries_stands_alone(file):
     """torch, diffusers and the standard library only, and what `save_pretrained` carries beside the pipeline."""
-    source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
-    if module == "pipelines/pipeline_class_conditional":
+    source = (ROOT / file).read_text(encoding="utf-8")
+    if file.startswith("pipelines/pipeline"):
         source = source.replace("from .cached_weights import cached_weights", "")
     imports = [line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert set(imports) - set(sys.stdlib_module_names) <= {"torch", "diffusers"}

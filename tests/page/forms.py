@@ -4,32 +4,33 @@ from typing import Any
 
 from imagenet64_diffusion.page.generation import View, generate
 from imagenet64_diffusion.page.model_cache import ModelCache
-from imagenet64_diffusion.page.request import NOTHING, OWN_SCHEDULER, Form
+from imagenet64_diffusion.page.request import NOTHING, OWN_SCHEDULER
 
 
-GOOD = Form(
-    model="",
-    classes=["0", "goldfish", "null"],
-    images_per_class=2,
-    seed=7,
-    compare=NOTHING,
-    other_scheduler="DPMSolverMultistepScheduler",
-    other_guidance_scale=4,
-    guidance_scale=2.5,
-    steps=4,
-    scheduler=OWN_SCHEDULER,
-    eta=0,
-    guidance_begin=0,
-    guidance_end=1,
-)
+# in the order of the page's controls
+GOOD = {
+    "model": "",
+    "class_labels": ["0", "goldfish", "null"],
+    "num_images_per_label": 2,
+    "seed": 7,
+    "compare": NOTHING,
+    "other_scheduler": "DPMSolverMultistepScheduler",
+    "other_guidance_scale": 4,
+    "guidance_scale": 2.5,
+    "num_inference_steps": 4,
+    "scheduler": OWN_SCHEDULER,
+    "eta": 0,
+    "guidance_begin": 0,
+    "guidance_end": 1,
+}
 
 
-def form(models: ModelCache, **changes: Any) -> Form:
-    """A good form for the first model of a models, but for the changes."""
-    return GOOD._replace(**{"model": models.names[0], **changes})
+def form(models: ModelCache, **changes: Any) -> dict[str, Any]:
+    """A good form for the first of the models, but for the changes."""
+    return {**GOOD, "model": models.names[0], **changes}
 
 
-def generate_all(filled: Form, models: ModelCache, limits: Any) -> tuple[list[View], dict[str, bytes]]:
+def generate_all(filled: dict[str, Any], models: ModelCache, limits: Any) -> tuple[list[View], dict[str, bytes]]:
     """Every view, and the downloads' contents by their names."""
     views, contents = [], {}
     for view in generate(filled, models, limits):

@@ -11,12 +11,9 @@ from PIL import Image
 from imagenet64_diffusion.page.markup import gallery, side_by_side
 
 
-RNG = np.random.default_rng(0)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_finished_images_are_exact(channels):
-    pixels = RNG.integers(0, 256, (3, 16, 16, channels), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, channels), dtype=np.uint8)
     shown = gallery(pixels, ["a", "b", "b"], 5, finished=True)
     sources = re.findall('src="data:image/png;base64,([^"]+)"', shown)
     images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(source)))) for source in sources]
@@ -25,14 +22,13 @@ def test_finished_images_are_exact(channels):
     assert shown.count("<figure>") == 2
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize(("number", "size"), [(1, 32), (4, 64), (12, 32), (36, 64), (64, 128), (1, 512)])
-def test_images_are_enlarged_by_a_whole_factor(number, size):
-    shown = gallery(np.zeros((number, size, size, 1), np.uint8), [""] * number, 0, finished=True)
-    for name in ("wide", "narrow"):
-        factor = int(re.search(rf"--{name}:(\d+)", shown)[1])
-        assert factor >= 1
-        # and fit into a telephone's screen of 390 pixels, unless the image itself does not
-        assert name == "wide" or factor == 1 or factor * size <= 340
+def test_images_are_enlarged_by_a_whole_factor(number, size, beside):
+    shown = gallery(np.zeros((number, size, size, 1), np.uint8), [""] * number, 0, finished=True, beside=beside)
+    wide, narrow = (int(re.search(rf"--{name}:(\d+)", shown)[1]) for name in ("wide", "narrow"))
+    # and fit into a telephone's screen of 390 pixels, unless the image itself does not
+    assert wide >= narrow == 1 or narrow * size <= 340
 
 
 def test_class_names_of_a_foreign_model_are_text():

@@ -7,8 +7,7 @@ from imagenet64_diffusion.utils.devices import find_device
 
 
 def test_devices_that_are_there():
-    assert find_device("cpu") == torch.device("cpu")
-    assert find_device(torch.device("cpu")) == torch.device("cpu")
+    assert find_device("cpu") == find_device(torch.device("cpu")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["cdua", "", "cuda:99", "cpu:x"])
