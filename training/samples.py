@@ -49,7 +49,7 @@ def sample_grid(
 
 @contextlib.contextmanager
 def ema_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """Inside, the network has the EMA weights, if there are any, and is in evaluation mode."""
+    """Inside, the network has the EMA weights, if there are any, and evaluates."""
     parameters = list(unet.parameters())
     if ema is not None:
         ema.store(parameters)
