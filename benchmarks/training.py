@@ -70,11 +70,11 @@ def measure_shares(data: Path, folder: Path, steps: int, warmup: int) -> dict[st
     begin = [0.0]
     take_step = trainer.take_step
 
-    def count(batches: Iterator[Any]) -> Any:
+    def count(batches: Iterator[Any]) -> None:
         if trainer.global_step == warmup:
             clock.seconds.clear()
             begin[0] = time.perf_counter()
-        return take_step(batches)
+        take_step(batches)
 
     trainer.take_step = count
     end = [0.0]
@@ -142,8 +142,7 @@ def measure_pace(data: Path, folder: Path, rounds: int, stretch: int) -> dict[st
         batches = image_batches(trainer.options, trainer.dataset, trainer.accelerator, 0)
 
         def ours() -> None:
-            outcome = trainer.take_step(batches)
-            trainer.metrics.add(trainer.global_step, **outcome._asdict())
+            trainer.take_step(batches)
             if trainer.global_step % trainer.options.logging_steps == 0:
                 trainer._log(Silent())
             stop_request.agreed()

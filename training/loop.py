@@ -45,6 +45,8 @@ class Trainer:
         self.plan, self.options, self.dataset = plan, plan.options, plan.dataset
         self.accelerator, self.device = accelerator, accelerator.device
         self.output_dir = Path(plan.options.output_dir)
+        self.checkpoints, self.grids = self.output_dir / CHECKPOINTS_NAME, self.output_dir / "sample_grids"
+        self.repo_id = plan.options.hub_model_id or self.output_dir.resolve().name
         self.max_train_steps, self.images_per_step = plan.max_train_steps, plan.images_per_step
         self.global_step, self.images_seen = plan.first_step, plan.images_seen
         options, checkpoint = plan.options, plan.start.checkpoint
@@ -75,7 +77,7 @@ class Trainer:
             optimizer.load_state_dict({"state": checkpoint.optimizer["state"], "param_groups": groups})
             if self.ema is not None and checkpoint.averaged_weights is not None:
                 parameters, self.ema.optimization_step = checkpoint.averaged_weights
-                self.ema.shadow_params = [parameter.to(self.device) for parameter in parameters]
+                self.ema.shadow_params = [parameter.to(self.device, copy=True) for parameter in parameters]
             self.objective.load_state_dict(checkpoint.timestep_sampler)
             if progress.metrics is not None:
                 self.metrics.load_state(progress.metrics)
@@ -100,34 +102,41 @@ class Trainer:
         self._start_trackers()
         try:
             with StopRequest(accelerator) as stop_request:
-                self._take_steps(stop_request)
+                stopped_by = self._take_steps(stop_request)
         except FloatingPointError as error:
             if not accelerator.is_main_process:
                 raise OtherRankError(str(error)) from None
-            found = find_checkpoints(self.output_dir / CHECKPOINTS_NAME)
+            found = find_checkpoints(self.checkpoints)
             kept = f"{found[-1]} is from before" if found else "there is no checkpoint from before"
             advice = "A smaller learning_rate, or bf16 instead of fp16, may help"
             raise FloatingPointError(f"{error}; {kept}. {advice}") from None
-        self._save_samples()
-        self._save_pipeline(model_dir)
-        if accelerator.is_main_process:
-            draw_loss_chart(self.output_dir)
-        if self.options.push_to_hub:
-            on_main_process(accelerator, lambda: self._push(model_dir))
+        if not stopped_by:
+            self._save_samples()
+            self._save_pipeline(model_dir)
+            on_main_process(accelerator, lambda: draw_loss_chart(self.output_dir))
+            if self.options.push_to_hub:
+                on_main_process(accelerator, lambda: self._push(model_dir))
         with self._reporting():
             accelerator.end_training()
+        if stopped_by:
+            message = (
+                f"stopped by {signal.Signals(stopped_by).name} after step {self.global_step:,} of"
+                f" {self.max_train_steps:,}; {self._checkpoint()} keeps it: the same command resumes from there"
+            )
+            raise StoppedBySignalError(stopped_by, message if accelerator.is_main_process else "")
         return model_dir
 
     def _prepare_folder(self) -> None:
         """Readies the folder, and finds out now what would fail at the end."""
         if self.options.push_to_hub:
-            create_repo(self._repo_id(), private=self.options.hub_private_repo or None, exist_ok=True)
+            create_repo(self.repo_id, private=self.options.hub_private_repo or None, exist_ok=True)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for folder, _ in self.plan.start.damaged:
             print(f"{folder} is now {set_aside(folder).name}", flush=True)
         remove_entries_after(self.output_dir, self.global_step)
 
-    def _take_steps(self, stop_request: StopRequest) -> None:
+    def _take_steps(self, stop_request: StopRequest) -> int:
+        """Takes the steps to the last one, or until a signal stops the run; returns its number, or 0."""
         options = self.options
         if self.global_step == self.max_train_steps:
             self.accelerator.print(f"all {self.max_train_steps:,} steps have been taken already", flush=True)
@@ -160,8 +169,9 @@ class Trainer:
                     if signal_number := stop_request.agreed():
                         if not saves:
                             self._save_checkpoint()
-                        self._stop(signal_number)
+                        return signal_number
                     self._save_due_outputs()
+        return 0
 
     def take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """Takes one optimizer step: from the images of a batch to changed weights."""
@@ -236,19 +246,13 @@ class Trainer:
         if self._is_due(self.options.sample_steps) and self.global_step < self.max_train_steps:
             self._save_samples()
         if self._is_due(self.options.pipeline_steps):
-            self._save_pipeline(self.output_dir / "pipelines" / f"step_{self.global_step:07d}")
+            self._save_pipeline(self.output_dir / "pipelines" / self._step_name())
 
-    def _stop(self, signal_number: int) -> None:
-        with self._reporting():
-            self.accelerator.end_training()
-        message = (
-            f"stopped by {signal.Signals(signal_number).name} after step {self.global_step:,} of"
-            f" {self.max_train_steps:,}; {self._checkpoint_folder()} keeps it: the same command resumes from there"
-        )
-        raise StoppedBySignalError(signal_number, message if self.accelerator.is_main_process else "")
+    def _step_name(self) -> str:
+        return f"step_{self.global_step:07d}"
 
-    def _checkpoint_folder(self) -> Path:
-        return self.output_dir / CHECKPOINTS_NAME / f"checkpoint-{self.global_step}"
+    def _checkpoint(self) -> Path:
+        return self.checkpoints / f"checkpoint-{self.global_step}"
 
     def _save_checkpoint(self) -> None:
         """Writes a checkpoint on the main process, and only then removes those over the limit."""
@@ -275,7 +279,7 @@ class Trainer:
             if self.ema is not None:
                 averaged = ([parameter.cpu() for parameter in self.ema.shadow_params], self.ema.optimization_step)
             save_checkpoint(
-                self._checkpoint_folder(),
+                self._checkpoint(),
                 unet=accelerator.unwrap_model(self.unet, keep_torch_compile=False),
                 scheduler=self.scheduler,
                 optimizer=self.optimizer.optimizer,
@@ -285,7 +289,7 @@ class Trainer:
                 timestep_sampler=self.objective.state_dict(),
             )
             if options.checkpoints_total_limit:
-                remove_old_checkpoints(self._checkpoint_folder().parent, options.checkpoints_total_limit)
+                remove_old_checkpoints(self.checkpoints, options.checkpoints_total_limit)
             if self.global_step < self.max_train_steps:
                 draw_loss_chart(self.output_dir)
 
@@ -302,8 +306,8 @@ class Trainer:
         """Writes the pipeline with the EMA weights and the newest sample grid, atomically."""
 
         def write() -> None:
-            grids = (self.output_dir / "sample_grids").glob("step_*.png")
-            newest = max((file for file in grids if file.name <= self._grid_file().name), default=None)
+            grids = [file for file in self.grids.glob("step_*.png") if file.stem <= self._step_name()]
+            newest = max(grids, default=None)
             samples = None if newest is None else Image.open(newest)
             facts = self.plan.facts(self.global_step, self.images_seen, self.accelerator.mixed_precision)
             with write_errors(folder), ema_weights(self.unet, self.ema), atomic_folder(folder) as writing:
@@ -315,11 +319,8 @@ class Trainer:
 
     def _push(self, model_dir: Path) -> None:
         message = f"Step {self.global_step:,}"
-        commit = push_folder(self._pipeline(), model_dir, self._repo_id(), commit_message=message)
-        print(f"uploaded {model_dir}: {commit.commit_url}")
-
-    def _repo_id(self) -> str:
-        return self.options.hub_model_id or self.output_dir.resolve().name
+        url = push_folder(self._pipeline(), model_dir, self.repo_id, commit_message=message).commit_url
+        print(f"uploaded {model_dir}: {url}")
 
     def _start_trackers(self) -> None:
         # trackers take plain numbers and strings only
@@ -351,16 +352,13 @@ class Trainer:
         shown = {"loss": f"{values['loss']:.4f}", "images/s": f"{values['images_per_second']:.0f}"}
         progress_bar.set_postfix(shown, refresh=False)
 
-    def _grid_file(self) -> Path:
-        return self.output_dir / "sample_grids" / f"step_{self.global_step:07d}.png"
-
     def _save_samples(self) -> None:
         """A grid from the EMA weights, always from the same noise, shared among the ranks."""
         with ema_weights(self.unet, self.ema):
             grid = sample_grid(self._pipeline(), self.options, self.accelerator)
         if grid is None:
             return
-        with atomic_file(self._grid_file()) as writing:
+        with atomic_file(self.grids / f"{self._step_name()}.png") as writing:
             grid.save(writing)
         for tracker in self.accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
