@@ -131,7 +131,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     state = _read_state(folder)
-    averaged_weights, timestep_sampler = None, {}
+    averaged_weights, timestep_sampler = None, dict[str, np.ndarray]()
     if _AVERAGED_WEIGHTS in state["files"]:
         with safe_open(folder / _AVERAGED_WEIGHTS, "pt") as content:
             tensors = [content.get_tensor(name) for name in sorted(content.keys())]

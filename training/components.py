@@ -138,7 +138,7 @@ def build_scheduler(options: TrainOptions, start: Start | None = None) -> EtaDDI
                     f" {error:.2g}): leave it out"
                 )
         return scheduler
-    common = {"num_train_timesteps": options.num_train_timesteps, "prediction_type": options.prediction_type}
+    common: dict[str, Any] = {name: getattr(options, name) for name in ("num_train_timesteps", "prediction_type")}
     common["variance_type"] = "learned_range"
     if options.beta_schedule == "original_cosine":
         return EtaDDIMScheduler(**(common | original_cosine_options(cast(int, options.num_train_timesteps))))

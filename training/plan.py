@@ -183,20 +183,16 @@ def _find_checkpoint(options: TrainOptions) -> Start:
     start = Start() if wanted == "never" else None
     if wanted not in ("never", "latest") and (not own or Path(wanted).resolve().parent == own_folder.resolve()):
         if not Path(wanted).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint is {wanted!r}, but there is no such folder: give a checkpoint, or latest, or"
-                " never"
-            )
+            missing = f"resume_from_checkpoint is {wanted!r}, but there is no such folder"
+            raise ValueError(f"{missing}: give a checkpoint, or latest, or never")
         checkpoint = load_checkpoint(wanted)
         start = Start(checkpoint, began_from=checkpoint.progress.began_from if own else wanted)
     if start is not None:
         # going back must not mix two runs in one folder, nor remove what one of them has
         step = -1 if start.checkpoint is None else start.checkpoint.progress.step
         if own and int(own[-1].name.removeprefix("checkpoint-")) > step:
-            raise ValueError(
-                f"resume_from_checkpoint is {wanted}, but {own[-1]} is there already: move the later checkpoints away,"
-                " or give another output_dir"
-            )
+            later = f"resume_from_checkpoint is {wanted}, but {own[-1]} is there already"
+            raise ValueError(f"{later}: move the later checkpoints away, or give another output_dir")
         return start
 
     damaged = []
@@ -209,15 +205,12 @@ def _find_checkpoint(options: TrainOptions) -> Start:
         began_from = checkpoint.progress.began_from
         asked = options.pretrained_model_name_or_path if wanted == "latest" else wanted
         if asked not in (None, began_from):
-            raise ValueError(
-                f"{own_folder} has checkpoints of a run that began from {began_from or 'random weights'}, not from"
-                f" {asked}: give another output_dir"
-            )
+            other = f"{own_folder} has checkpoints of a run that began from {began_from or 'random weights'}"
+            raise ValueError(f"{other}, not from {asked}: give another output_dir")
         return Start(checkpoint, began_from=began_from, damaged=damaged)
     if damaged:
-        raise ValueError(
-            f"none of the checkpoints in {own_folder} is whole ({damaged[0][1]}): move them away to start anew"
-        )
+        reason = f"none of the checkpoints in {own_folder} is whole ({damaged[0][1]})"
+        raise ValueError(f"{reason}: move them away to start anew")
     return Start()
 
 
