@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 def test_editable_install_from_another_folder(tmp_path):
     """Importing it is cheap: torch and diffusers come with what needs them."""
     program = (
-        "import sys, imagenet64_diffusion as package; print(package.__file__, {'torch', 'diffusers'} & {*sys.modules})"
+        "import sys, imagenet64_diffusion as package, imagenet64_diffusion.evaluation.metrics;"
+        "print(package.__file__, {'torch', 'diffusers'} & {*sys.modules})"
     )
     command = [sys.executable, "-c", program]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
@@ -44,11 +45,6 @@ def test_citation():
     assert {f"({reference['url']})" for reference in citation["references"]} == set(papers)
     assert all(each["authors"] and each["title"] and each["year"] for each in citation["references"])
     assert f"## {imagenet64_diffusion.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_import_is_lazy():
-    program = "import sys, imagenet64_diffusion.evaluation.metrics; print({'torch', 'diffusers'} & set(sys.modules))"
-    assert python("-c", program).strip() == "set()"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "training").iterdir()), ids=lambda file: file.stem)

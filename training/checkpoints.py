@@ -9,6 +9,7 @@ network, the EMA of its weights, the optimizer's moments, the history of importa
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -38,58 +39,33 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass
 class Progress:
-    """Where a run stood. What a converted checkpoint cannot know is None.
+    """Where a run stood. What a converted checkpoint cannot know is None."""
 
-    Attributes:
-        step: Optimizer steps taken.
-        epoch: Epochs gone through.
-        images_seen: Place in the endless order of images.
-        num_processes: Ranks that shared a batch.
-        images_per_step: Images of an optimizer step over all ranks and accumulated passes.
-        dataset: Fingerprint of the images.
-        began_from: What the run began from: a checkpoint, a pretrained model, or nothing.
-        lr_scheduler_step: Steps of the learning-rate schedule; fewer than ``step`` where fp16 skipped some.
-        gradient_scaler: State of the fp16 gradient scaler.
-        metrics: Sums since the last entry of the log, one row for each rank.
-    """
-
-    step: int
+    step: int  # optimizer steps taken
     epoch: float
-    images_seen: int | None = None
-    num_processes: int | None = None
-    images_per_step: int | None = None
-    dataset: str | None = None
-    began_from: str | None = None
-    lr_scheduler_step: int | None = None
-    gradient_scaler: dict[str, Any] | None = None
-    metrics: list[list[float]] | None = None
+    images_seen: int | None = None  # place in the endless order of images
+    num_processes: int | None = None  # ranks that shared a batch
+    images_per_step: int | None = None  # over all ranks and accumulated passes
+    dataset: str | None = None  # fingerprint of the images
+    began_from: str | None = None  # a checkpoint, a pretrained model, or nothing
+    lr_scheduler_step: int | None = None  # fewer than steps where fp16 skipped some
+    gradient_scaler: dict[str, Any] | None = None  # of fp16
+    metrics: list[list[float]] | None = None  # sums since the last entry of the log, a row for each rank
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint folder holds.
-
-    Attributes:
-        folder: Where it lies.
-        progress: Where the run stood.
-        options: Options of the run by name; a converted checkpoint has those that the original's training implies.
-        unet_config: Options of the network.
-        scheduler_config: Options of the scheduler that holds the noise schedule.
-        weights: The network's state dict.
-        averaged_weights: EMA of the parameters in their order, with the number of its updates, or None.
-        optimizer: The state dict of the optimizer.
-        timestep_sampler: State of importance sampling.
-    """
+    """What a checkpoint folder holds."""
 
     folder: Path
     progress: Progress
-    options: dict[str, Any]
+    options: dict[str, Any]  # by name; a converted checkpoint has those that the original's training implies
     unet_config: dict[str, Any]
-    scheduler_config: dict[str, Any]
+    scheduler_config: dict[str, Any]  # of the scheduler that holds the noise schedule
     weights: dict[str, torch.Tensor]
-    averaged_weights: tuple[list[torch.Tensor], int] | None
+    averaged_weights: tuple[list[torch.Tensor], int] | None  # EMA of the parameters, and the number of its updates
     optimizer: dict[str, Any]
-    timestep_sampler: dict[str, np.ndarray]
+    timestep_sampler: dict[str, np.ndarray]  # state of importance sampling
 
 
 def save_checkpoint(
@@ -103,23 +79,20 @@ def save_checkpoint(
     averaged_weights: tuple[list[torch.Tensor], int] | None = None,
     timestep_sampler: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Writes a checkpoint; the folder appears whole or not at all.
+    """Writes a checkpoint, ``checkpoint-{step}`` in the ``checkpoints`` folder of the run, atomically.
 
     Args:
-        folder: Where to, ``checkpoint-{step}`` in the ``checkpoints`` folder of the run.
+        folder: Where to.
         unet: The network.
         scheduler: Holds the noise schedule.
         optimizer: Its optimizer, over ``unet.parameters()``.
-        progress: Where the run stands.
-        options: Options of the run by name, as JSON values.
-        averaged_weights: EMA of ``unet.parameters()`` and the number of its updates.
-        timestep_sampler: State of importance sampling.
+        progress, options, averaged_weights, timestep_sampler: As in `Checkpoint`; options are JSON values.
 
     Raises:
         OSError: If it cannot be written, as on a full disk. What was there is as it was.
     """
     reason = "; the checkpoints before it are as they were"
-    with names_what_failed(folder, reason), atomic_folder(folder) as writing:
+    with write_errors(folder, reason), atomic_folder(folder) as writing:
         save_file({name: tensor.contiguous() for name, tensor in unet.state_dict().items()}, writing / _WEIGHTS)
         torch.save(optimizer.state_dict(), writing / _OPTIMIZER)
         if averaged_weights is not None:
@@ -140,8 +113,8 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def names_what_failed(path: str | Path, remark: str = "") -> Iterator[None]:
-    """Inside, what cannot be written raises an OSError that names the path; torch and safetensors have others."""
+def write_errors(path: str | Path, remark: str = "") -> Iterator[None]:
+    """Errors of writing, also those of torch and safetensors, become an OSError that names the path."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -154,13 +127,15 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
     Raises:
         DamagedCheckpointError: If the folder is not a checkpoint, or not as it was written. It names the file.
+        ValueError: If it is of another format version.
     """
     folder = Path(folder)
     state = _read_state(folder)
-    averaged_weights = None
+    averaged_weights, timestep_sampler = None, dict[str, np.ndarray]()
     if _AVERAGED_WEIGHTS in state["files"]:
-        averaged_weights = _read_averaged_weights(folder / _AVERAGED_WEIGHTS)
-    timestep_sampler = {}
+        with safe_open(folder / _AVERAGED_WEIGHTS, "pt") as content:
+            tensors = [content.get_tensor(name) for name in sorted(content.keys())]
+            averaged_weights = tensors, int(content.metadata()["updates"])
     if _TIMESTEP_SAMPLER in state["files"]:
         with np.load(folder / _TIMESTEP_SAMPLER, allow_pickle=False) as arrays:
             timestep_sampler = dict(arrays)
@@ -180,12 +155,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 def find_checkpoints(folder: str | Path) -> list[Path]:
     """The folders of checkpoints in a folder, by step, the latest last. Their contents have not been checked."""
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and path.is_dir():
-            found.append((int(number), path))
-    return [path for _, path in sorted(found)]
+    numbers = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
+    found = [path for path, number in numbers.items() if number.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(numbers[path]))
 
 
 def remove_old_checkpoints(folder: str | Path, limit: int) -> None:
@@ -195,51 +167,42 @@ def remove_old_checkpoints(folder: str | Path, limit: int) -> None:
     """
     settle_folder(folder)
     for old in find_checkpoints(folder)[:-limit]:
-        removing = old.with_name(f".{old.name}.writing")
-        old.rename(removing)
-        shutil.rmtree(removing)
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.writing")))
 
 
 def set_aside(folder: Path) -> Path:
     """Gives a damaged checkpoint a name under which nobody takes it for a whole one, and returns its new place."""
-    number, aside = 1, folder.with_name(f"damaged-{folder.name}")
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"damaged-{number}-{folder.name}")
-    return folder.rename(aside)
+    names = itertools.chain(["damaged"], (f"damaged-{number}" for number in itertools.count(2)))
+    places = (folder.with_name(f"{name}-{folder.name}") for name in names)
+    return folder.rename(next(place for place in places if not place.exists()))
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
     """The state file of a checkpoint whose other files are as the state file says."""
+
+    def damaged(what: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{folder} is not a whole checkpoint: {what}")
+
     if not (folder / STATE_NAME).is_file():
-        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: there is no {STATE_NAME}")
+        raise damaged(f"there is no {STATE_NAME}")
     try:
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
         version, digest = state["format_version"], state.pop("sha256", None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {STATE_NAME} is not readable") from error
+        raise damaged(f"{STATE_NAME} is not readable") from error
     is_whole = digest == _sha256_of_state(state)
     # the first version had no digest
     if version != _FORMAT_VERSION and (is_whole or digest is None):
         raise ValueError(f"{folder} has format_version {version}, but this version reads {_FORMAT_VERSION}")
     if not is_whole:
-        raise DamagedCheckpointError(
-            f"{folder} is not a whole checkpoint: {STATE_NAME} has changed since it was written"
-        )
+        raise damaged(f"{STATE_NAME} has changed since it was written")
     files = state["files"]
     for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
         if not (folder / name).is_file():
-            raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: there is no {name}")
+            raise damaged(f"there is no {name}")
         if name not in files or _sha256(folder / name) != files[name]["sha256"]:
-            raise DamagedCheckpointError(
-                f"{folder} is not a whole checkpoint: {name} has changed since it was written"
-            )
+            raise damaged(f"{name} has changed since it was written")
     return state
-
-
-def _read_averaged_weights(file: Path) -> tuple[list[torch.Tensor], int]:
-    with safe_open(file, "pt") as content:
-        return [content.get_tensor(name) for name in sorted(content.keys())], int(content.metadata()["updates"])
 
 
 def _sha256(file: Path) -> str:

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,37 +15,30 @@ _ONE_INTERRUPT_SECONDS = 1.0
 
 
 def leave_stopping_to_parent(worker: int) -> None:
-    """Keeps a process that reads images alive when its whole process group is asked to stop; a ``worker_init_fn``.
-
-    Its parent needs its images up to the checkpoint, and then ends it. A second SIGTERM, as from a parent that cannot
-    wait, has its usual effect.
-    """
+    """Keeps a process that reads images alive when its process group is asked to stop: its parent still needs it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a second one, as from a parent that cannot wait, has its usual effect
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class StopRequest:
     """Inside, SIGTERM and SIGINT are noted instead of ending the process.
 
-    Job schedulers and launchers may send a signal to one rank or to all, and at different steps. So the ranks
-    tell one another at each step what they have noted, and look at the answer at the next one, when it has long
-    arrived: none waits for the others, and all stop after the same step. A second SIGINT, which is a person who does
-    not want to wait, interrupts at once; one within a second of the first is the same Ctrl-C, which a terminal sends
-    to all processes and a launcher of several sends on to them.
-
-    Args:
-        accelerator: Whose ranks agree.
+    A signal may come to one rank or to all, and at different steps. So the ranks tell one another at each step what
+    they have noted, and look at the answer at the next one, when it has long arrived: none waits for the others, and
+    all stop after the same step. A second SIGINT interrupts at once; one within a second of the first is the same
+    Ctrl-C, which a terminal sends to all processes and a launcher of several sends on to them.
     """
 
     def __init__(self, accelerator: Accelerator):
-        self._noted = 0
-        self._interrupted_at = 0.0
+        self._noted, self._interrupted_at = 0, 0.0
         self._earlier: dict[signal.Signals, Any] = {}
         self._group: Any = None
         if accelerator.num_processes > 1:
             # on the host, so that no accelerator has to be waited for
             self._group = torch.distributed.new_group(backend="gloo")
-        self._on_its_way: tuple[torch.Tensor, Any] | None = None
+        self._number = torch.tensor(0)
+        self._exchange: Any = None
 
     def __enter__(self) -> "StopRequest":
         # only the main thread may set handlers; a run in another one, as in a notebook's server, goes without
@@ -53,31 +46,25 @@ class StopRequest:
             self._earlier = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         # on an error the others may never answer
-        if kind is None and self._on_its_way is not None:
-            self._on_its_way[1].wait()
+        if kind is None and self._exchange is not None:
+            self._exchange.wait()
 
     def agreed(self) -> int:
         """The number of the signal after which all ranks stop now, or 0. Every rank asks at every step."""
         if self._group is None:
             return self._noted
-        answer = 0
-        if self._on_its_way is not None:
-            number, exchange = self._on_its_way
-            exchange.wait()
-            answer = int(number)
-            if answer:
-                return answer
-        number = torch.tensor(self._noted)
-        exchange = torch.distributed.all_reduce(
-            number, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
-        )
-        self._on_its_way = (number, exchange)
+        if self._exchange is not None:
+            self._exchange.wait()
+        answer = int(self._number)
+        if not answer:
+            self._number = torch.tensor(self._noted)
+            self._exchange = torch.distributed.all_reduce(
+                self._number, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+            )
         return answer
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -4,30 +4,22 @@ Each objective is one class with the same methods: ``sample_noise_levels``, ``ad
 weights the error; ``update`` and the state dict are for those that learn from the losses.
 """
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
 
-from ..utils.nearest_names import perhaps
-
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-@dataclass
-class LossTerms:
-    """What one batch costs, each (batch,): the mean over the pixels of each image.
+class LossTerms(NamedTuple):
+    """What one batch costs, each (batch,): the mean over the pixels of each image."""
 
-    Attributes:
-        simple: Squared error of the prediction, times its weight if the loss weights by the signal-to-noise ratio.
-        vlb: Weighted term of the variational bound, in nats per dimension.
-    """
-
-    simple: torch.Tensor
-    vlb: torch.Tensor
+    simple: torch.Tensor  # squared error of the prediction, with its Min-SNR weight if there is one
+    vlb: torch.Tensor  # weighted term of the variational bound, in nats per dimension
 
     @property
     def total(self) -> torch.Tensor:
@@ -50,8 +42,7 @@ class HybridLoss:
         device: Where the losses are computed.
         snr_gamma: If given, L_simple has Min-SNR-gamma weights (Hang et al. 2023, arXiv 2303.09556, section 3.4):
             min(SNR, gamma) for a predicted image, and as errors of noise and velocity are SNR and SNR + 1 times that
-            of the image, min(SNR, gamma) / SNR and min(SNR, gamma) / (SNR + 1) for these. The paper takes 5. The
-            bound is not weighted.
+            of the image, min(SNR, gamma) / SNR and min(SNR, gamma) / (SNR + 1) for these. The paper takes 5.
 
     Raises:
         ValueError: If snr_gamma is not above 0, or the scheduler has another prediction type.
@@ -66,10 +57,8 @@ class HybridLoss:
     ):
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in _PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type is {self.prediction_type!r}, but must be one of {', '.join(_PREDICTION_TYPES)}"
-                f"{perhaps(self.prediction_type, _PREDICTION_TYPES)}"
-            )
+            known = ", ".join(_PREDICTION_TYPES)
+            raise ValueError(f"prediction_type is {self.prediction_type!r}, but must be one of {known}")
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"snr_gamma is {snr_gamma}, but must be above 0")
         self.vlb_weight = vlb_weight
@@ -165,17 +154,11 @@ class HybridLoss:
             mean_error = self._mean_of_original[timesteps] * (original_samples - predicted_original.clamp(-1, 1))
 
         # 3. divergence of two Gaussians, with the log-variances as equation 15 of Nichol and Dhariwal has them
-        log_variance = self._log_beta_tilde[timesteps]
-        fraction = (interpolation + 1) / 2
-        predicted_log_variance = fraction * self._log_beta[timesteps] + (1 - fraction) * log_variance
-        predicted_log_variance = predicted_log_variance.clamp(-30, 30)
-        divergence = 0.5 * (
-            predicted_log_variance
-            - log_variance
-            + torch.exp(log_variance - predicted_log_variance)
-            + mean_error.square() * torch.exp(-predicted_log_variance)
-            - 1
-        )
+        log_variance, fraction = self._log_beta_tilde[timesteps], (interpolation + 1) / 2
+        predicted = (fraction * self._log_beta[timesteps] + (1 - fraction) * log_variance).clamp(-30, 30)
+        relative_variance = torch.exp(log_variance - predicted)
+        squared_error = mean_error.square() * torch.exp(-predicted)
+        divergence = 0.5 * (predicted - log_variance + relative_variance + squared_error - 1)
         return LossTerms(simple=simple, vlb=self.vlb_weight * divergence.mean(dim=(1, 2, 3)))
 
     def update(self, timesteps: np.ndarray, losses: np.ndarray) -> None:
@@ -198,19 +181,11 @@ class ImportanceSampledLoss(HybridLoss):
     Args:
         history_length: How many losses of each timestep are kept.
         uniform_probability: Share of samples that stay uniform, so that no timestep is forgotten.
-        scheduler, vlb_weight, device, snr_gamma: As `HybridLoss` has them.
+        arguments, options: Those of `HybridLoss`.
     """
 
-    def __init__(
-        self,
-        scheduler: SchedulerMixin,
-        vlb_weight: float = 0.001,
-        device: torch.device | str = "cpu",
-        snr_gamma: float | None = None,
-        history_length: int = 10,
-        uniform_probability: float = 0.001,
-    ):
-        super().__init__(scheduler, vlb_weight, device, snr_gamma)
+    def __init__(self, *arguments: Any, history_length: int = 10, uniform_probability: float = 0.001, **options: Any):
+        super().__init__(*arguments, **options)
         self.uniform_probability = uniform_probability
         self._history = np.zeros((self.num_train_timesteps, history_length))
         self._counts = np.zeros(self.num_train_timesteps, dtype=np.int64)

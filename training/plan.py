@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from accelerate.utils import gather_object
 
 from ..data.dataset import PreparedImages
 from ..pipelines.loading import load_pipeline
-from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..utils.command_line import OtherRankError
 from ..utils.distributed import on_every_process, on_main_process
 from .checkpoints import Checkpoint, DamagedCheckpointError, find_checkpoints, load_checkpoint
-from .components import training_size, unet_config
-from .options import TrainOptions
+from .components import Start, training_size, unet_config
+from .options import TrainOptions, options_of
 
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -27,17 +26,11 @@ CHECKPOINTS_NAME = "checkpoints"
 # What a run trains where neither the options nor the weights that it starts from say it.
 _DEFAULTS = {"prediction_type": "v_prediction", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 # With another value of these the weights and moments are for something else.
-_FIXED = (*_DEFAULTS, "unconditional", "optimizer", "resize_to_power_of_two")
-# With another value of these the run is still the same one, or the difference is told by itself.
-_FREE = {
-    *("train_data_dir", "output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path", "dry_run"),
-    *("model_config_name_or_path", "stem_channels", "block_out_channels", "layer_types", "time_embed_dim"),
-    *("class_embed_dim", "attention_patch_size", "dropout", "time_embedding_type", "class_attention_type"),
-    *("output_head_type", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"),
-    *("dataset_in_memory", "dataloader_num_workers", "gradient_checkpointing", "checkpointing_steps"),
-    *("checkpoints_total_limit", "pipeline_steps", "report_to", "logging_steps", "sample_steps", "guidance_scale"),
-    *("num_sample_classes", "num_samples_per_class", "num_inference_steps"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+_FIXED = {*_DEFAULTS, "unconditional", "optimizer", "resize_to_power_of_two", "fingerprint"}
+# With another value of these the run is still the same one.
+_FREE = options_of("run", "checkpoints and logging", "samples", "Hub") - {"seed"} | {
+    *("train_data_dir", "dataset_in_memory", "dataloader_num_workers", "model_config_name_or_path"),
+    *("gradient_accumulation_steps", "num_train_epochs", "gradient_checkpointing"),
 }
 # What may differ from machine to machine.
 _OF_A_MACHINE = {
@@ -47,65 +40,35 @@ _OF_A_MACHINE = {
 
 
 @dataclass
-class Start:
-    """What a run starts from.
-
-    Attributes:
-        checkpoint: A state to resume, or None.
-        pretrained: A pipeline to fine-tune, or None.
-        began_from: What the whole run began from, for the record: a checkpoint's folder, a pipeline, or None.
-        damaged: Checkpoints that were passed over because they are not whole, and why.
-    """
-
-    checkpoint: Checkpoint | None = None
-    pretrained: ClassConditionalPipeline | None = None
-    began_from: str | None = None
-    damaged: list[tuple[Path, str]] = field(default_factory=list)
-
-
-@dataclass
 class Plan:
-    """A run that has not begun.
+    """A run that has not begun."""
 
-    Attributes:
-        options: With nothing left open that the start could say.
-        dataset: The images.
-        start: What the run starts from.
-        unet_config: Options of the network.
-        num_processes: Ranks that share a batch.
-        images_per_step: Images of an optimizer step over all ranks and accumulated passes.
-        first_step: Optimizer steps that have been taken.
-        images_seen: Place in the endless order of images.
-        max_train_steps: The step at which the run ends.
-        warnings: What the user should know, a sentence each.
-    """
-
-    options: TrainOptions
+    options: TrainOptions  # with nothing left open that the start could say
     dataset: PreparedImages
     start: Start
     unet_config: dict[str, Any]
-    num_processes: int
-    images_per_step: int
-    first_step: int
-    images_seen: int
+    num_processes: int  # ranks that share a batch
+    images_per_step: int  # over all ranks and accumulated passes
+    first_step: int  # optimizer steps that have been taken
+    images_seen: int  # place in the endless order of images
     max_train_steps: int
-    warnings: list[str]
+    warnings: list[str]  # what the user should know, a sentence each
 
-    def summary(self, device: str, precision: str, num_parameters: int) -> list[str]:
+    def summary(self, device: str, precision: str, num_parameters: int) -> str:
         """What is trained on what, in a few lines."""
         height, width = training_size(self.options, self.dataset)
         epochs = self.max_train_steps * self.images_per_step / len(self.dataset)
-        start = f"from {self.start.began_from or 'random weights'}"
+        start = self.start.began_from or "random weights"
         if self.start.checkpoint is not None:
-            start = f"from step {self.first_step:,} of {self.start.checkpoint.folder}"
-        return [
-            f"training {start}: {num_parameters:,} parameters,"
+            start = f"step {self.first_step:,} of {self.start.checkpoint.folder}"
+        lines = [
+            f"training from {start}: {num_parameters:,} parameters,"
             f" {len(self.dataset):,} images of {self.dataset.channels}x{height}x{width},"
             f" {self.unet_config['num_class_embeds'] or 'no'} classes, predicting {self.options.prediction_type}",
             f"{self.max_train_steps:,} steps of {self.images_per_step} images ({epochs:.1f} epochs) on"
             f" {self.num_processes} x {device}, precision {precision}",
-            *(f"warning: {warning}" for warning in self.warnings),
         ]
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
     def facts(self, step: int, images_seen: int, precision: str) -> dict[str, Any]:
         """What the model card says of the training up to a step."""
@@ -127,17 +90,20 @@ class Plan:
 
 
 def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
-    """Finds out what a run with these options does.
-
-    Raises:
-        ValueError: If options, dataset and what the run starts from do not fit together.
-        OSError: If something cannot be read.
-    """
+    """Finds out what a run does, the same on every rank; ValueError if options, images and start do not fit."""
     dataset = on_every_process(
         accelerator, lambda: PreparedImages(options.train_data_dir, in_memory=options.dataset_in_memory)
     )
     _require_one_run(options, dataset, accelerator)
-    start = find_start(options, accelerator)
+    # only the main process needs to have a checkpoint
+    start = on_main_process(accelerator, lambda: _find_checkpoint(options))
+    name = options.pretrained_model_name_or_path
+    if start.checkpoint is None and name is not None:
+        # one rank of each machine downloads what is not in its cache
+        start.pretrained = on_every_process(
+            accelerator, lambda: load_pipeline(name, dtype=torch.float32), in_turn=True
+        )
+        start.began_from = name
     options = resolve_options(options, start)
     images_per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
 
@@ -169,25 +135,8 @@ def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
         changes = check_changes(start.checkpoint, plan)
         plan.warnings += [f"the run goes on otherwise than it would have: {change}" for change in changes]
     elif start.pretrained is not None:
-        plan.warnings += _changed_classes(start.pretrained.config.id2label, dataset)
+        plan.warnings += _changed_classes(start.pretrained.config.id2label or {}, dataset)
     return plan
-
-
-def find_start(options: TrainOptions, accelerator: Accelerator) -> Start:
-    """Finds what the run starts from, the same on every rank; only the main process needs to have a checkpoint.
-
-    Raises:
-        ValueError: If the checkpoint that was asked for cannot be resumed, or none of those of the run is whole.
-    """
-    start = on_main_process(accelerator, lambda: _find_checkpoint(options))
-    name = options.pretrained_model_name_or_path
-    if start.checkpoint is None and name is not None:
-        start.began_from = name
-        # one rank of each machine downloads what is not in its cache
-        start.pretrained = on_every_process(
-            accelerator, lambda: load_pipeline(name, dtype=torch.float32), in_turn=True
-        )
-    return start
 
 
 def resolve_options(options: TrainOptions, start: Start) -> TrainOptions:
@@ -197,90 +146,54 @@ def resolve_options(options: TrainOptions, start: Start) -> TrainOptions:
         known |= {name: start.checkpoint.options[name] for name in known if name in start.checkpoint.options}
     elif start.pretrained is not None:
         config = start.pretrained.scheduler.config
-        known |= {name: config[name] for name in ("prediction_type", "num_train_timesteps")}
-        # the schedule is the pipeline's own, whatever it is called
-        known["beta_schedule"] = None
+        # the noise schedule is the pipeline's own, whatever it is called
+        known = {name: config[name] for name in ("prediction_type", "num_train_timesteps")}
     silent = {name: value for name, value in known.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **silent)
 
 
 def check_changes(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """Compares a run with the checkpoint that it resumes.
-
-    Returns:
-        A sentence for each change with which the run is sound, but not what it would have been without.
-
-    Raises:
-        ValueError: If it would not be a training of the same thing.
-    """
-    folder, progress, before = checkpoint.folder, checkpoint.progress, checkpoint.options
-    now = vars(plan.options)
-    for name in _FIXED:
-        if name in before and before[name] != now[name]:
+    """What has changed since the checkpoint was written; ValueError if it would be a training of something else."""
+    folder, progress = checkpoint.folder, checkpoint.progress
+    known = {"fingerprint": progress.dataset, "images_per_step": progress.images_per_step}
+    known = {name: value for name, value in known.items() if value is not None}
+    before = checkpoint.options | checkpoint.unet_config | known
+    now = vars(plan.options) | plan.unet_config
+    now |= {"fingerprint": plan.dataset.fingerprint, "images_per_step": plan.images_per_step}
+    if progress.num_processes is not None:
+        before, now = before | {"ranks": progress.num_processes}, now | {"ranks": plan.num_processes}
+    # JSON turns tuples into lists
+    now = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    for name in changed:
+        if name in _FIXED or (name in plan.unet_config and name != "dropout"):
             raise ValueError(f"{name} is {now[name]}, but {folder} was trained with {before[name]}")
-    for name in sorted(set(plan.unet_config) | set(checkpoint.unet_config)):
-        asked, stored = _comparable(plan.unet_config.get(name)), _comparable(checkpoint.unet_config.get(name))
-        if asked != stored and name != "dropout" and not name.startswith("_"):
-            raise ValueError(f"the network has {name} {asked}, but that of {folder} has {stored}")
-    fingerprint = plan.dataset.fingerprint
-    if progress.dataset not in (None, fingerprint):
-        raise ValueError(
-            f"train_data_dir holds other images than {folder} was trained on (fingerprint {fingerprint}, not"
-            f" {progress.dataset}): to start from its weights, give pretrained_model_name_or_path a pipeline of them"
-        )
     if progress.step > plan.max_train_steps:
-        raise ValueError(
-            f"max_train_steps is {plan.max_train_steps:,}, but {folder} has {progress.step:,}: give a larger number,"
-            " or another output_dir"
-        )
-
-    told = {name: value for name, value in now.items() if name not in _FREE}
-    told["dropout"] = plan.unet_config.get("dropout")
-    before = before | {"dropout": checkpoint.unet_config.get("dropout")}
-    changes = [
-        f"{name} was {before[name]} and is {value}"
-        for name, value in told.items()
-        if name in before and before[name] != value
-    ]
-    if now["lr_scheduler"] in ("linear", "cosine") and before.get("lr_scheduler") == now["lr_scheduler"]:
-        ends = before.get("max_train_steps")
-        if ends not in (None, plan.max_train_steps):
-            changes.append(f"the learning-rate schedule ended at step {ends:,} and ends at {plan.max_train_steps:,}")
-    if progress.images_per_step not in (None, plan.images_per_step):
-        changes.append(f"a step had {progress.images_per_step} images and has {plan.images_per_step}")
-    elif progress.num_processes is not None:
-        shared = (progress.num_processes, before.get("train_batch_size"))
-        if shared != (plan.num_processes, now["train_batch_size"]):
-            changes.append(
-                f"a step of {plan.images_per_step} images was shared by {shared[0]} ranks in pieces of {shared[1]} and"
-                f" is by {plan.num_processes} in pieces of {now['train_batch_size']} (the same images and noise; sums"
-                " are rounded otherwise)"
-            )
-    return changes
-
-
-def _comparable(value: Any) -> Any:
-    """JSON turns tuples into lists."""
-    return list(value) if isinstance(value, tuple) else value
+        taken = f"max_train_steps is {plan.max_train_steps:,}, but {folder} has {progress.step:,}"
+        raise ValueError(f"{taken}: give a larger number, or another output_dir")
+    # the rate of the others does not depend on the end
+    free = _FREE if now["lr_scheduler"] in ("linear", "cosine") else _FREE | {"max_train_steps"}
+    return [f"{name} was {before[name]} and is {now[name]}" for name in changed if name not in free]
 
 
 def _find_checkpoint(options: TrainOptions) -> Start:
     """The checkpoint to resume, if there is one."""
-    wanted = options.resume_from_checkpoint
-    own_folder = Path(options.output_dir) / CHECKPOINTS_NAME
+    wanted, own_folder = options.resume_from_checkpoint, Path(options.output_dir) / CHECKPOINTS_NAME
     own = find_checkpoints(own_folder)
-    if wanted == "never":
-        _require_no_later(own, -1, "resume_from_checkpoint is never")
-        return Start()
-    if wanted != "latest" and (Path(wanted).resolve().parent == own_folder.resolve() or not own):
+    start = Start() if wanted == "never" else None
+    if wanted not in ("never", "latest") and (not own or Path(wanted).resolve().parent == own_folder.resolve()):
         if not Path(wanted).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint is {wanted!r}, but there is no such folder: give a checkpoint, or latest, or"
-                " never"
-            )
+            missing = f"resume_from_checkpoint is {wanted!r}, but there is no such folder"
+            raise ValueError(f"{missing}: give a checkpoint, or latest, or never")
         checkpoint = load_checkpoint(wanted)
-        _require_no_later(own, checkpoint.progress.step, f"resume_from_checkpoint is {wanted}")
-        return Start(checkpoint, began_from=checkpoint.progress.began_from if own else wanted)
+        start = Start(checkpoint, began_from=checkpoint.progress.began_from if own else wanted)
+    if start is not None:
+        # going back must not mix two runs in one folder, nor remove what one of them has
+        step = -1 if start.checkpoint is None else start.checkpoint.progress.step
+        if own and int(own[-1].name.removeprefix("checkpoint-")) > step:
+            later = f"resume_from_checkpoint is {wanted}, but {own[-1]} is there already"
+            raise ValueError(f"{later}: move the later checkpoints away, or give another output_dir")
+        return start
 
     damaged = []
     for folder in reversed(own):
@@ -292,25 +205,13 @@ def _find_checkpoint(options: TrainOptions) -> Start:
         began_from = checkpoint.progress.began_from
         asked = options.pretrained_model_name_or_path if wanted == "latest" else wanted
         if asked not in (None, began_from):
-            raise ValueError(
-                f"{own_folder} has checkpoints of a run that began from {began_from or 'random weights'}, not from"
-                f" {asked}: give another output_dir"
-            )
+            other = f"{own_folder} has checkpoints of a run that began from {began_from or 'random weights'}"
+            raise ValueError(f"{other}, not from {asked}: give another output_dir")
         return Start(checkpoint, began_from=began_from, damaged=damaged)
     if damaged:
-        raise ValueError(
-            f"none of the checkpoints in {own_folder} is whole ({damaged[0][1]}): move them away to start anew"
-        )
+        reason = f"none of the checkpoints in {own_folder} is whole ({damaged[0][1]})"
+        raise ValueError(f"{reason}: move them away to start anew")
     return Start()
-
-
-def _require_no_later(own: list[Path], step: int, reason: str) -> None:
-    """Going back must not mix two runs in one folder, nor remove what one of them has."""
-    later = [folder for folder in own if int(folder.name.removeprefix("checkpoint-")) > step]
-    if later:
-        raise ValueError(
-            f"{reason}, but {later[-1]} is there already: move the later checkpoints away, or give another output_dir"
-        )
 
 
 def _require_one_run(options: TrainOptions, dataset: PreparedImages, accelerator: Accelerator) -> None:
@@ -324,17 +225,13 @@ def _require_one_run(options: TrainOptions, dataset: PreparedImages, accelerator
                 raise ValueError(message) if accelerator.is_main_process else OtherRankError(message)
 
 
-def _changed_classes(id2label: Mapping[int, str] | None, dataset: PreparedImages) -> list[str]:
-    names = {int(label): name for label, name in (id2label or {}).items()}
-    if names and len(names) != dataset.num_classes:
-        return [
-            f"the pretrained model has {len(names)} classes and the images have {dataset.num_classes}: the class"
-            " embedding begins anew"
-        ]
-    for label, name in dataset.id2label.items():
-        if names and names.get(label) != name:
-            return [
-                f"class {label} is {names.get(label)!r} for the pretrained model and {name!r} for the images: the"
-                " class embedding is kept by number"
-            ]
+def _changed_classes(id2label: Mapping[int, str], dataset: PreparedImages) -> list[str]:
+    """What to say of a pretrained model with other classes than the images."""
+    if id2label and len(id2label) != dataset.num_classes:
+        counts = f"has {len(id2label)} classes and the images have {dataset.num_classes}"
+        return [f"the pretrained model {counts}: the class embedding begins anew"]
+    for label, name in id2label.items():
+        if name != dataset.id2label.get(int(label)):
+            names = f"{name!r} for the pretrained model and {dataset.id2label.get(int(label))!r} for the images"
+            return [f"class {label} is {names}: the class embedding is kept by number"]
     return []

@@ -16,19 +16,12 @@ _STREAM = 0x5EED
 
 @dataclass
 class StepRandomness:
-    """The random numbers for some of the images of one step.
+    """The random numbers for some of the images of one step."""
 
-    Attributes:
-        uniforms: float64 (images,) in [0, 1), from which the noise levels are made.
-        drops_class: bool (images,), whether the class is replaced by the null class.
-        flips: bool (images,), whether the image is mirrored.
-        noise_seeds: int64 (images,), one seed for the noise of each image.
-    """
-
-    uniforms: np.ndarray
-    drops_class: np.ndarray
-    flips: np.ndarray
-    noise_seeds: np.ndarray
+    uniforms: np.ndarray  # float64 (images,) in [0, 1), from which the noise levels are made
+    drops_class: np.ndarray  # bool (images,), whether the class is replaced by the null class
+    flips: np.ndarray  # bool (images,), whether the image is mirrored
+    noise_seeds: np.ndarray  # int64 (images,), one seed for the noise of each image
 
     @classmethod
     def of_step(

@@ -1,14 +1,12 @@
 """Training runs that several tests share."""
 
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imagenet64_diffusion.tests.commands.processes import wait_until
 from imagenet64_diffusion.tests.commands.training_runs import EVERYTHING, TrainingRun
 
 
@@ -24,9 +22,9 @@ def new_run(tmp_path, prepared) -> Callable[..., TrainingRun]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, prepared) -> TrainingRun:
-    """The run that nothing happens to."""
+    """The run that nothing happens to, with a tracker."""
     run = TrainingRun(tmp_path_factory.mktemp("undisturbed"), prepared, EVERYTHING)
-    run.finish()
+    run.finish(report_to="tensorboard")
     return run
 
 
@@ -34,10 +32,7 @@ def undisturbed(tmp_path_factory, prepared) -> TrainingRun:
 def killed(tmp_path_factory, prepared) -> TrainingRun:
     """The same run, killed after step 12; to be copied."""
     run = TrainingRun(tmp_path_factory.mktemp("killed"), prepared, EVERYTHING)
-    process = run.start()
-    wait_until((run.checkpoints / "checkpoint-12").exists, process)
-    process.send(signal.SIGKILL)
-    assert process.end() == -signal.SIGKILL
+    run.kill_when((run.checkpoints / "checkpoint-12").exists)
     return run
 
 

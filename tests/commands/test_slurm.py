@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from imagenet64_diffusion.tests.commands.processes import wait_until
 from imagenet64_diffusion.tests.commands.runs import ROOT
 
 
@@ -77,9 +77,7 @@ def job(tmp_path, prepared):
 def test_a_job_that_is_stopped_queues_again_and_ends(job, tmp_path):
     first = job("--max_train_steps", "100000", "--checkpointing_steps", "0")
     metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.is_file() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: metrics.is_file() or first.poll() is not None)
     first.send_signal(signal.SIGTERM)
     said = first.communicate(timeout=90)[0]
     assert first.returncode == 0, said

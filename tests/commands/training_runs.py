@@ -1,11 +1,13 @@
 """Training runs as processes, and what they leave behind."""
 
 import json
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imagenet64_diffusion.tests.commands.processes import CommandProcess
+from imagenet64_diffusion.tests.commands.processes import CommandProcess, snapshot, wait_until
+from imagenet64_diffusion.train_imagenet64 import main
 
 
 TINY = {
@@ -16,7 +18,7 @@ TINY = {
     "class_embed_dim": 16,
 }
 # Twenty steps of ten images in which everything that a checkpoint must keep has an effect: batches cross the borders
-# of epochs, the history of losses fills, and entries of the log, checkpoints and pictures come at different steps.
+# of epochs, the history of losses fills, and entries of the log, checkpoints and samples come at different steps.
 EVERYTHING = {
     "max_train_steps": 20,
     "train_batch_size": 5,
@@ -62,8 +64,7 @@ class TrainingRun:
         found = []
         for name, value in options.items():
             if value is not None:
-                values = value if isinstance(value, (list, tuple)) else [value]
-                found += [f"--{name}", *map(str, values)]
+                found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         return found
 
     def start(
@@ -78,11 +79,28 @@ class TrainingRun:
         log = self.folder / f"process_{self._num_processes}.txt"
         return CommandProcess(self.arguments(**changes), log, environment, largest_file, directory)
 
-    def finish(self, **changes: Any) -> CommandProcess:
-        """Lives to the end, which must be a good one."""
+    def finish(self, **changes: Any) -> str:
+        """Lives to the end, which must be a good one; gives what it said."""
         process = self.start(**changes)
         assert process.end() == 0, process.output()
-        return process
+        return process.output()
+
+    def kill_when(self, happens: Callable[[], Any], **changes: Any) -> str:
+        """Lives until something happens, and is killed; gives what it said."""
+        process = self.start(**changes)
+        wait_until(happens, process)
+        process.send(signal.SIGKILL)
+        assert process.end() == -signal.SIGKILL
+        return process.output()
+
+    def refuse(self, capsys: Any, **changes: Any) -> str:
+        """Is refused with a sentence, which it gives, and changes nothing."""
+        before = snapshot(self.folder)
+        assert main(self.arguments(**changes)) == 2
+        assert snapshot(self.folder) == before
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        return errors.strip().splitlines()[-1]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The entries of the log."""
@@ -106,7 +124,7 @@ class TrainingRun:
             elif file.name == "training_state.json":
                 state = json.loads(file.read_text())
                 state.pop("sha256", None)
-                for key in ("output_dir", "model_config_name_or_path", "dataloader_num_workers"):
+                for key in ("output_dir", "model_config_name_or_path", "dataloader_num_workers", "report_to"):
                     state["options"].pop(key)
                 found[name] = state
             elif not name.startswith("train/"):

@@ -45,19 +45,35 @@ def test_original_answers(original_checkpoint):
     torch.testing.assert_close(terms.vlb[settled], vlb[settled], atol=0, rtol=0.01)
 
 
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
 def batch(size=8, timesteps=None):
     generator = torch.Generator().manual_seed(0)
-    original = torch.rand(size, 1, 4, 4, generator=generator) * 2 - 1
-    noise = torch.randn(size, 1, 4, 4, generator=generator)
-    prediction = torch.randn(size, 1, 4, 4, generator=generator)
-    variance = torch.rand(size, 1, 4, 4, generator=generator) * 2 - 1
+    original, variance = (torch.rand(2, size, 1, 4, 4, generator=generator) * 2 - 1).unbind()
+    noise, prediction = torch.randn(2, size, 1, 4, 4, generator=generator).unbind()
     timesteps = torch.arange(size) * 900 // size + 20 if timesteps is None else timesteps
     return original, noise, prediction, variance, timesteps
 
 
 def scheduler(prediction_type="epsilon", **options):
-    options = {"beta_schedule": "squaredcos_cap_v2", **options}
-    return EtaDDIMScheduler(prediction_type=prediction_type, **options)
+    return EtaDDIMScheduler(prediction_type=prediction_type, **{"beta_schedule": "squaredcos_cap_v2", **options})
+
+
+def terms_of(loss, original, noise, prediction, variance, timesteps):
+    """The terms of a batch with a given output of the network."""
+    noisy = loss.add_noise(original, noise, timesteps)
+    return loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+
+
+def as_prediction(prediction_type, plan, original, noise, guess, timesteps):
+    """What a network that guesses an image predicts for one of noisy images, and the signal-to-noise ratio."""
+    abar = plan.alphas_cumprod[timesteps].to(original.dtype)[:, None, None, None]
+    noisy = abar.sqrt() * original + (1 - abar).sqrt() * noise
+    guessed_noise = (noisy - abar.sqrt() * guess) / (1 - abar).sqrt()
+    velocity = abar.sqrt() * guessed_noise - (1 - abar).sqrt() * guess
+    predicted = {"sample": guess, "epsilon": guessed_noise, "v_prediction": velocity}[prediction_type]
+    return predicted, (abar / (1 - abar)).flatten()
 
 
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear"])
@@ -68,7 +84,7 @@ def test_divergence_of_gaussians(schedule):
     plan = scheduler(beta_schedule=schedule)
     loss = HybridLoss(plan, vlb_weight=1.0)
     noisy = loss.add_noise(original, noise, timesteps)
-    terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+    terms = terms_of(loss, original, noise, prediction, variance, timesteps)
 
     for i, t in enumerate(timesteps.tolist()):
         abar, abar_prev = plan.alphas_cumprod[t].item(), plan.alphas_cumprod[t - 1].item()
@@ -94,87 +110,62 @@ def test_prediction_types_say_the_same():
     original, noise, guess, variance, timesteps = batch()
     guess = guess.clamp(-0.9, 0.9)
     divergences = []
-    for prediction_type in ("sample", "epsilon", "v_prediction"):
+    for prediction_type in PREDICTION_TYPES:
         plan = scheduler(prediction_type)
-        loss = HybridLoss(plan)
-        abar = plan.alphas_cumprod[timesteps].float()[:, None, None, None]
-        noisy = abar.sqrt() * original + (1 - abar).sqrt() * noise
-        guessed_noise = (noisy - abar.sqrt() * guess) / (1 - abar).sqrt()
-        prediction, target = {
-            "sample": (guess, original),
-            "epsilon": (guessed_noise, noise),
-            "v_prediction": (
-                abar.sqrt() * guessed_noise - (1 - abar).sqrt() * guess,
-                plan.get_velocity(original, noise, timesteps),
-            ),
-        }[prediction_type]
-        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
+        velocity = plan.get_velocity(original, noise, timesteps)
+        target = {"sample": original, "epsilon": noise, "v_prediction": velocity}[prediction_type]
+        prediction, _ = as_prediction(prediction_type, plan, original, noise, guess, timesteps)
+        terms = terms_of(HybridLoss(plan), original, noise, prediction, variance, timesteps)
         torch.testing.assert_close(terms.simple, (prediction - target).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
         divergences.append(terms.vlb)
     for other in divergences[1:]:
         torch.testing.assert_close(other, divergences[0], rtol=1e-3, atol=1e-7)
 
 
-def test_the_bound_trains_the_variance_alone():
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_bound_trains_the_variance_alone(prediction_type):
     original, noise, prediction, variance, timesteps = batch()
-    prediction.requires_grad_()
-    variance.requires_grad_()
-    for prediction_type in ("epsilon", "sample", "v_prediction"):
-        loss = HybridLoss(scheduler(prediction_type))
-        noisy = loss.add_noise(original, noise, timesteps)
-        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
-        assert torch.autograd.grad(terms.vlb.sum(), prediction, retain_graph=True)[0].abs().max() == 0
-        assert torch.autograd.grad(terms.vlb.sum(), variance, retain_graph=True)[0].abs().min() > 0
-        assert torch.autograd.grad(terms.simple.sum(), variance, retain_graph=True)[0].abs().max() == 0
+    inputs = (prediction.requires_grad_(), variance.requires_grad_())
+    terms = terms_of(HybridLoss(scheduler(prediction_type)), original, noise, *inputs, timesteps)
+    of_prediction, of_variance = torch.autograd.grad(terms.vlb.sum(), inputs, retain_graph=True)
+    assert of_prediction.abs().max() == 0
+    assert of_variance.abs().min() > 0
+    assert torch.autograd.grad(terms.simple.sum(), variance)[0].abs().max() == 0
 
 
 def test_all_timesteps_are_finite():
-    """The first too, whose posterior has no variance when the last step is fully denoised."""
-    for set_alpha_to_one in (True, False):
-        original, noise, prediction, variance, timesteps = batch(1000, torch.arange(1000))
-        loss = HybridLoss(scheduler("v_prediction", set_alpha_to_one=set_alpha_to_one))
-        noisy = loss.add_noise(original, noise, timesteps)
-        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
-        assert terms.total.isfinite().all()
+    """The first too, whose posterior has no variance when the last step is fully denoised; and in half precision."""
     original, noise, prediction, variance, timesteps = batch(1000, torch.arange(1000))
-    terms = original_loss()(torch.cat([prediction, variance], dim=1), original, noise, original, timesteps)
-    assert terms.total.isfinite().all()
-
-
-def test_half_precision_output_is_taken_in_float32():
-    original, noise, prediction, variance, timesteps = batch()
-    loss = HybridLoss(scheduler())
-    noisy = loss.add_noise(original, noise, timesteps)
-    output = torch.cat([prediction, variance], dim=1).bfloat16()
-    expected = loss(output.float(), original, noise, noisy, timesteps)
-    assert torch.equal(loss(output, original, noise, noisy, timesteps).total, expected.total)
+    losses = [HybridLoss(scheduler("v_prediction", set_alpha_to_one=value)) for value in (True, False)]
+    for loss in (*losses, original_loss()):
+        terms = terms_of(loss, original, noise, prediction, variance, timesteps)
+        assert terms.total.isfinite().all()
+        half = (prediction.bfloat16(), variance.bfloat16())
+        expected = terms_of(loss, original, noise, *(values.float() for values in half), timesteps)
+        assert torch.equal(terms_of(loss, original, noise, *half, timesteps).total, expected.total)
 
 
 def simple_terms(plan, snr_gamma, timesteps):
     """The plain errors of one batch with their weights, and without."""
     original, noise, prediction, variance, _ = batch(len(timesteps))
-    both = []
-    for gamma in (snr_gamma, None):
-        loss = HybridLoss(plan, snr_gamma=gamma)
-        noisy = loss.add_noise(original, noise, timesteps)
-        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
-        torch.testing.assert_close(terms.total, terms.simple + terms.vlb)
-        both.append(terms)
-    assert torch.equal(both[0].vlb, both[1].vlb)
-    return both[0].simple, both[1].simple
+    weighted, plain = (
+        terms_of(HybridLoss(plan, snr_gamma=gamma), original, noise, prediction, variance, timesteps)
+        for gamma in (snr_gamma, None)
+    )
+    assert torch.equal(weighted.vlb, plain.vlb)
+    torch.testing.assert_close(weighted.total, weighted.simple + weighted.vlb)
+    return weighted.simple, plain.simple
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("gamma", [0.5, 5.0, 1e30])
 def test_min_snr_weights(prediction_type, gamma):
     """Against diffusers' signal-to-noise ratio of a stock scheduler, and in float64 against the paper's weights."""
     timesteps = torch.arange(1000)
     weighted, plain = simple_terms(scheduler(prediction_type), gamma, timesteps)
-
     snr = compute_snr(DDPMScheduler(beta_schedule="squaredcos_cap_v2"), timesteps)
     divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
     torch.testing.assert_close(weighted, torch.minimum(snr, torch.tensor(gamma)) / divisor * plain, rtol=1e-3, atol=0)
-
     alpha_prod = scheduler().alphas_cumprod.tolist()
     for t in (0, 1, 250, 500, 750, 999):
         snr = alpha_prod[t] / (1 - alpha_prod[t])
@@ -182,26 +173,16 @@ def test_min_snr_weights(prediction_type, gamma):
         assert weighted[t].item() == pytest.approx(expected * plain[t].item(), rel=1e-5), t
 
 
-def test_min_snr_without_a_bound_is_the_error_of_the_image():
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_without_a_bound_is_the_error_of_the_image(prediction_type):
     """A weight of SNR makes any prediction's error that of the image, as the paper derives it, times SNR."""
     original, noise, guess, variance, timesteps = (values.double() for values in batch())
-    timesteps = timesteps.long()
-    for prediction_type in ("epsilon", "sample", "v_prediction"):
-        plan = scheduler(prediction_type)
-        loss = HybridLoss(plan, snr_gamma=1e30)
-        abar = plan.alphas_cumprod[timesteps].double()[:, None, None, None]
-        noisy = abar.sqrt() * original + (1 - abar).sqrt() * noise
-        guessed_noise = (noisy - abar.sqrt() * guess) / (1 - abar).sqrt()
-        prediction = {
-            "sample": guess,
-            "epsilon": guessed_noise,
-            "v_prediction": abar.sqrt() * guessed_noise - (1 - abar).sqrt() * guess,
-        }[prediction_type]
-        terms = loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
-        snr = (abar / (1 - abar)).flatten()
-        expected = snr * (original - guess).square().mean((1, 2, 3))
-        # the tables are float32, whose rounding the division by a small abar enlarges
-        torch.testing.assert_close(terms.simple.double(), expected, rtol=2e-3, atol=1e-6)
+    plan, timesteps = scheduler(prediction_type), timesteps.long()
+    prediction, snr = as_prediction(prediction_type, plan, original, noise, guess, timesteps)
+    terms = terms_of(HybridLoss(plan, snr_gamma=1e30), original, noise, prediction, variance, timesteps)
+    expected = snr * (original - guess).square().mean((1, 2, 3))
+    # the tables are float32, whose rounding the division by a small abar enlarges
+    torch.testing.assert_close(terms.simple.double(), expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("prediction_type", "expected"), [("epsilon", 1.0), ("sample", 0.0), ("v_prediction", 0.0)])
@@ -213,9 +194,11 @@ def test_min_snr_where_nothing_is_left_of_the_signal(prediction_type, expected):
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan])
-def test_snr_gamma_out_of_range(gamma):
+def test_wrong_options(gamma):
     with pytest.raises(ValueError, match="but must be above 0"):
         HybridLoss(scheduler(), snr_gamma=gamma)
+    with pytest.raises(ValueError, match="prediction_type is 'flow_prediction', but must be one of epsilon, sample"):
+        HybridLoss(DDPMScheduler(prediction_type="flow_prediction"))
 
 
 def make_objective(kind, **options):
@@ -241,12 +224,8 @@ def test_sampled_timesteps(kind):
         assert (weights > 0).all()
         timesteps, weights = objective.sample_noise_levels((np.arange(200_000) + 0.5) / 200_000)
         assert np.mean(weights * values[timesteps]) == pytest.approx(values.mean(), rel=1e-3)
-
-
-def test_uniform_timesteps():
-    timesteps, weights = warmed_up(HybridLoss).sample_noise_levels((np.arange(2000) + 0.5) / 2000)
-    np.testing.assert_array_equal(np.bincount(timesteps), np.full(20, 100))
-    np.testing.assert_array_equal(weights, np.ones(2000))
+    if kind is HybridLoss:
+        np.testing.assert_array_equal(np.bincount(timesteps), np.full(20, 10_000))
 
 
 def test_importance_sampling_resumes():
@@ -304,16 +283,10 @@ def test_random_numbers_belong_to_the_place_in_the_batch():
         assert (other.uniforms != whole.uniforms).all()
     assert not numbers(probability=0.0).drops_class.any()
     assert numbers(probability=1.0).drops_class.all()
-
-
-def test_distributions_of_the_random_numbers():
+    # and they have the distributions that they should
     steps = [StepRandomness.of_step(0, step, slice(0, 1000), 1000, 0.25) for step in range(20)]
-    uniforms = np.concatenate([each.uniforms for each in steps])
-    assert uniforms.min() >= 0
-    assert uniforms.max() < 1
-    assert abs(uniforms.mean() - 0.5) < 0.01
-    assert abs(np.mean([each.drops_class.mean() for each in steps]) - 0.25) < 0.02
-    assert abs(np.mean([each.flips.mean() for each in steps]) - 0.5) < 0.02
-    noise = steps[0].noise((1, 16, 16), torch.device("cpu"))
-    assert abs(noise.mean()) < 0.01
-    assert abs(noise.std() - 1) < 0.01
+    assert all(each.uniforms.min() >= 0 and each.uniforms.max() < 1 for each in steps)
+    for name, mean in (("uniforms", 0.5), ("drops_class", 0.25), ("flips", 0.5)):
+        assert abs(np.mean([getattr(each, name) for each in steps]) - mean) < 0.02
+    noise = steps[0].noise((1, 16, 16), cpu)
+    assert max(abs(noise.mean()), abs(noise.std() - 1)) < 0.01
