@@ -259,7 +259,8 @@ def write_original(
     params = original.read_params(kept) if kept.is_file() else original.check_params(nearest, str(model))
     params |= {"beta_sched": _check_form(pipeline, params, model)}
     for name, given in (("epoch", epoch), ("step", step)):
-        number = params[name] = params.get(name) if given is None else given
+        number: Any = params.get(name) if given is None else given
+        params[name] = number
         require(number is not None, f"{name} is not given, and there is no {PARAMS_NAME} that says it: give it")
         require(number >= 0, f"{name} is {number}, but must be at least 0")
     shapes = {name: shape for name, our_name, shape in original.original_layout(pipeline.unet) if our_name is None}

@@ -164,7 +164,7 @@ def original_layout(unet: ClassConditionalUNet2DModel) -> Iterator[tuple[str, st
         # a linear map of one-hot vectors; ours is a table whose last row is the null class
         shapes[_CLASS_TABLE] = (unet.config.class_embed_dim, unet.config.num_class_embeds)
     for name, our_name in _blocks(modules, len(unet.config.block_out_channels)):
-        layer = modules.get(our_name)
+        layer: Any = modules.get(our_name)
         for inner, our_inner in _LAYER_WEIGHTS.get(type(layer), {"": ""}).items():
             for kind in ("weight", "bias"):
                 full_name = f"{name}.{inner}.{kind}".replace("..", ".")

@@ -120,7 +120,7 @@ _OPCODES = re.findall(
 
 class _Handlers(dict):
     def __missing__(self, code: int) -> Callable:
-        name = getattr(pickletools.code2op.get(chr(code)), "name", hex(code))
+        name = next((opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code)), hex(code))
         raise CheckpointError(f"uses the pickle opcode {name}, which weights do not need: nothing of it was run")
 
 
@@ -189,7 +189,7 @@ def read_checkpoint(file: str | Path) -> Any:
             memory = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
             for beginning, what in _OTHER_KINDS.items():
                 require(not re.match(beginning, memory[:512], re.IGNORECASE | re.DOTALL), what)
-            return _read_zip(opened, memory) if memory[:2] == b"PK" else _read_legacy(memory)
+            return _read_zip(opened, memory) if bytes(memory[:2]) == b"PK" else _read_legacy(memory)
         except CheckpointError as error:
             raise CheckpointError(f"{file.name} {error}") from None
         except Exception as error:

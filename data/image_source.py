@@ -271,6 +271,6 @@ def _load_class_folders(folder: pathlib.Path) -> "datasets.Dataset":
 
 def _files_under(path: pathlib.Path) -> list[pathlib.Path]:
     """Lists all files at or under a path, in the order of their names."""
-    folders = os.walk(path, followlinks=True) if path.is_dir() else [(path.parent, [], [path.name])]
+    folders: Any = os.walk(path, followlinks=True) if path.is_dir() else [(path.parent, [], [path.name])]
     files = (pathlib.Path(folder, name) for folder, _, names in folders for name in names)
     return sorted((file for file in files if file.is_file()), key=str)

@@ -183,7 +183,7 @@ class _ArrayUnpickler(pickle._Unpickler):
         pickle.BINBYTES8[0]: _bytes_opcode("<Q"),
         pickle.BYTEARRAY8[0]: _bytes_opcode("<Q"),
         # it only says how many bytes a reader may fetch at once, up to all of them; the content simply follows
-        pickle.FRAME[0]: lambda unpickler: unpickler.read(8),
+        pickle.FRAME[0]: lambda unpickler: unpickler.read(8),  # type: ignore[attr-defined]
     }
 
     def __init__(self, memory: mmap.mmap) -> None:

@@ -48,7 +48,7 @@ class FeatureExtractor(abc.ABC):
         self, protocol: str, device: str | torch.device = "cpu", dtype: str | None = None, batch_size: int = 64
     ) -> None:
         self.device, self.batch_size = find_device(device), batch_size
-        nothing = {"weights": None, "weights_sha256": None, "note": None, "libraries": []}
+        nothing: dict[str, Any] = {"weights": None, "weights_sha256": None, "note": None, "libraries": []}
         self.facts: dict[str, Any] = {"protocol": protocol, "dtype": "float32", **nothing, **PROTOCOLS[protocol]}
         self.facts["dtype"] = dtype or self.facts["dtype"]
         self._dtype: torch.dtype = getattr(torch, self.facts["dtype"])

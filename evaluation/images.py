@@ -147,7 +147,7 @@ class _NpzBatches(ImageBatches):
         self._path, self._npz = path, NpzSource([path])
         stream = self._npz.open(path)
         # its headers say how many there are
-        self.image_size, self._num_images = stream.image_size, cast(int, stream.num_images)
+        self.image_size, self._num_images = stream.image_size, stream.num_images
         # the CRC-32 of every array is in its zip
         checksums = [file["crc32"] for file in self._npz.description["files"]]
         self._has_labels = bool({"labels", "arr_1"}.intersection(checksums[0]))

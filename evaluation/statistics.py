@@ -135,7 +135,11 @@ class FeatureStatistics:
         self._join_waiting()
         # one row has no spread, so that nothing is lost by writing zeros
         covariance = self.covariance if self._count > 1 else np.zeros_like(self._scatter)
-        moments = {"count": np.array(self._count, np.int64), "mean": self._mean, "covariance": covariance}
+        moments: dict[str, Any] = {
+            "count": np.array(self._count, np.int64),
+            "mean": self._mean,
+            "covariance": covariance,
+        }
         with atomic_file(file) as writing, writing.open("wb") as opened:
             np.savez(opened, format=np.array(json.dumps(_FORMAT)), header=np.array(text), **moments)
 

@@ -140,7 +140,13 @@ def list_entries(options: SweepOptions, reference: Evaluation, extractor: Featur
             key = json.dumps({**depends, **identity, "sampler": settings}, sort_keys=True)
             name = hashlib.sha256(key.encode()).hexdigest()[:16]
             place = {"model": model, "output_dir": str(Path(options.output_dir, "evaluations", name))}
-            row = {"model": model, "revision": revision, "family": family, "step": step, "sampler": sampler.title()}
+            row: dict[str, Any] = {
+                "model": model,
+                "revision": revision,
+                "family": family,
+                "step": step,
+                "sampler": sampler.title(),
+            }
             row |= settings | columns
             row |= {name: " ".join(map(str, value)) for name, value in row.items() if isinstance(value, list)}
             cell = Path(options.output_dir, _ENTRIES_NAME, f"{name}.json")

@@ -363,7 +363,7 @@ class OriginalTimesteps(nn.Module):
         phases = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32)[:, None] * frequencies
         tables = [phases.sin(), phases.cos()][: 1 if kind == "original_sine" else 2]
         if kind == "original_interleaved":
-            tables = [torch.where(torch.arange(dim) % 2 == 0, *tables)]
+            tables = [torch.where(torch.arange(dim) % 2 == 0, tables[0], tables[1])]
         # Kept as bit patterns: a module cast to half precision and back must not lose digits of its tables.
         table = torch.stack(tables).view(torch.int32)  # (1 or 2, timesteps, dim)
         self.register_buffer("table", table, persistent=False)

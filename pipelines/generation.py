@@ -105,7 +105,8 @@ class _Run:
         self.captions = [class_caption(self.pipeline, label) for label in self.labels[:_MAX_IMAGES_IN_GRID]]
         arguments = self.sampler.arguments(self.pipeline)
         names = ("num_inference_steps", "timesteps", "clip_sample")
-        scheduler = self.pipeline.prepare_scheduler(**{name: arguments.get(name) for name in names})
+        chosen: dict[str, Any] = {name: arguments.get(name) for name in names}
+        scheduler = self.pipeline.prepare_scheduler(**chosen)
         self.manifest = make_manifest(self.pipeline, options, self.labels, scheduler.timesteps.tolist())
         self.image_files = [self.folder / image["file"] for image in self.manifest["images"]]
         self.frames_folder, self.has_begun = self.folder / _FRAMES_NAME, False

@@ -211,6 +211,11 @@ def load_pipeline(
     return pipeline
 
 
+# The client's connection errors are those of the HTTP library that it is built on, which has changed twice: the base
+# class of its own errors names it. Not all of them are OSErrors.
+_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)
+
+
 def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path:
     """The local snapshot of a repository's files of these patterns, as `huggingface_hub.snapshot_download` takes them.
 
@@ -223,9 +228,7 @@ def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
     except errors.HFValidationError as error:
         raise OSError(f"{repo_id} is not a folder, and cannot be the id of a Hub repository either") from error
-    # The client's connection errors are those of the HTTP library that it is built on, which has changed twice: the
-    # base class of its own errors names it. Not all of them are OSErrors.
-    except (OSError, *errors.HfHubHTTPError.__bases__) as error:
+    except _HUB_ERRORS as error:
         raise OSError(f"{repo_id} is not a folder, and cannot be loaded from the Hub: {_reason(error)}") from error
     # The Hub's client compares sizes alone. The cache calls large files by the SHA-256 that the Hub announced; without
     # links in it (Windows without developer mode) there is nothing to compare with.

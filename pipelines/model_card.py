@@ -187,14 +187,14 @@ def push_folder(
     }
     own = additions.pop(CARD_NAME, None)
     if subfolder is None:
-        card = None if own is None else Path(own).read_text(encoding="utf-8")
+        card = None if own is None else Path(str(own)).read_text(encoding="utf-8")
         if not api.file_exists(repo_id, CARD_NAME):
             card = card or str(create_model_card(pipeline, repo_id=repo_id))
         elif card is not None:
             with tempfile.TemporaryDirectory() as place:
                 present = Path(api.hf_hub_download(repo_id, CARD_NAME, local_dir=place)).read_bytes()
             if not _is_untouched(present.decode("utf-8", "replace")):
-                logger.warning(f"{repo_id} keeps its {CARD_NAME}, which somebody has written or changed; not {own}")
+                logger.warning(f"{repo_id} keeps its {CARD_NAME}, which somebody has written or changed; not {own!s}")
                 card = None
         if card is not None:
             text = card.replace(UNKNOWN_REPO_ID, repo_id)
