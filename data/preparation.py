@@ -220,8 +220,8 @@ def _write_images(folder: pathlib.Path, source: ImageSource, scratch: pathlib.Pa
     state |= {"_fingerprint": digest[:16], "_format_kwargs": {}, "_output_all_columns": False}
     _write_json(folder / "state.json", {"_data_files": [{"filename": _ARROW_NAME}], **state})
     counts, files = images_per_class.tolist(), {_ARROW_NAME: (folder / _ARROW_NAME).stat().st_size}
-    of_source: Any = (source.description, stream.details, max_images)
-    record = Preparation(*of_source, *stream.image_size, num_images, class_names, counts, f"sha256:{digest}", files)
+    images: Any = (*stream.image_size, num_images, class_names, counts, f"sha256:{digest}", files)
+    record = Preparation(source.description, stream.details, max_images, *images)
     _write_json(folder / RECORD_NAME, _FORMAT | dataclasses.asdict(record))
 
 
