@@ -142,7 +142,7 @@ class _EvenlySpread(ImageBatches):
         self._images, self._indices = images, evenly_spread(count, len(images)).tolist()
         self.image_size, self._num_images = images.image_size, len(self._indices)
 
-    def _read(self, start: int, stop: int) -> ImageBatch:
+    def read(self, start: int, stop: int) -> ImageBatch:
         batches = [self._images.read(index, index + 1) for index in self._indices[start:stop]]
         labels = [batch.labels for batch in batches if batch.labels is not None]
         return ImageBatch(torch.cat([batch.pixels for batch in batches]), torch.cat(labels) if labels else None)

@@ -1,6 +1,6 @@
 """The Frechet distance against closed forms, clean-fid's function and the original's formula."""
 
-import math
+import itertools
 
 import numpy as np
 import pytest
@@ -76,18 +76,19 @@ def test_rank_one_and_zero_covariances():
     assert frechet_distance(mean, covariance, mean, zero) == pytest.approx(np.trace(covariance), rel=1e-14)
 
 
-@pytest.mark.parametrize("num_images", [5, 60, 61, 500])
-def test_equal_distributions(num_images):
+def test_equal_distributions():
     """Rounding goes either way, and is not allowed to make a distance negative."""
-    for seed in range(5):
+    for num_images, seed in itertools.product((5, 60, 61, 500), range(5)):
         mean, covariance = random_moments(num_images, 60, seed)
         assert 0 <= frechet_distance(mean, covariance, mean, covariance) < 1e-13 * np.trace(covariance)
-
-
-def test_a_cliff_in_the_spectrum():
-    """Half of the singular values are 1e-11 of the others, so that their squares are lost."""
+    # half of the singular values are 1e-11 of the others, so that their squares are lost
     spectrum = np.where(np.arange(60) < 30, 1.0, 1e-11)
     assert distance_of_spectra(spectrum, spectrum) < 1e-12
+    # rounding in float32 makes zero eigenvalues negative, which is no reason to refuse
+    mean, covariance = random_moments(20, 60, 0)
+    single = covariance.astype(np.float32)
+    assert np.linalg.eigvalsh(single.astype(np.float64))[0] < 0
+    assert frechet_distance(mean, single, mean, covariance) < 1e-3 * np.trace(covariance)
 
 
 @pytest.mark.filterwarnings("ignore:The `disp` argument is deprecated")
@@ -122,30 +123,15 @@ def test_types(full_rank):
     assert frechet_distance(*full_rank) == distance
 
 
-def test_float32_covariance_of_few_images():
-    """Rounding in float32 makes zero eigenvalues negative, which is no reason to refuse."""
-    mean, covariance = random_moments(20, 60, 0)
-    single = covariance.astype(np.float32)
-    assert np.linalg.eigvalsh(single.astype(np.float64))[0] < 0
-    assert frechet_distance(mean, single, mean, covariance) < 1e-3 * np.trace(covariance)
-
-
-def changed(covariance, value):
-    covariance = covariance.copy()
-    covariance[3, 4] = value
-    return covariance
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda a, b, c, d: (a[:-1], b, c, d), r"must have the shapes .* but have \(95,\) and \(96, 96\)"),
-        (lambda a, b, c, d: (a, b[:, :-1], c, d), r"but have \(96,\) and \(96, 95\)"),
         (lambda a, b, c, d: (a, b, c[None], d), r"mean_b and .* but have \(1, 96\) and \(96, 96\)"),
         (lambda a, b, c, d: (a, b, c[:9], d[:9, :9]), "mean_a has 96 features and mean_b has 9"),
-        (lambda a, b, c, d: (a, changed(b, 2.0), c, d), "covariance_a is not symmetric"),
-        (lambda a, b, c, d: (a, b, c, changed(d, math.nan)), "or covariance_b has a NaN or an infinity"),
-        (lambda a, b, c, d: (a * math.inf, b, c, d), "mean_a or covariance_a has a NaN or an infinity"),
+        (lambda a, b, c, d: (a, np.triu(b), c, d), "mean_a and covariance_a must be finite and symmetric"),
+        (lambda a, b, c, d: (a, b, c, d * np.nan), "covariance_b must be finite and .* differ by nan"),
+        (lambda a, b, c, d: (a * np.inf, b, c, d), "mean_a and covariance_a must be finite"),
         (lambda a, b, c, d: (a, b, c, d - 1e-3 * np.trace(d) * np.eye(96)), "covariance_b .* negative eigenvalue -0"),
     ],
 )

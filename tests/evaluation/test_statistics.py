@@ -40,7 +40,7 @@ def assert_moments(statistics, features):
     np.testing.assert_array_equal(statistics.covariance, statistics.covariance.T)
 
 
-@pytest.mark.parametrize("batch_sizes", [[1], [64], [7, 1, 300, 2], [1024], [3000], [2999, 1]])
+@pytest.mark.parametrize("batch_sizes", [[1], [7, 1, 300, 2], [1024], [2999, 1]])
 def test_batches_of_any_size(batch_sizes):
     features = random_features()
     statistics = streamed(features, *batch_sizes)
@@ -73,9 +73,7 @@ def test_mean_far_from_zero():
     np.testing.assert_allclose(streamed(features, 100).covariance, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, np.float16, np.float32, np.longdouble]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, np.float32, np.longdouble])
 def test_tensors_and_arrays(dtype):
     if isinstance(dtype, torch.dtype):
         features = torch.from_numpy(random_features(100)).to(dtype).requires_grad_()
@@ -99,12 +97,10 @@ def test_too_few_images():
 def test_wrong_batches_are_not_taken_in():
     features = random_features(20)
     statistics = streamed(features, 6)
-    for value in (math.nan, math.inf, -math.inf):
-        broken = features.copy()
-        broken[[7, 12], 3] = value
-        with pytest.raises(ValueError, match="must be finite, but row 7 is not"):
-            statistics.update(broken)
+    broken = features.copy()
+    broken[[7, 12], 3] = math.nan, -math.inf
     for wrong, message in [
+        (broken, "must be finite, but row 7 is not"),
         (np.ones((3, 5)), "of 24 features, but there are 5"),
         (np.ones(24), r"shape \(images, features\), but have \(24,\)"),
         (np.ones((3, 24), dtype=np.uint8), "floating-point numbers, but are uint8"),
@@ -173,15 +169,6 @@ def saved(tmp_path):
     return tmp_path / "saved.npz"
 
 
-def changed(index, value):
-    def change(array):
-        array = array.copy()
-        array[index] = value
-        return array
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
@@ -189,17 +176,16 @@ def changed(index, value):
         ("format", lambda text: np.array('{"name": "other", "version": 1}'), "must be .* but says .*other"),
         ("header", lambda text: np.array("[1]"), "must be of the format"),
         ("header", lambda text: np.array("{"), "holds no whole feature statistics"),
-        ("header", lambda text: np.array([1.0]), "holds no whole feature statistics"),
         ("header", lambda text: np.array({"a": 1}, dtype=object), "Object arrays cannot be loaded"),
-        ("count", lambda count: np.array(50.0), r"must be int64 .*, but are .*float64', \(\)"),
-        ("count", lambda count: np.array(-1), "count is -1, which cannot be"),
-        ("count", lambda count: np.array(1), "count is 1, which cannot be"),
-        ("mean", lambda mean: mean[:-1], r"but are .*\(5,\)\), .*\(6, 6\)"),
-        ("mean", lambda mean: mean.astype(np.float32), "but are .*float32"),
-        ("mean", changed(2, math.nan), "is not finite"),
-        ("covariance", changed((2, 2), math.inf), "is not finite"),
-        ("covariance", changed((2, 3), 9.0), "not symmetric"),
-        ("covariance", lambda matrix: -matrix, "negative variance"),
+        ("count", lambda count: np.array(50.0), r"float64', \(\)\).* must be int64"),
+        ("count", lambda count: np.array(-1), "-1 images, but must be"),
+        ("count", lambda count: np.array(1), " 1 images, but must be"),
+        ("mean", lambda mean: mean[:-1], r"are .*\(5,\)\), .*\(6, 6\).* but must be"),
+        ("mean", lambda mean: mean.astype(np.float32), "are .*float32.* but must be"),
+        ("mean", lambda mean: mean * np.nan, "but must be .* finite"),
+        ("covariance", lambda matrix: matrix * np.inf, "but must be .* finite"),
+        ("covariance", np.triu, "but must be .* symmetric"),
+        ("covariance", lambda matrix: -matrix, "but must be .* without negative variances"),
     ],
 )
 def test_wrong_files(saved, key, change, message):
