@@ -1,5 +1,6 @@
 """Streamed mean and covariance against numpy's of the whole, and the file."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -38,6 +39,7 @@ def assert_moments(statistics, features):
     np.testing.assert_allclose(statistics.mean, features.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(statistics.covariance, covariance, rtol=0, atol=1e-12 * np.abs(covariance).max())
     np.testing.assert_array_equal(statistics.covariance, statistics.covariance.T)
+    assert statistics.mean.dtype == statistics.covariance.dtype == np.float64
 
 
 @pytest.mark.parametrize("batch_sizes", [[1], [7, 1, 300, 2], [1024], [2999, 1]])
@@ -46,7 +48,6 @@ def test_batches_of_any_size(batch_sizes):
     statistics = streamed(features, *batch_sizes)
     assert_moments(statistics, features)
     np.testing.assert_array_equal(statistics.covariance, streamed(features, 128).covariance)
-    assert statistics.mean.dtype == statistics.covariance.dtype == np.float64
 
 
 def test_merging_in_any_order_leaves_the_other_as_it_is():
@@ -60,10 +61,9 @@ def test_merging_in_any_order_leaves_the_other_as_it_is():
     first, second = features[:30], features[30:70]
     statistics, other = streamed(first, 8), streamed(second, 8)
     statistics.merge(other)
-    statistics.update(second)
     assert_moments(other, second)
     statistics.merge(statistics)
-    assert_moments(statistics, np.concatenate([first, second, second] * 2))
+    assert_moments(statistics, np.concatenate([first, second] * 2))
 
 
 def test_mean_far_from_zero():
@@ -81,17 +81,6 @@ def test_tensors_and_arrays(dtype):
     else:
         features = random_features(100).astype(dtype)[:, ::-1]
         assert_moments(streamed(features, 30), features.astype(np.float64))
-
-
-def test_too_few_images():
-    statistics = FeatureStatistics(4)
-    with pytest.raises(ValueError, match="at least one image"):
-        statistics.mean  # noqa: B018
-    statistics.update(np.ones((0, 4)))
-    statistics.update(np.ones((1, 4)))
-    with pytest.raises(ValueError, match="at least two images, but count is 1"):
-        statistics.covariance  # noqa: B018
-    np.testing.assert_array_equal(statistics.mean, np.ones(4))
 
 
 def test_wrong_batches_are_not_taken_in():
@@ -140,9 +129,14 @@ def test_file(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_file_of_few_images(tmp_path, count):
+def test_few_images(tmp_path, count):
     features = random_features(50)
-    streamed(features[:count], 1).save(tmp_path / "few.npz")
+    few = streamed(features[:count], 1)
+    few.update(features[:0])
+    for name, least in (("mean", 1), ("covariance", 2)):
+        with contextlib.nullcontext() if count >= least else pytest.raises(ValueError, match="needs at least"):
+            getattr(few, name)
+    few.save(tmp_path / "few.npz")
     loaded = FeatureStatistics.load(tmp_path / "few.npz")
     assert (loaded.count, loaded.header) == (count, {})
     loaded.update(features[count:])
