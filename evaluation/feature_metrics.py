@@ -61,14 +61,22 @@ def frechet_distance(
     Raises:
         ValueError: Shapes do not fit, or values are not finite or are no covariance.
     """
-    mean_a, covariance_a = _check_moments("a", mean_a, covariance_a)
-    mean_b, covariance_b = _check_moments("b", mean_b, covariance_b)
-    if mean_a.shape != mean_b.shape:
+    # a copy of arrays, because torch takes none that is read-only, such as a memory map
+    moments = [
+        values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.tensor(np.array(values, float))
+        for values in (mean_a, covariance_a, mean_b, covariance_b)
+    ]
+    shapes, size = [tuple(values.shape) for values in moments], moments[0].numel()
+    if size == 0 or shapes != [(size,), (size, size)] * 2:
         raise ValueError(
-            f"mean_a has {len(mean_a)} features and mean_b has {len(mean_b)}: statistics of one extractor are needed"
+            "mean_a, covariance_a, mean_b and covariance_b must have the shapes (features,) and (features, features),"
+            f" twice, but have {shapes}: statistics of one extractor are needed"
         )
+    mean_a, covariance_a, mean_b, covariance_b = moments
     root = _factor(covariance_a, "covariance_a").T @ _factor(covariance_b, "covariance_b")
     distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace()
+    if not distance.isfinite():
+        raise ValueError("mean_a or mean_b has a NaN or an infinity")
     # rounding makes that of equal distributions negative, by about 1e-15 of the traces
     return max(0.0, (distance - 2 * _sum_singular_values(root)).item())
 
@@ -211,29 +219,15 @@ def density_and_coverage(
     return DensityCoverage(density, (generated_in_ball > 0).double().mean().item())
 
 
-def _check_moments(side: str, *moments: FeatureRows) -> tuple[torch.Tensor, torch.Tensor]:
-    # a copy of arrays, because torch takes none that is read-only, such as a memory map
-    mean, covariance = (
-        values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.tensor(np.array(values, float))
-        for values in moments
-    )
-    if mean.ndim != 1 or len(mean) == 0 or covariance.shape != 2 * mean.shape:
-        raise ValueError(
-            f"mean_{side} and covariance_{side} must have the shapes (features,) and (features, features), but have"
-            f" {tuple(mean.shape)} and {tuple(covariance.shape)}"
-        )
-    # NaN where a value is not finite
-    asymmetry = (covariance - covariance.T).abs().max()
-    if not (mean.isfinite().all() and asymmetry <= _FLOAT32_ROUNDING * covariance.abs().max()):
-        raise ValueError(
-            f"mean_{side} and covariance_{side} must be finite and symmetric, but values that should be equal differ"
-            f" by {asymmetry:.3g}"
-        )
-    return mean, (covariance + covariance.T) / 2
-
-
 def _factor(covariance: torch.Tensor, name: str) -> torch.Tensor:
     """F with ``covariance = F F^T``, (features, rank): by Cholesky where the rank is full, else by eigenvectors."""
+    # NaN where a value is not finite
+    asymmetry = (covariance - covariance.T).abs().max()
+    if not asymmetry <= _FLOAT32_ROUNDING * covariance.abs().max():
+        raise ValueError(
+            f"{name} must be finite and symmetric, but values that should be equal differ by {asymmetry:.3g}"
+        )
+    covariance = (covariance + covariance.T) / 2
     rounding = len(covariance) * torch.finfo(torch.float64).eps
     triangle, failed_at = torch.linalg.cholesky_ex(covariance)
     if failed_at == 0 and triangle.diagonal().min().square() > rounding * covariance.diagonal().max():
