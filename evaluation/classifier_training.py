@@ -75,17 +75,11 @@ def _train(dataset: PreparedImages, indices: np.ndarray, options: ClassifierOpti
     # transformers takes seconds to import, for which wrong options should not wait
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(
-        num_channels=dataset.channels,
-        embedding_size=16,
-        hidden_sizes=[16, 32, 64],
-        depths=[1, 1, 1],
-        layer_type="basic",
-        id2label=dataset.id2label,
-        label2id={name: label for label, name in dataset.id2label.items()},
-        # the size that the extractor brings other images to
-        image_size=list(dataset.image_size),
-    )
+    small = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"}
+    label2id = {name: label for label, name in dataset.id2label.items()}
+    # the size that the extractor brings other images to
+    seen = {"num_channels": dataset.channels, "image_size": list(dataset.image_size)}
+    config = ResNetConfig(**small, **seen, id2label=dataset.id2label, label2id=label2id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         network = ResNetForImageClassification(config).train()

@@ -137,7 +137,7 @@ def kernel_distance(
 def inception_score(
     predictions: FeatureRows, num_splits: int = 10, from_logits: bool = False, seed: int = 0
 ) -> Estimate:
-    """Inception Score: ``exp(E_x KL(p(y|x) || p(y)))``, the mean over splits of equal size.
+    """Inception Score: ``exp(E_x KL(p(y|x) || p(y)))``, from 1 to the number of classes, over splits of equal size.
 
     Salimans et al. 2016 (https://arxiv.org/abs/1606.03498), section 4. A permutation deals out the images to the
     splits, as they often come class by class. Compare scores of the same number of images and splits only.
@@ -147,9 +147,6 @@ def inception_score(
         num_splits: At least 1 and at most the number of images.
         from_logits: Whether the rows are logits.
         seed: Of the permutation.
-
-    Returns:
-        The mean, from 1 to the number of classes, and the standard deviation over the splits.
 
     Raises:
         ValueError: There are fewer images than splits, or a row is not finite or no probabilities.

@@ -72,44 +72,40 @@ def open_images(
     # without hidden ones, part2 before part10
     files = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
     files = sorted(files, key=lambda file: natural_order(file.relative_to(path))) or [path]
-    kind = _find_kind(path, str(source), files)
-    takers = {"split": (split, {"dataset"}), "resolution": (resolution, {"dataset", "folder of images"})}
-    for option, (value, kinds) in takers.items():
-        if value is not None and kind not in kinds:
-            raise DataError(f"{option} is {value}, but {source} is a {kind}, which has no such choice")
+    suffixes = {file.suffix.lower() for file in files if file.is_file()}
+    # what datasets writes into a folder of save_to_disk
+    is_dataset = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if not path.exists():
+        is_dataset = path.suffix != ".npz" and _HUB_ID.fullmatch(str(source)) is not None
+    elif path.is_dir() and suffixes & {".parquet", ".arrow"}:
+        is_dataset = is_dataset or not suffixes & {".npz", *_IMAGE_SUFFIXES}
+    kinds = {
+        "prepared folder": (path / RECORD_NAME).is_file(),
+        "dataset": is_dataset,
+        "folder of images": path.is_dir() and bool(suffixes & _IMAGE_SUFFIXES),
+        "set of .npz images": ".npz" in suffixes,
+    }
+    kind = next((kind for kind, is_it in kinds.items() if is_it), None)
+    if kind is None:
+        found = ", ".join(sorted(suffix or "files without ending" for suffix in suffixes)) or "nothing"
+        found = f" holds {found}" if path.exists() else ": no such file or folder"
+        raise DataError(
+            f"{source}{found}, but must hold images, .npz files, a dataset, or what imagenet64-prepare writes, or be"
+            " the id of a Hub dataset"
+        )
+    if split is not None and kind != "dataset":
+        raise DataError(f"split is {split}, but {source} is a {kind}, which has no such choice")
+    if resolution is not None and kind not in ("dataset", "folder of images"):
+        raise DataError(f"resolution is {resolution}, but {source} is a {kind}, which has no such choice")
     if kind == "prepared folder":
         return _PreparedBatches(path)
     if kind == "set of .npz images":
         return _NpzBatches(path)
     if kind == "dataset":
-        found: Any = ImageDatasetSource("dataset", [str(source)], split or "train")
+        taken: Any = ImageDatasetSource("dataset", [str(source)], split or "train")
     else:
-        found = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
-    return _DecodedBatches(str(path), found, (resolution, RESIZE_FILTER, color_mode))
-
-
-def _find_kind(path: Path, source: str, files: list[Path]) -> str:
-    if not path.exists():
-        if _HUB_ID.fullmatch(source) and path.suffix != ".npz":
-            return "dataset"
-        raise DataError(f"{source}: no such file or folder, and it cannot be the id of a Hub dataset either")
-    if (path / RECORD_NAME).is_file():
-        return "prepared folder"
-    suffixes = {file.suffix.lower() for file in files if file.is_file()}
-    if path.is_dir():
-        # what datasets writes into a folder of save_to_disk
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return "dataset"
-        if suffixes & _IMAGE_SUFFIXES:
-            return "folder of images"
-        if suffixes & {".parquet", ".arrow"} and ".npz" not in suffixes:
-            return "dataset"
-    if ".npz" in suffixes:
-        return "set of .npz images"
-    found = ", ".join(sorted(suffix or "files without ending" for suffix in suffixes)) or "nothing"
-    raise DataError(
-        f"{source} holds {found}, but must hold images, .npz files, a dataset, or what imagenet64-prepare writes"
-    )
+        taken = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
+    return _DecodedBatches(str(path), taken, (resolution, RESIZE_FILTER, color_mode))
 
 
 def _digest_of(*parts: Any) -> str:

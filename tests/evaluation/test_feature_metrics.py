@@ -306,13 +306,8 @@ def test_dropped_mode_and_outliers():
     real = normal(100, num_features=2, seed=1)
     generated = np.concatenate([normal(50, num_features=2, shift=30, seed=2), [[-40.0, -40.0]]])
     assert all_four(real, generated, k=3) == (0, 1, 0, 0)
-
-
-def test_one_generated_image_for_density():
-    real, generated = normal(50, seed=1), normal(1, seed=2) / 2
-    inside = squared_distances(generated, real) <= np.sort(squared_distances(real, real), axis=1)[:, 3]
-    assert inside.any()
-    assert density_and_coverage(real, generated, k=3) == pytest.approx((inside.sum() / 3, inside.mean()), abs=1e-12)
+    # one generated image is enough for density; here it lies in the balls of all four
+    assert density_and_coverage(np.eye(4), np.full((1, 4), 0.25), k=3) == pytest.approx((4 / 3, 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

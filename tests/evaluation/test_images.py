@@ -134,7 +134,7 @@ def test_wrong_sources(pixels, tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.ones(4))
     write_images(tmp_path / "images", pixels[:2])
     for name, options, message in [
-        ("absent", {}, "absent: no such file or folder, and it cannot be the id of a Hub dataset either"),
+        ("absent", {}, "absent: no such file or folder, but must .* or be the id of a Hub dataset"),
         ("notes", {}, "notes holds .txt, files without ending, but must hold images"),
         ("notes/a.txt", {}, "a.txt holds .txt, but must hold images, .npz files"),
         ("other.npz", {}, 'other.npz has no array "images" or "arr_0": it holds "mu"'),
