@@ -283,9 +283,8 @@ def _choose_classes(
         if len(counts) != num_classes:
             raise ValueError(f"train_data_dir has {len(counts)} classes, but the model has {num_classes}")
         # all at once, and so the same whatever part of them is generated
-        uniforms = np.random.default_rng([_CLASS_STREAM, seed]).random(num_images)
-        # class k where cumulative[k - 1] <= u < cumulative[k]
-        chosen = np.searchsorted(np.cumsum(counts) / np.sum(counts), uniforms, side="right").tolist()
+        rng = np.random.default_rng([_CLASS_STREAM, seed])
+        chosen = rng.choice(num_classes, num_images, p=counts / counts.sum()).tolist()
     else:
         chosen = [class_id(pipeline, label, num_classes) for label in asked]
     return [chosen[index % len(chosen)] for index in range(num_images)]

@@ -20,14 +20,13 @@ _FORMAT = {"name": "imagenet64_diffusion.feature_statistics", "version": 1}
 
 def to_float64(rows: FeatureRows, name: str = "features") -> np.ndarray:
     """Rows (images, features) of any floating type and device as numpy's float64; ValueError if one is not finite."""
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise ValueError(f"{name} must have the shape (images, features), but have {tuple(rows.shape)}")
     if isinstance(rows, torch.Tensor):
         is_floating, array = rows.is_floating_point(), rows.detach().cpu().double().numpy()
     else:
         is_floating, array = np.issubdtype(rows.dtype, np.floating), np.asarray(rows, np.float64)
-    if not is_floating:
-        raise ValueError(f"{name} must be floating-point numbers, but are {rows.dtype}")
+    if array.ndim != 2 or array.shape[1] == 0 or not is_floating:
+        found = f"{rows.dtype} {tuple(rows.shape)}"
+        raise ValueError(f"{name} must be floating-point numbers (images, features), but are {found}")
     finite = np.isfinite(array).all(axis=1)
     if not finite.all():
         raise ValueError(f"{name} must be finite, but row {finite.argmin()} is not")

@@ -19,25 +19,23 @@ MIRROR_VARIABLE = "IMAGENET64_WEIGHTS_MIRROR"
 
 
 class WeightsFile(NamedTuple):
-    """A file; the name is also that in the cache and on a mirror, and of the SHA-256 the first digits are enough."""
+    """A published file, of whose SHA-256 the first digits are enough; its name is also that in the cache."""
 
-    name: str
     url: str
     sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
 
 
 # The Inception that the usual FID is taken with, from StyleGAN2-ADA; k-diffusion checks the same digest.
 INCEPTION_2015 = WeightsFile(
-    "inception-2015-12-05.pt",
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
     "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
 )
 # torchvision's Inception_V3_Weights.IMAGENET1K_V1; torchvision publishes eight digits, in the name.
-TORCHVISION_INCEPTION = WeightsFile(
-    "inception_v3_google-0cc3c7bd.pth",
-    "https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth",
-    "0cc3c7bd",
-)
+TORCHVISION_INCEPTION = WeightsFile("https://download.pytorch.org/models/inception_v3_google-0cc3c7bd.pth", "0cc3c7bd")
 
 
 def find_weights(published: WeightsFile, path: str | Path | None = None) -> tuple[Path, str]:

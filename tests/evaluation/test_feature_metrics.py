@@ -356,11 +356,11 @@ ONES, ONE_HOT = np.ones((9, 4)), np.tile(np.eye(4), (5, 1))
         (inception_score, (np.concatenate([ONE_HOT, [[1.5, -0.5, 0, 0]]]), 1), "but the smallest is -0.5"),
         (inception_score, (np.concatenate([ONE_HOT, [[np.nan] * 4]]), 1), "must be finite, but row 20 is not"),
         (inception_score, (ONE_HOT[:9],), r"from 1 to the number of images \(9\), but is 10"),
-        (inception_score, (ONE_HOT[0], 1), r"predictions must have the shape .* but have \(4,\)"),
+        (inception_score, (ONE_HOT[0], 1), r"predictions must be .* but are float64 \(4,\)"),
         (precision_and_recall, (ONES, ONES[:3]), "below the 3 images of generated_features, but is 3"),
         (precision_and_recall, (ONES, ONES * np.inf), "generated_features must be finite, but row 0 is not"),
         (precision_and_recall, (ONES, ONES, 0), "k must be at least 1 .* but is 0"),
-        (precision_and_recall, (ONES, ONES.astype(int)), "floating-point numbers, but are int64"),
+        (precision_and_recall, (ONES, ONES.astype(int)), "floating-point numbers .* but are int64"),
         (density_and_coverage, (ONES, ONES[:0]), "real_features and generated_features must be .* at least 1 images"),
     ],
 )

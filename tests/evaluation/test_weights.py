@@ -26,7 +26,7 @@ CACHE_NAME = "imagenet64_diffusion/evaluation/weights"
 @pytest.fixture
 def published(server) -> WeightsFile:
     (server.folder / "weights.pt").write_bytes(CONTENT)
-    return WeightsFile("weights.pt", f"{server.url}/weights.pt", DIGEST)
+    return WeightsFile(f"{server.url}/weights.pt", DIGEST)
 
 
 @pytest.fixture
