@@ -100,8 +100,8 @@ def _train(dataset: PreparedImages, indices: np.ndarray, options: ClassifierOpti
                 logits = network(pixel_values=padded[:, :, y : y + height, x : x + width]).logits
                 loss = F.cross_entropy(logits, batch["class_labels"], label_smoothing=0.05)
                 if not loss.isfinite():
-                    used = f"{options.learning_rate:g}"
-                    raise ValueError(f"the loss is {loss.item()}: give a smaller learning_rate than {used}")
+                    rate = options.learning_rate
+                    raise ValueError(f"the loss is {loss.item()}: give a smaller learning_rate than {rate:g}")
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

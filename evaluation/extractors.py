@@ -30,7 +30,7 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(abc.ABC):
-    """A network that turns images into features, whatever images are beside them, beyond rounding in its dtype.
+    """A network that turns each image into features; the others of a batch matter by rounding only.
 
     A subclass sets the attributes and completes ``facts``, which is what the header says.
     """

@@ -238,7 +238,7 @@ def _factor(covariance: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _sum_singular_values(matrix: torch.Tensor) -> torch.Tensor:
-    """As roots of the eigenvalues of the square, in half the time, unless the determinant shows that small ones are
+    """By roots of the eigenvalues of the square, in half the time, unless the determinant shows that small ones are
     lost: where logarithms agreed to 1e-3, the sum was right to 1e-10. Largest columns first, they mostly survive."""
     if 0 < matrix.shape[0] == matrix.shape[1]:
         graded = matrix[:, matrix.norm(dim=0).argsort(descending=True)]

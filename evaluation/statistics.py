@@ -34,7 +34,7 @@ def to_float64(rows: FeatureRows, name: str = "features") -> np.ndarray:
 
 
 def check_pair(min_images: int, **features: FeatureRows) -> None:
-    """Raises ValueError unless two sets of features, named by keywords, have as many, of ``min_images`` at least."""
+    """Raises ValueError unless two sets, given by name, have equally many features, and ``min_images`` at least."""
     (name_a, a), (name_b, b) = features.items()
     if not (a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] and min(len(a), len(b)) >= min_images):
         raise ValueError(

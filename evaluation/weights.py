@@ -41,7 +41,7 @@ TORCHVISION_INCEPTION = WeightsFile("https://download.pytorch.org/models/incepti
 def find_weights(published: WeightsFile, path: str | Path | None = None) -> tuple[Path, str]:
     """The place and the SHA-256 of a file of weights: the named one, whatever it is, or the published one.
 
-    That is in the assets of HF_HOME, where one of several processes fetches it to while the others wait.
+    That is in the assets of HF_HOME, where one of several processes fetches it to, from its URL or a mirror.
     """
     if path is not None:
         file = Path(path).expanduser()
