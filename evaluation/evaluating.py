@@ -101,7 +101,6 @@ class Evaluation:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file by an atomic write."""
     with atomic_file(file) as writing:
         writing.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -161,16 +160,15 @@ def evaluate_model(
     options: ModelOptions,
     state: PartialState | None = None,
     extractor: FeatureExtractor | None = None,
-    quiet: bool = False,
     revision: str | None = None,
 ) -> Path:
     """Generates images with a model, evaluates them and returns the folder; raises as `evaluate_reference`.
 
-    A sweep gives the ranks that share the work, the extractor of the options, and the commit of a Hub repository.
+    A sweep gives its ranks, the extractor of the options, and the commit of a Hub repository.
     """
     if state is None:
         with distributed_state(options.device) as state:
-            return evaluate_model(options, state, extractor, quiet, revision)
+            return evaluate_model(options, state)
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))
     images = on_every_process(
@@ -187,11 +185,11 @@ def evaluate_model(
             revision=commit,
         ),
     )
-    return _evaluate(images, images.description, options, state, extractor, quiet)
+    return _evaluate(images, images.description, options, state, extractor)
 
 
 def open_extractor(options: ExtractionOptions, channels: int, state: PartialState) -> FeatureExtractor:
-    """The extractor that the options name, in every rank; ``channels`` is what the images have."""
+    """The extractor that the options name, in every rank, for images of so many channels."""
     return on_every_process(
         state,
         lambda: make_extractor(
@@ -210,12 +208,11 @@ def _evaluate(
     facts: Mapping[str, Any],
     options: ExtractionOptions,
     state: PartialState,
-    extractor: FeatureExtractor | None = None,
-    quiet: bool = False,
+    given: FeatureExtractor | None = None,
 ) -> Path:
     """Evaluates images, or resumes that, or finds that it is done; ``facts`` is all that they depend on, as JSON."""
     folder, keep_images = Path(options.output_dir), getattr(options, "keep_images", None)
-    extractor = extractor or open_extractor(options, images.image_size[0], state)
+    extractor = given or open_extractor(options, images.image_size[0], state)
     header = {
         "protocol": {**extractor.header, "id2label": extractor.id2label},
         "images": facts,
@@ -226,8 +223,6 @@ def _evaluate(
     with contextlib.ExitStack() as stack:
 
         def begin() -> bool:
-            if keep_images == "png" and images.image_size[0] not in (1, 3, 4):
-                raise ValueError(f"keep_images is png, which cannot hold {images.image_size[0]} channels: take npz")
             stack.enter_context(only_writer(folder))
             is_done = prepare_folder(folder, header)
             stack.callback(_remove_if_nothing_was_done, folder)
@@ -243,7 +238,8 @@ def _evaluate(
         except OSError as error:
             reason = error if error.errno is None else f"could not write {folder} ({error.strerror})"
             raise OSError(f"{reason}; what has been evaluated stays, and the same call resumes") from error
-    if state.is_main_process and not quiet:
+    # a sweep says it in its own words
+    if state.is_main_process and given is None:
         what = "evaluated already" if done else f"evaluated {len(images):,} images with {options.protocol}"
         print(f"{what}: {folder}")
     return folder

@@ -130,7 +130,7 @@ def list_entries(options: SweepOptions, reference: Evaluation, extractor: Featur
 def _evaluate_entry(
     entry: Entry, options: SweepOptions, reference: Evaluation, extractor: FeatureExtractor, ranks: Any
 ) -> None:
-    folder = evaluate_model(entry.options, ranks, extractor, quiet=True, revision=entry.row["revision"])
+    folder = evaluate_model(entry.options, ranks, extractor, entry.row["revision"])
 
     def keep_scores() -> None:
         scores = compare(reference, Evaluation.load(folder), device=extractor.device)

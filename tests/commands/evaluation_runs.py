@@ -1,5 +1,6 @@
 """Evaluations of tiny models, in this process or as ranks that may be stopped and killed, and what they leave."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,26 +55,23 @@ def error_of(process: CommandProcess) -> str:
     return line
 
 
-def assert_same_numbers(folder: Path, other: Path, relative: float = 1e-5, most_steps: int = 3) -> None:
-    """Two evaluations that keep the features of all images have the same statistics and rows.
+def assert_same_numbers(folder: Path, other: Path, rounding: float = 1e-5, most_steps: int = 3) -> None:
+    """Two evaluations that keep the features of all images, all between 0 and 1, have the same statistics and rows.
 
-    They may differ by ``relative`` of the largest value, and ``most_steps`` pixels of grey 16x16 images by one step of
-    their eight bits, where batches of other sizes round otherwise: a mean of four pixels then differs by `GREY_STEP`,
-    in three equal channels.
+    Where batches of other sizes round otherwise, ``most_steps`` pixels of grey 16x16 images may differ by one step of
+    their eight bits: a mean of four pixels then differs by `GREY_STEP`, in three equal channels.
     """
     left, right = Evaluation.load(folder), Evaluation.load(other)
     count = left.statistics.count
     assert count == right.statistics.count == len(left.features) == len(right.features)
     differences = np.abs(left.features - right.features)
-    rounding = relative * np.abs(right.features).max()
     steps = (differences > rounding).sum() / 3
     assert steps <= most_steps
     assert differences.max() <= rounding + (GREY_STEP if steps else 0)
-    for name in ("mean", "covariance"):
-        one, two = getattr(left.statistics, name), getattr(right.statistics, name)
-        # a step changes a mean by its part, and a covariance by no more, since values are between 0 and 1
-        allowed = relative * np.abs(two).max() + steps * GREY_STEP / count
-        np.testing.assert_allclose(one, two, rtol=0, atol=allowed)
+    # a step changes a mean by its part, and a covariance by no more
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=rounding + steps * GREY_STEP / count)
+    close(left.statistics.mean, right.statistics.mean)
+    close(left.statistics.covariance, right.statistics.covariance)
     np.testing.assert_array_equal(np.load(folder / "indices.npy"), np.load(other / "indices.npy"))
 
 

@@ -31,7 +31,7 @@ from imagenet64_diffusion.tests.commands.evaluation_runs import (  # noqa: F401 
     to_arguments,
 )
 from imagenet64_diffusion.tests.commands.processes import snapshot, wait_until
-from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, make_unet
 
 
 COUNT = 24
@@ -80,25 +80,6 @@ def parts(folder: Path) -> list[str]:
     return sorted(file.name for file in (folder / "parts").glob("[0-9]*.npz"))
 
 
-# ---------------------------------------------------------------------- model
-
-
-def test_what_is_evaluated_is_what_the_pipeline_generates(model, evaluated):
-    pipeline = ClassConditionalPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
-    sampling = {"guidance_scale": 1.0, "num_inference_steps": 2, "eta": 1.0}
-    with np.load(evaluated / "images.npz") as arrays:
-        assert sorted(arrays) == ["arr_0", "arr_1"]
-        pixels, labels = arrays["arr_0"], arrays["arr_1"]
-    assert (pixels.dtype, pixels.shape) == (np.uint8, (COUNT, 16, 16, 1))
-    for number, image in enumerate(pixels.squeeze(3)):
-        (expected,) = pipeline(number % 3, generator=seeded(100 + number), **sampling).images
-        # in batches of one rounding in the network may differ
-        assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 1
-    found = assert_evaluation(evaluated, pixels.squeeze(3))
-    assert labels.tolist() == found.labels.tolist() == [number % 3 for number in range(COUNT)]
-
-
 def test_killed_at_random_moments_and_resumed(model, evaluated, tmp_path):
     """With other batches and another number of ranks each time, none of which matters."""
     rng, folder = random.Random(0), tmp_path / "room" / "out"
@@ -134,13 +115,15 @@ def test_kept_images_are_those_of_generate_images_bit_for_bit(model, evaluated, 
     assert {image.mode for image in kept} == {"L"}
     np.testing.assert_array_equal(np.stack(kept), np.stack(generated))
     with np.load(tmp_path / "npz" / "images.npz") as arrays:
-        np.testing.assert_array_equal(arrays["arr_0"].squeeze(3), np.stack(generated))
+        np.testing.assert_array_equal(arrays["arr_0"], np.stack(generated)[..., None], strict=True)
         assert arrays["arr_1"].tolist() == [1, -1, 0, 1, 2]
+    assert assert_evaluation(tmp_path / "npz", np.stack(generated)).labels.tolist() == [1, -1, 0, 1, 2]
+    assert Evaluation.load(evaluated).labels.tolist() == [0, 1, 2] * 8
     # evaluated as files they give the same numbers again
     for folder, kept in ((tmp_path / "png", "images"), (evaluated, "images.npz")):
         again = tmp_path / f"{kept}_again"
         assert evaluate("reference", source=folder / kept, output_dir=again, **PIXELS) == 0
-        assert_same_numbers(again, folder, relative=1e-12, most_steps=0)
+        assert_same_numbers(again, folder, rounding=1e-12, most_steps=0)
     # a model without classes has no labels
     make_pipeline(num_class_embeds=None, layer_types=("resnet",)).save_pretrained(tmp_path / "model")
     bare = {"output_dir": tmp_path / "bare", "num_images": 3, "keep_images": "npz", "model": tmp_path / "model"}
@@ -170,7 +153,6 @@ def test_a_finished_evaluation_is_found_again(model, evaluated, capsys, tmp_path
         ({"num_images": 46}, f"num_images {COUNT}, not 46"),
         ({"eta": 0.0}, "eta 1.0, not 0.0"),
         ({"class_labels": "null"}, 'class_labels ["uniform"], not ["null"]'),
-        ({"guidance_scale": 2.0}, "guidance_scale 1.0, not 2.0"),
         ({"scheduler": "DDIM"}, 'scheduler "EtaDDIMScheduler", not "DDIMScheduler"'),
         ({"model": tmp_path / "changed"}, 'weights_sha256 "'),
         ({"keep_images": "png"}, 'kept images "npz", not "png"'),
@@ -217,8 +199,7 @@ def test_stopped_refused_and_resumed(model, evaluated, tmp_path, capsys):
 def test_a_full_disk(model, evaluated, tmp_path):
     folder = tmp_path / "out"
     common = {**SAMPLING, "model": model, "output_dir": folder}
-    # a part of 1 image has 1.3 kB and one of 9 images 7.6 kB; then the parts fit, and what they are put together to
-    # does not
+    # a part of 9 images has 7.6 kB; then the parts fit, and what they are put together to does not
     for batch_size, largest_file, file, kept in ((9, 6000, "000000009.npz", 0), (3, 10_000, "features.npy", 8)):
         log = tmp_path / f"{batch_size}"
         (process,) = start(log, "model", largest_file=largest_file, batch_size=batch_size, **common)
@@ -239,7 +220,6 @@ def test_a_full_disk(model, evaluated, tmp_path):
     [
         ({"model": "nowhere/at/all"}, "nowhere/at/all is not a folder"),
         ({"class_labels": "7"}, "class label 7 is out of range"),
-        ({"class_labels": ["uniform", "1"]}, "class_labels names 'uniform' among others, but it must stand alone"),
         ({"class_labels": "frequencies"}, "class_labels is frequencies, which needs train_data_dir"),
         ({"train_data_dir": "x"}, "train_data_dir is for class_labels frequencies"),
         ({"scheduler": "Magic"}, "there is no scheduler named 'Magic'"),
@@ -249,7 +229,6 @@ def test_a_full_disk(model, evaluated, tmp_path):
         ({"eta": 2.0}, "eta is 2.0"),
         ({"extractor_dtype": "float16"}, "extractor_dtype is float16, but the protocol pixels is"),
         ({"protocol": "classifier"}, "the protocol classifier needs weights"),
-        ({"weights": "somewhere"}, "the protocol pixels has no network, but weights is somewhere"),
         ({"protocol": "clean"}, "HF_HUB_OFFLINE is set"),
         ({"model": "{}"}, "{} generates image 0 with values that are not finite, under EtaDDIMScheduler"),
     ],
@@ -275,9 +254,6 @@ def test_a_folder_with_other_files_is_left_alone(model, tmp_path, capsys, mine):
     assert evaluate("model", **SAMPLING, model=model, output_dir=folder) == 2
     assert f"output_dir is {folder}, which holds other files" in capsys.readouterr().err
     assert files(folder) == [mine]
-
-
-# ---------------------------------------------------------------------- reference
 
 
 def test_every_kind_of_source(prepared, reference, tmp_path):
@@ -384,19 +360,15 @@ def test_features_that_are_not_finite(prepared, classifier, tmp_path, capsys):
     """Of a network that overflows in float16, and of one that does so in float32."""
     tensors = load_file(classifier / "model.safetensors")
     name = next(name for name in tensors if name.endswith("convolution.weight"))
-    shutil.copytree(classifier, tmp_path / "weights")
-    common = {"source": prepared, "protocol": "classifier", "device": "cpu", "max_images": 6}
-    common |= {"weights": tmp_path / "weights", "output_dir": tmp_path / "out"}
+    weights = shutil.copytree(classifier, tmp_path / "weights")
+    common = {**PIXELS, "source": prepared, "protocol": "classifier", "weights": weights}
     for size, dtype, hint in ((-1e6, "float16", "; try extractor_dtype float32"), (-3e38, "float32", "")):
         tensors[name].fill_(size)
-        save_file(tensors, tmp_path / "weights" / "model.safetensors", metadata={"format": "pt"})
-        assert evaluate("reference", extractor_dtype=dtype, **common) == 2
+        save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
+        assert evaluate("reference", extractor_dtype=dtype, output_dir=tmp_path / "out", **common) == 2
         error = capsys.readouterr().err.rstrip().splitlines()[-1]
         assert error == f"error: classifier in {dtype} gives features that are not finite for image 0{hint}"
         assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------------------- score
 
 
 def test_score_writes_what_the_number_depends_on(reference, evaluated, tmp_path, capsys):
@@ -409,14 +381,12 @@ def test_score_writes_what_the_number_depends_on(reference, evaluated, tmp_path,
     assert f"with its protocol in {file}" in shown
     assert sorted(scores["metrics"]) == ["coverage", "density", "fid", "kid", "precision", "recall"]
     expected = {"num_images": COUNT, "count": COUNT, "seed": 100, "eta": 1.0, "guidance_scale": 1.0}
-    expected |= {"guidance_interval": [0.0, 1.0], "num_inference_steps": 2, "scheduler": "EtaDDIMScheduler"}
-    expected |= {"class_labels": ["uniform"], "dtype": "float32"}
+    expected |= {"num_inference_steps": 2, "scheduler": "EtaDDIMScheduler", "class_labels": ["uniform"]}
     assert scores["model"].items() >= expected.items()
-    assert len(scores["model"]["weights_sha256"]) == 64
     assert scores["model"]["scheduler_config"]["prediction_type"] == "v_prediction"
     assert scores["protocol"]["protocol"] == "pixels"
     assert scores["versions"]["model"]["torch"] == torch.__version__
-    assert scores["reference"]["fingerprint"] == Evaluation.load(reference).header["images"]["fingerprint"]
+    assert scores["reference"].items() >= Evaluation.load(reference).header["images"].items()
     assert evaluate("score", reference=reference, model=evaluated, output=file, metrics=["kid", "fid"]) == 0
     assert list(json.loads(file.read_text())["metrics"]) == ["kid", "fid"]
 
@@ -439,7 +409,6 @@ def test_evaluating_by_a_classifier(classifier, prepared, tmp_path, capsys):
     assert scores["metrics"]["class_accuracy"] == pytest.approx(accuracy)
     assert 1 <= scores["metrics"]["inception_score"]["mean"] <= 3
     assert scores["model"]["class_counts"] == [32, 32, 32]
-    assert len(scores["protocol"]["weights_sha256"]) == 64
     # of the images that it was trained on it reads nearly all right
     assert (real.probabilities.argmax(axis=1) == real.labels).mean() > 0.9
     # its dtype is part of the protocol
