@@ -12,7 +12,6 @@ from .metrics import METRICS
 
 # here, because --help should not wait for torch
 PROTOCOLS = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "pixels")
-EXTRACTOR_DTYPES = ("float32", "float16", "bfloat16")
 SAMPLER_NAMES = tuple(item.name for item in fields(SamplerOptions))
 
 _images, _output, _features, _speed, _scores, _training = (
@@ -49,7 +48,7 @@ class ExtractionOptions(CheckedOptions):
         None,
         "What the extractor computes in; another one is another protocol (default: float16 for original, which is 20"
         " times as fast in float32 on a CPU, and else float32).",
-        choices=list(EXTRACTOR_DTYPES),
+        choices=["float32", "float16", "bfloat16"],
     )
     num_features: int = _features(50_000, "Keep the features of so many images, for KID and so on.", at_least=0)
     batch_size: int = _speed(64, "Images at a time; it does not change the numbers beyond rounding.", at_least=1)
@@ -65,7 +64,7 @@ class ExtractionOptions(CheckedOptions):
 
 @dataclass(kw_only=True)
 class ReferenceOptions(ExtractionOptions):
-    """Options of `evaluate_reference`."""
+    """Options of evaluating real images."""
 
     source: str = _images(
         help="A prepared folder, a folder of image files, an .npz of images, or a dataset saved or on the Hub.",
@@ -156,13 +155,9 @@ class SweepOptions(SamplingOptions, ExtractionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("scheduler", "guidance_scale", "eta"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: name at least one, or leave it out")
         usual = SweepOptions(output_dir="-", reference="-", models=["-"]) if self.grid else self
-        for name in SAMPLER_NAMES:
-            if getattr(self, name) != getattr(usual, name):
-                raise ValueError(f"grid says how images are sampled, and so does {name}: give one of them")
+        if changed := [name for name in SAMPLER_NAMES if getattr(self, name) != getattr(usual, name)]:
+            raise ValueError(f"grid says how images are sampled, and so does {changed[0]}: give one of them")
 
 
 @dataclass(kw_only=True)

@@ -118,12 +118,11 @@ def list_entries(options: SweepOptions, reference: Evaluation, extractor: Featur
             settings = dataclasses.asdict(sampler)
             key = json.dumps({**depends, **identity, "sampler": settings}, sort_keys=True)
             name = hashlib.sha256(key.encode()).hexdigest()[:16]
-            place = {"model": model, "output_dir": str(folder / "evaluations" / name)}
             row = {"model": model, "revision": revision, "family": family, "step": step, "sampler": sampler.title()}
             row |= settings | columns
             row |= {name: " ".join(map(str, value)) for name, value in row.items() if isinstance(value, (list, tuple))}
-            made = ModelOptions(**{**shared, **settings, **place})
-            entries.append(Entry(folder / _ENTRIES_NAME / f"{name}.json", row, made))
+            shared |= {"model": model, "output_dir": str(folder / "evaluations" / name)}
+            entries.append(Entry(folder / _ENTRIES_NAME / f"{name}.json", row, ModelOptions(**shared | settings)))
     return entries
 
 
@@ -215,8 +214,7 @@ def find_models(names: Sequence[str]) -> list[tuple[str, str, int | None]]:
 
 def sampler_grid(options: SweepOptions) -> list[Sampler]:
     """The samplers of a sweep, each once: the product of its options, or those that its file lists."""
-    steps = [{"num_inference_steps": number} for number in options.num_inference_steps]
-    steps += [{"step_size": number} for number in options.step_size]
+    steps = [{name: number} for name in ("num_inference_steps", "step_size") for number in getattr(options, name)]
     listed: Any = [
         {"scheduler": scheduler, **step, "guidance_scale": scale, "eta": eta, "clip_sample": options.clip_sample}
         | ({"guidance_interval": options.guidance_interval} if scale > 1 else {})
@@ -230,7 +228,7 @@ def sampler_grid(options: SweepOptions) -> list[Sampler]:
             # JSON is YAML too
             listed = yaml.safe_load(Path(options.grid).read_text(encoding="utf-8"))
         if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
-            raise ValueError("it must hold a list of samplers, each with names and values")
+            raise ValueError("samplers must be a list, each with names and values")
         return list(dict.fromkeys(map(_sampler, listed)))
     except (yaml.YAMLError, ValueError) as error:
         if options.grid is None:
@@ -241,8 +239,8 @@ def sampler_grid(options: SweepOptions) -> list[Sampler]:
 def _sampler(values: Mapping[str, Any]) -> Sampler:
     for name in values:
         if name not in SAMPLER_NAMES:
-            known = ", ".join(SAMPLER_NAMES)
-            raise ValueError(f"it names {name!r}, but must be made of {known}{perhaps(name, SAMPLER_NAMES)}")
+            known = ", ".join(SAMPLER_NAMES) + perhaps(name, SAMPLER_NAMES)
+            raise ValueError(f"it names {name!r}, but must be made of {known}")
     interval = values.get("guidance_interval", (0.0, 1.0))
     interval = tuple(interval) if isinstance(interval, list) else interval
     scheduler = None if values.get("scheduler") == "own" else values.get("scheduler")
