@@ -1,8 +1,7 @@
 """How long the conversion of a full-size checkpoint takes, and how much memory, as a multiple of its file.
 
-Writes a checkpoint of the largest original recipe, res_res_atn with 213 million random parameters, converts it in a
-process of its own, and in another one loads the folder and takes one denoising step. Memory is the peak resident set,
-with the mapped pages of the file. Writes benchmarks/results/conversion-<processor>.json.
+The checkpoint is one of res_res_atn, the largest original recipe, with random weights. Memory is the peak resident
+set, with the mapped pages of the file.
 """
 
 import os
@@ -23,7 +22,7 @@ def convert(threads: int, *files: Path) -> tuple[float, int, int]:
     """Converts; returns the seconds, and the peak memory before and after."""
     torch.set_num_threads(threads)
     before = resident_bytes("VmHWM")
-    return seconds_of(lambda: convert_checkpoint(*files)), before, resident_bytes("VmHWM")
+    return seconds_of(convert_checkpoint, *files), before, resident_bytes("VmHWM")
 
 
 def load(threads: int, folder: Path) -> float:
@@ -39,9 +38,7 @@ def load(threads: int, folder: Path) -> float:
 
 
 def main() -> None:
-    """The command line."""
-    threads = {"type": int, "default": os.cpu_count(), "help": "threads of torch (default: all cores)"}
-    options = parse_options(__doc__, threads=threads)
+    options = parse_options(__doc__, threads=("threads of torch", os.cpu_count()))
     with tempfile.TemporaryDirectory() as name:
         folder, original = Path(name), Path(name) / "original"
         make_pipeline(recipe_config("original/res_res_atn", options.small)).save_pretrained(folder / "pipeline")
@@ -54,12 +51,12 @@ def main() -> None:
     figures = {
         "file_bytes": file_bytes,
         "threads": options.threads,
-        "conversion_seconds": round(seconds, 2),
+        "conversion_seconds": seconds,
         "peak_bytes": peak,
         "peak_bytes_of_imports": before,
-        "peak_ratio_to_file": round(peak / file_bytes, 3),
-        "peak_ratio_to_file_above_imports": round((peak - before) / file_bytes, 3),
-        "load_and_one_step_seconds": round(loading, 2),
+        "peak_ratio_to_file": peak / file_bytes,
+        "peak_ratio_to_file_above_imports": (peak - before) / file_bytes,
+        "load_and_one_step_seconds": loading,
     }
     publish("conversion", figures, options, ["safetensors"])
 

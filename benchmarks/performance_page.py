@@ -3,7 +3,7 @@
 import argparse
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +41,26 @@ def percents(shares: Mapping[str, float]) -> dict[str, str]:
 
 
 def table(first: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table from the cells of each column by their row; rows as in the first column, none empty."""
+    """A Markdown table from the cells of each column by their row; rows as in the first column, no column empty."""
     filled = {title: cells for title, cells in columns.items() if cells}
-    lines = [" | ".join([first, *filled]), "|".join(["---", *["---:"] * len(filled)])]
-    for row in next(iter(filled.values()), {}):
-        lines.append(" | ".join([row, *(cell(cells.get(row, "")) for cells in filled.values())]))
-    return "\n".join(f"|{line}|" if line.startswith("---") else f"| {line} |" for line in lines)
+    rows = [[first, *filled], *([row] for row in next(iter(filled.values()), {}))]
+    for row in rows[1:]:
+        row += [cell(cells.get(row[0], "")) for cells in filled.values()]
+    head, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, f"|---|{'---:|' * len(filled)}", *lines])
 
 
 def ceiling(found: Mapping[str, Any]) -> str:
     """The ceiling of a run; results of earlier versions have none."""
-    if "ceilings" not in found:
-        return ""
-    return " The ceiling is {gflops:.4g} GFLOP/s ({kernel}, {cpu_capability}).".format(**found["ceilings"])
+    words = "The ceiling is {gflops:.4g} GFLOP/s ({kernel}, {cpu_capability})."
+    return words.format(**found["ceilings"]) if "ceilings" in found else ""
 
 
 # ------------------------------------------------------------------ a section for each benchmark: its blocks
 
 
-def sampling(result: dict[str, Any]) -> list[str]:
-    blocks = [
-        "Guided steps in {dtype}, batches of {batch_size}: both branches and the scheduler. {rounds} rounds.".format(
-            **result
-        )
-    ]
+def sampling(result: dict[str, Any]) -> Iterator[str]:
+    yield "Guided steps in {dtype}, batches of {batch_size}: both branches and the scheduler. {rounds} rounds."
     for recipe, found in result["recipes"].items():
         image, once = found["image"], cell(found["once_per_call_seconds"]["median"])
         columns = {
@@ -75,20 +71,19 @@ def sampling(result: dict[str, Any]) -> list[str]:
             f"seconds per image of {image['num_inference_steps']} steps": image["seconds_per_image"],
             "relative time per image": image["ratio_to_ours"],
         }
-        blocks += [
-            table(f"`{recipe}`", columns),
+        yield table(f"`{recipe}`", columns)
+        yield (
             f"Our first step of a call takes {once} s more. Stock diffusers is a `UNet2DModel` of as many operations,"
             " widths {block_out_channels} with {layers_per_block} layers per block.".format(**found["stock"])
-            + ceiling(found),
-        ]
-    return blocks
+        )
+        yield ceiling(found)
 
 
-def training_step(result: dict[str, Any]) -> list[str]:
-    blocks = [
+def training_step(result: dict[str, Any]) -> Iterator[str]:
+    yield (
         "Steps of `{recipe}` with batches of {batch_size}: forward, loss, backward, AdamW. {rounds} rounds. Memory is"
-        " the peak of two steps, with weights and moments.".format(**result)
-    ]
+        " the peak of two steps, with weights and moments."
+    )
     for precision, found in result["precisions"].items():
         columns = {
             "images/s": found["images_per_second"],
@@ -96,49 +91,46 @@ def training_step(result: dict[str, Any]) -> list[str]:
             "relative time": found["ratio_to_ours"],
             "memory": {name: f"{size / 2**30:.2f} GiB" for name, size in found["peak_bytes"].items()},
         }
-        blocks += [table(PRECISIONS[precision], columns), ceiling(found).strip()]
-    return blocks
+        yield table(PRECISIONS[precision], columns)
+        yield ceiling(found)
 
 
-def training(result: dict[str, Any]) -> list[str]:
+def training(result: dict[str, Any]) -> Iterator[str]:
     shares = dict(sorted(result["shares"].items(), key=lambda item: -item[1]))
     shares["outside forward, backward and AdamW"] = result["share_outside_forward_backward_optimizer"]
     pace = result["pace"]
-    return [
-        f"Parts of {result['steps']} steps of the demo's run, {cell(result['milliseconds_per_step'])} ms each:",
-        table("", {"share": percents(shares)}),
+    ratio = cell({"median": pace["ratio"], "quartiles": pace["ratio_quartiles"]})
+    yield f"Parts of {{steps}} steps of the demo's run, {cell(result['milliseconds_per_step'])} ms each:"
+    yield table("", {"share": percents(shares)})
+    yield (
         "Beside a plain loop with the same network, loss, clipping, AdamW and EMA, in {rounds} pairs of stretches of"
         " {steps_in_a_stretch} steps: {ours_images_per_second:.0f} images/s against {plain_images_per_second:.0f},"
-        " {0} times as many.".format(cell({"median": pace["ratio"], "quartiles": pace["ratio_quartiles"]}), **pace),
-    ]
+        " {0} times as many.".format(ratio, **pace)
+    )
 
 
-def evaluation(result: dict[str, Any]) -> list[str]:
+def evaluation(result: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "{num_images} images of {num_inference_steps} guided steps, {batch_size} at a time, by"
+        " `evaluate_models.py model`. {rounds} rounds."
+    )
     rates = {
         "generated and evaluated": result["images_per_second"],
-        "the same without loading the model": result["images_per_second_without_loading"],
         "the network alone": result["images_per_second_of_the_network_alone"],
         "features alone": result["features_images_per_second"],
     }
-    shares = {**result["shares"], "network, without loading": result["share_of_the_network_without_loading"]["median"]}
-    return [
-        "{num_images} images of {num_inference_steps} guided steps, {batch_size} at a time, by"
-        " `evaluate_models.py model`. {rounds} rounds.".format(**result),
-        table("", {"images/s": rates}),
-        table("", {"share of the time": percents(shares)}),
-    ]
+    yield table("", {"images/s": rates})
+    yield table("", {"share of the time": percents(result["shares"])})
 
 
-def startup(result: dict[str, Any]) -> list[str]:
-    return [
-        f"New processes; `{result['recipe']}`, {result['file_bytes'] / 1e6:.0f} MB of weights in the page cache."
-        f" {result['rounds']} rounds.",
-        table("", {"seconds": result["seconds"]}),
-        table("", {"ratio": result["ratios"]}),
-    ]
+def startup(result: dict[str, Any]) -> Iterator[str]:
+    size = f"{result['file_bytes'] / 1e6:.0f} MB"
+    yield f"New processes; `{{recipe}}`, {size} of weights in the page cache. {{rounds}} rounds."
+    yield table("", {"seconds": result["seconds"]})
+    yield table("", {"ratio": result["ratios"]})
 
 
-def conversion(result: dict[str, Any]) -> list[str]:
+def conversion(result: dict[str, Any]) -> Iterator[str]:
     measured = {
         "checkpoint": f"{result['file_bytes'] / 1e6:.0f} MB",
         "conversion, with its checks": f"{result['conversion_seconds']:.2f} s",
@@ -146,57 +138,49 @@ def conversion(result: dict[str, Any]) -> list[str]:
         "above that of the imports": f"{result['peak_ratio_to_file_above_imports']:.2f} x the file",
         "loading the folder, one step": f"{result['load_and_one_step_seconds']:.2f} s",
     }
-    return [table("", {"measured": measured})]
+    yield table("", {"measured": measured})
 
 
-def data(result: dict[str, Any]) -> list[str]:
+def data(result: dict[str, Any]) -> Iterator[str]:
     rates, ratios = result["images_per_second"], result["ratio_of_prepared_folder_to"]
-    return [
-        "Random batches of {batch_size} of {num_images:,} images of 64x64x3, one process:".format(**result),
-        table("", {"images/s": rates, "relative speed of the prepared folder": ratios}),
-    ]
+    yield "Random batches of {batch_size} of {num_images:,} images of 64x64x3, one process:"
+    yield table("", {"images/s": rates, "relative speed of the prepared folder": ratios})
 
 
-def frechet(result: dict[str, Any]) -> list[str]:
-    rates = result["statistics_images_per_second"]
-    return [
-        "The distance of two sets of {num_features} features of {num_images:,} images:".format(**result),
-        table("", {"seconds": {name: ", ".join(map(cell, each)) for name, each in result["seconds"].items()}}),
-        "clean-fid takes {median:.2f} times as long (smallest {smallest:.2f}, largest {largest:.2f}). The relative"
-        " difference of the values is {0:.1e}.".format(
-            result["relative_difference"], **result["ratio_of_clean_fid_to_ours"]
-        ),
-        table("", {"images/s": {f"statistics, batches of {size}": rate for size, rate in rates.items()}}),
-    ]
+def frechet(result: dict[str, Any]) -> Iterator[str]:
+    yield "The distance of two sets of {num_features} features of {num_images:,} images:"
+    yield table("", {"seconds": {name: ", ".join(map(cell, each)) for name, each in result["seconds"].items()}})
+    yield (
+        "clean-fid takes {ratio_of_clean_fid_to_ours[median]:.2f} times as long (smallest"
+        " {ratio_of_clean_fid_to_ours[smallest]:.2f}, largest {ratio_of_clean_fid_to_ours[largest]:.2f}). The relative"
+        " difference of the values is {relative_difference:.1e}."
+    )
 
 
-def samplers(result: dict[str, Any]) -> list[str]:
-    blocks = [
+def samplers(result: dict[str, Any]) -> Iterator[str]:
+    yield (
         "How many network evaluations good images need: {num_images} digits per sampler from the same noise, guidance"
         " {guidance_scale:g}, in the features of the bundled classifier. A guided step takes two evaluations, a step"
         " outside the guidance interval one. `digits` is the bundled model, `demo` that of `make demo`, trained for"
-        " less than a quarter of its steps.".format(**result),
-        "![FID and class accuracy over network evaluations](images/samplers.png)",
+        " less than a quarter of its steps."
+    )
+    yield "![FID and class accuracy over network evaluations](images/samplers.png)"
+    yield (
         "Heun's method, whose few steps are far apart, lies outside the panels. The fewest evaluations of each sampler"
-        f" whose FID and class accuracy are within {TOLERANCE:.0%} of those of DDIM with the most steps:",
-    ]
+        f" whose FID and class accuracy are within {TOLERANCE:.0%} of those of DDIM with the most steps, if any are:"
+    )
     for model in dict.fromkeys(entry["model"] for entry in result["results"]):
-        own = sorted(
-            (entry for entry in result["results"] if entry["model"] == model), key=lambda entry: -entry["cost"]
-        )
-        best = next(entry for entry in own if entry["label"] == "DDIM")
+        own = [entry for entry in result["results"] if entry["model"] == model]
+        best = max((entry for entry in own if entry["label"] == "DDIM"), key=lambda entry: entry["cost"])
         rows = {f"DDIM, {best['num_inference_steps']} steps, for comparison": best}
-        rows |= dict.fromkeys(dict.fromkeys(entry["label"] for entry in result["results"]))
-        for entry in own:
+        for entry in sorted(own, key=lambda entry: entry["cost"]):
             fits = entry["fid"] <= best["fid"] * (1 + TOLERANCE)
             if fits and entry["class_accuracy"] >= best["class_accuracy"] * (1 - TOLERANCE):
-                rows[entry["label"]] = entry
+                rows.setdefault(entry["label"], entry)
         keys = {"steps": "num_inference_steps", "evaluations": "cost", "FID": "fid"}
-        columns = {title: {label: row[key] for label, row in rows.items() if row} for title, key in keys.items()}
-        columns["steps"] = {label: columns["steps"].get(label, "not reached") for label in rows}
-        columns["class accuracy"] = percents({label: row["class_accuracy"] for label, row in rows.items() if row})
-        blocks.append(table(f"`{model}`", columns))
-    return blocks
+        columns = {title: {label: row[key] for label, row in rows.items()} for title, key in keys.items()}
+        columns["class accuracy"] = percents({label: row["class_accuracy"] for label, row in rows.items()})
+        yield table(f"`{model}`", columns)
 
 
 SECTIONS = {
@@ -212,18 +196,18 @@ SECTIONS = {
 }
 
 
-def show(result: Mapping[str, Any], section: Any) -> list[str]:
-    """The machine, the command and the blocks of a result, wrapped."""
+def show(result: Mapping[str, Any], section: Callable[[Mapping[str, Any]], Iterator[str]]) -> list[str]:
+    """The machine, the command and the blocks of a result; in texts the figures of the result are filled in."""
     facts, threads = dict(result["machine"]), result.get("threads")
     words = [facts.pop("gpu", None), facts.pop("processor"), f"{facts.pop('cores')} cores"]
     words.append(threads and f"{threads} thread{'s' * (threads > 1)}")
     versions = ", ".join(f"{name} {version}" for name, version in facts.items())
-    head = f"{', '.join(filter(None, words))}; {versions}.  \n`{result['command']}`"
-    return [head, *(block if block.startswith("|") else wrap(block) for block in section(result) if block)]
-
-
-def wrap(text: str) -> str:
-    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
+    blocks = [f"{', '.join(filter(None, words))}; {versions}.  \n`{result['command']}`"]
+    for block in filter(None, section(result)):
+        if not block.startswith("|"):
+            block = textwrap.fill(block.format(**result), 119, break_long_words=False, break_on_hyphens=False)
+        blocks.append(block)
+    return blocks
 
 
 def make_page(folder: Path) -> str:
@@ -244,7 +228,6 @@ def publish(benchmark: str, *arguments: Any) -> None:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=PAGE)

@@ -1,16 +1,16 @@
 """How few network evaluations make good images: samplers compared at equal cost.
 
-Generates digits with every sampler and several numbers of steps, from the same noise and on the exact noise schedule,
-and scores them in the features of a fixed classifier, by evaluate_models.py sweep; a second call keeps what is done.
-Cost is network evaluations per image: a guided step takes two, one outside the guidance interval one, and Heun's
-method evaluates twice in every step but the last. Writes benchmarks/results/samplers-<processor>.json and
-docs/images/samplers.png:
+Generates digits with every sampler and several numbers of steps, from the same noise, and scores them in the features
+of a fixed classifier, by evaluate_models.py sweep; a second call keeps what is done. Cost is network evaluations per
+image: a guided step takes two, one outside the guidance interval one, and Heun's method evaluates twice in every step
+but the last. Also writes docs/images/samplers.png:
 
     python benchmarks/samplers.py --model outputs/demo/model pretrained/digits --data outputs/demo/data
 """
 
 import argparse
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,17 +63,8 @@ def evaluate(options: argparse.Namespace) -> list[dict[str, Any]]:
     words = ("--source", options.data, "--output_dir", reference)
     call_command("evaluate_models", "reference", *words, *DIGITS_PROTOCOL)
     grid_file.write_text(json.dumps([settings for *_, settings in entries]), encoding="utf-8")
-    words = (
-        "--reference",
-        reference,
-        "--models",
-        *options.model,
-        "--grid",
-        grid_file,
-        "--output_dir",
-        folder / "sweep",
-    )
-    words += ("--num_images", options.num_images, "--batch_size", 100, *DIGITS_PROTOCOL)
+    words = ("--reference", reference, "--models", *options.model, "--grid", grid_file, "--batch_size", 100)
+    words += ("--output_dir", folder / "sweep", "--num_images", options.num_images, *DIGITS_PROTOCOL)
     call_command("evaluate_models", "sweep", *words)
     with (folder / "sweep" / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -94,9 +85,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(12, 4.5 * len(models)), dpi=100, layout="constrained")
     panels = figure.subplots(len(models), 2, squeeze=False)
     metrics = (("fid", "FID in the classifier's features"), ("class_accuracy", "class accuracy"))
-    for axes, (model, (metric, title)) in zip(
-        panels.flat, ((model, metric) for model in models for metric in metrics), strict=True
-    ):
+    for axes, (model, (metric, title)) in zip(panels.flat, itertools.product(models, metrics), strict=True):
         own = [result for result in results if result["model"] == model]
         for label, colour in zip(SAMPLERS, COLOURS, strict=True):
             line = sorted((result["cost"], result[metric]) for result in own if result["label"] == label)
@@ -113,14 +102,13 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
     options = parse_options(
         __doc__,
-        num_images=(500, 20, "digits of each sampler"),
-        guidance_scale=(2.5, 2.5, "classifier-free guidance"),
+        num_images=("digits of each sampler", 500, 20),
+        guidance_scale=("classifier-free guidance", 2.5),
         model={"type": Path, "nargs": "+", "default": [DIGITS], "help": "pipelines of digits"},
-        data={"type": Path, "default": DIGITS_DATA, "help": "the prepared digits"},
-        output_dir={"type": Path, "default": Path("outputs/samplers"), "help": "evaluations"},
+        data=DIGITS_DATA,
+        output_dir=("evaluations", Path("outputs/samplers")),
     )
     results = evaluate(options)
     figures = {"num_images": options.num_images, "guidance_scale": options.guidance_scale, "results": results}

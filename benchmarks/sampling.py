@@ -1,8 +1,7 @@
 """A guided denoising step and whole images: our pipeline against a stock diffusers U-Net of as many operations.
 
 Both run alternately in one process, with random weights. A step is both branches of guidance and the scheduler. Beside
-the times stand the operations and their share of the ceiling (benchmarks/networks.py). Writes
-benchmarks/results/sampling-<dtype>-batch<size>-<processor>.json, with the recipes in its name if they are chosen.
+the times stand the operations and their share of the ceiling (benchmarks/networks.py).
 """
 
 import argparse
@@ -14,10 +13,10 @@ from typing import Any
 
 import networks
 import torch
-from diffusers import UNet2DModel
-from networks import OURS, STOCK, Ceilings
+from diffusers import DDIMScheduler, UNet2DModel
+from networks import OURS, STOCK
 from performance_page import publish
-from report import alternate, parse_options, ratios_to, rounded, seconds_of, spread, timer
+from report import DEVICE, alternate, alternate_seconds, parse_options, ratios_to, spread, timer
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 
@@ -30,8 +29,8 @@ def stock_sampler(
     config: dict[str, Any], latents: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> Callable[..., torch.Tensor]:
     """A loop around diffusers' network as their pipelines have it, with both branches of guidance in one batch."""
-    unet = networks.make_stock_unet(config).to(latents.device, dtype)
-    scheduler = networks.make_stock_scheduler()
+    unet = networks.make_unet(UNet2DModel, config).to(latents.device, dtype)
+    scheduler = DDIMScheduler(**networks.COSINE)
     both = torch.cat([torch.full_like(labels, config["num_class_embeds"] - 1), labels])
 
     @torch.no_grad()
@@ -73,19 +72,18 @@ def measure_recipe(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     pipeline = networks.make_pipeline(config).to(options.device, dtype)
     call = {"class_labels": labels, "guidance_scale": GUIDANCE_SCALE, "latents": latents, "output_type": "pt"}
     loops = {OURS: partial(pipeline, **call), STOCK: stock_sampler(stock, latents, labels, dtype)}
-    ceilings = Ceilings(config, options.device, dtype, branches, options.small)
-    steps = alternate(
-        {name: partial(step_seconds, loop, options.steps) for name, loop in loops.items()}, options.repeats
-    )
+    measures = {name: partial(step_seconds, loop, options.steps) for name, loop in loops.items()}
+    steps = alternate(measures, options.repeats)
     seconds = {name: [step for step, _ in values] for name, values in steps.items()}
     count = options.num_inference_steps
-    images = {name: partial(seconds_of, partial(loop, num_inference_steps=count)) for name, loop in loops.items()}
-    whole = alternate(images, options.image_repeats, warmup=0)
+    images = {name: partial(loop, num_inference_steps=count) for name, loop in loops.items()}
+    whole = alternate_seconds(images, options.image_repeats, warmup=0)
+    kernels = networks.kernels(config, options.device, dtype, branches, options.small)
     return {
         "step_seconds": {name: spread(values) for name, values in seconds.items()},
-        **ceilings.compare(seconds, step_flops),
+        **networks.compare(seconds, step_flops, kernels, options.small),
         "once_per_call_seconds": spread(more for _, more in steps[OURS]),
-        "gflop_per_step": {name: rounded(flops / 1e9) for name, flops in step_flops.items()},
+        "gflop_per_step": {name: flops / 1e9 for name, flops in step_flops.items()},
         "image": {
             "num_inference_steps": count,
             "seconds_per_image": {
@@ -98,15 +96,14 @@ def measure_recipe(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line."""
     options = parse_options(
         __doc__,
-        device=True,
-        repeats=(9, 2, "rounds of steps"),
-        image_repeats=(3, 1, "rounds of whole images"),
-        num_inference_steps=(10, 2, "steps of whole images"),
-        steps=(2, 2, "steps that count in each call of the pipeline"),
-        batch_size=(1, 1, "images, each in two branches"),
+        device=DEVICE,
+        repeats=("rounds of steps", 9, 2),
+        image_repeats=("rounds of whole images", 3, 1),
+        num_inference_steps=("steps of whole images", 10, 2),
+        steps=("steps that count in each call of the pipeline", 2),
+        batch_size=("images, each in two branches", 1),
         config={"nargs": "+", "default": RECIPES, "help": f"recipes (default: {' '.join(RECIPES)})"},
         dtype={"choices": ["float32", "bfloat16", "float16"], "default": "float32"},
     )

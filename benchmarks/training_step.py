@@ -2,8 +2,7 @@
 
 All run alternately in one process, each with its own weights and AdamW. A step is forward, loss, backward and AdamW:
 the hybrid loss and fused AdamW for ours, the squared error of the noise prediction and torch's default AdamW for the
-stock network of as many operations; in float32 and, where the device has instructions for it, bfloat16 autocast. Peak
-memory is that of a process of its own. Writes benchmarks/results/training_step-<recipe>-batch<size>-<processor>.json.
+stock network of as many operations. Peak memory is that of a process of its own.
 """
 
 import argparse
@@ -13,11 +12,12 @@ from typing import Any
 
 import networks
 import torch
-from diffusers import UNet2DModel
-from networks import OURS, STOCK, Ceilings
+from diffusers import DDIMScheduler, UNet2DModel
+from networks import OURS, STOCK
 from performance_page import PRECISIONS, publish
-from report import alternate, in_own_process, parse_options, resident_bytes, rounded, seconds_of, spread
+from report import DEVICE, alternate_seconds, in_own_process, parse_options, resident_bytes, spread
 
+from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.training.components import build_optimizer
 from imagenet64_diffusion.training.cost import estimate_cost
 from imagenet64_diffusion.training.objectives import HybridLoss
@@ -35,11 +35,11 @@ def make_step(
     """A function that takes one step in a precision, on a network of its own; ``name`` is one of NAMES."""
     images, noise, timesteps, labels = networks.make_inputs(config, options.batch_size, options.device)
     if name == STOCK:
-        unet = networks.make_stock_unet(stock).to(options.device).train()
-        scheduler = networks.make_stock_scheduler()
+        unet = networks.make_unet(UNet2DModel, stock).to(options.device).train()
+        scheduler = DDIMScheduler(**networks.COSINE)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4, weight_decay=0.01)
     else:
-        unet = networks.make_unet(config).to(options.device).train()
+        unet = networks.make_unet(ClassConditionalUNet2DModel, config).to(options.device).train()
         scheduler = HybridLoss(networks.make_scheduler(config), device=options.device)
         settings = TrainOptions(train_data_dir=".", output_dir=".")
         optimizer = build_optimizer(settings, unet.parameters(), torch.device(options.device))
@@ -83,30 +83,27 @@ def measure_pace(config: dict[str, Any], stock: dict[str, Any], options: argpars
     found = {}
     for precision in options.precision:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        ceilings = Ceilings(config, options.device, dtype, options.batch_size, options.small)
-        seconds = alternate(
-            {name: partial(seconds_of, partial(step, precision)) for name, step in steps.items()}, options.repeats
-        )
+        seconds = alternate_seconds({name: partial(step, precision) for name, step in steps.items()}, options.repeats)
         batches = {name: options.batch_size * count for name, count in flops.items()}
+        kernels = networks.kernels(config, options.device, dtype, options.batch_size, options.small)
         found[precision] = {
             "images_per_second": {
                 name: spread(options.batch_size / value for value in values) for name, values in seconds.items()
             },
-            **ceilings.compare(seconds, batches),
-            "gflop_per_image": {name: rounded(count / 1e9) for name, count in flops.items()},
+            **networks.compare(seconds, batches, kernels, options.small),
+            "gflop_per_image": {name: count / 1e9 for name, count in flops.items()},
         }
     return found
 
 
 def main() -> None:
-    """The command line."""
     only_float32 = "default: both, or float32 alone where bfloat16 would be a hundred times slower"
     options = parse_options(
         __doc__,
-        device=True,
-        batch_size=(4, 2, "images of a step"),
-        repeats=(5, 1, "rounds of steps"),
-        config={"default": "res_res", "help": "recipe (default: res_res)"},
+        device=DEVICE,
+        batch_size=("images of a step", 4, 2),
+        repeats=("rounds of steps", 5, 1),
+        config=("recipe", "res_res"),
         precision={"nargs": "+", "choices": list(PRECISIONS), "help": only_float32},
     )
     # CPUs without instructions for bfloat16 compute in it all the same
