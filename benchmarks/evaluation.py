@@ -1,8 +1,5 @@
-"""How fast images are generated and evaluated, and what share of the time is the network's own.
-
-Runs ``evaluate_models.py model`` with the classifier of the demo's digits, on a recipe's network with random weights
-unless a model is given. What is not network, extractor or loading is scheduler, noise and files.
-"""
+"""How fast ``evaluate_models.py model`` generates and evaluates images of digits, and what share of the time is the
+network's own."""
 
 import statistics
 import tempfile
@@ -17,7 +14,7 @@ from imagenet64_diffusion.evaluation.images import GeneratedImages
 
 
 NETWORK, FEATURES, LOADING, REST = "network", "features", "loading the model", "everything else"
-SETTINGS = ("num_images", "num_inference_steps", "guidance_scale", "batch_size")
+SETTINGS = ("num_images", "num_inference_steps", "guidance_scale", "batch_size", "device")
 
 
 def measure(model: str, words: list[str], rounds: int, warmup: int) -> list[dict[str, float]]:
@@ -50,29 +47,30 @@ def main() -> None:
         model={"help": "pipeline folder (default: a recipe with random weights)"},
         config=("that recipe", "demo"),
     )
-    settings = {name: getattr(options, name) for name in SETTINGS}
-    words = [f"--{name}={value}" for name, value in settings.items()] + ["--device", options.device]
+    words = [f"--{name}={getattr(options, name)}" for name in SETTINGS]
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             make_pipeline(recipe_config(options.config, options.small)).save_pretrained(folder)
         rounds = measure(options.model or folder, words, options.repeats, warmup=0 if options.small else 1)
 
-    def rate(seconds: list[float]) -> dict[str, float]:
-        return spread(options.num_images / each for each in seconds)
+    def rate(part: str) -> dict[str, float]:
+        return spread(options.num_images / seconds[part] for seconds in rounds)
 
-    figures = {
-        "recipe": options.config if options.model is None else None,
-        **settings,
-        "rounds": options.repeats,
-        "images_per_second": rate([seconds["total"] for seconds in rounds]),
-        "images_per_second_of_the_network_alone": rate([seconds[NETWORK] for seconds in rounds]),
-        "features_images_per_second": rate([seconds[FEATURES] for seconds in rounds]),
-        "shares": {
-            part: statistics.median(seconds[part] / seconds["total"] for seconds in rounds)
-            for part in (NETWORK, FEATURES, LOADING, REST)
-        },
+    about = (
+        f"{options.num_images} images of {options.num_inference_steps} guided steps, {options.batch_size} at a time,"
+        f" by `evaluate_models.py model`. {options.repeats} rounds."
+    )
+    rates = {
+        "generated and evaluated": rate("total"),
+        "the network alone": rate(NETWORK),
+        "features alone": rate(FEATURES),
     }
-    publish("evaluation", figures, options, ["transformers"])
+    shares = {
+        part: 100 * statistics.median(seconds[part] / seconds["total"] for seconds in rounds)
+        for part in (NETWORK, FEATURES, LOADING, REST)
+    }
+    blocks = [about, ("", {"images/s": rates}), ("", {"share of the time, %": shares})]
+    publish("evaluation", options, blocks, ("transformers",))
 
 
 if __name__ == "__main__":

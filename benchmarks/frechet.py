@@ -1,17 +1,12 @@
-"""How long the Frechet distance takes at the size of Inception features.
+"""How long the Frechet distance takes at the size of Inception features, beside clean-fid (extra "eval")."""
 
-Ours and clean-fid's function (the extra "eval") get the same arrays alternately in one process: the covariances of
-10,000 correlated random features of 2048 numbers. OMP_NUM_THREADS sets the threads of both.
-"""
-
-import statistics
 import warnings
 from functools import partial
 
 import numpy as np
 from cleanfid import fid
 from performance_page import publish
-from report import alternate_seconds, parse_options
+from report import alternate_seconds, parse_options, ratios_to, spread
 
 from imagenet64_diffusion.evaluation import FeatureStatistics, frechet_distance
 
@@ -42,19 +37,16 @@ def main() -> None:
     calls = {"ours": partial(frechet_distance, *moments), "clean-fid": partial(fid.frechet_distance, *moments)}
     values = {name: call() for name, call in calls.items()}
     seconds = alternate_seconds(calls, options.rounds, warmup=0)
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["clean-fid"], strict=True)]
-    figures = {
-        "num_features": options.num_features,
-        "num_images": options.num_images,
-        "seconds": seconds,
-        "ratio_of_clean_fid_to_ours": {
-            "median": statistics.median(ratios),
-            "smallest": min(ratios),
-            "largest": max(ratios),
-        },
-        "relative_difference": abs(values["ours"] / values["clean-fid"] - 1),
-    }
-    publish("frechet", figures, options, ["clean-fid", "numpy", "scipy"])
+    ratio, difference = ratios_to("ours", seconds)["clean-fid"], abs(values["ours"] / values["clean-fid"] - 1)
+    blocks = [
+        f"The distance of two sets of {options.num_features} features of {options.num_images:,} images. The relative"
+        f" difference of the values is {difference:.1e}.",
+        (
+            "",
+            {"seconds": {name: spread(each) for name, each in seconds.items()}, "relative time": {"clean-fid": ratio}},
+        ),
+    ]
+    publish("frechet", options, blocks, ("clean-fid", "numpy", "scipy"))
 
 
 if __name__ == "__main__":

@@ -181,20 +181,15 @@ def kernels(
 @torch.no_grad()
 def compare(
     seconds: Mapping[str, list[float]], flops: Mapping[str, float], kernels: Mapping[str, Kernel], small: bool
-) -> dict[str, Any]:
-    """Ratios of the seconds of each round, and shares of the ceiling, as JSON values."""
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Columns with the ratios of the seconds of each round, and shares of the ceiling; and what the ceiling is."""
     rates = {}
     for name, (count, call) in kernels.items():
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         # the fastest call: other processes on the machine do not lower what it can do
-        rates[name] = count / min(timer.blocked_autorange(min_run_time=0.01 if small else 0.5).times) / 1e9
+        rates[name] = count / min(timer.blocked_autorange(min_run_time=0.01 if small else 0.5).times)
     best = max(rates, key=rates.__getitem__)
+    shares = {name: 100 * flops[name] / statistics.median(each) / rates[best] for name, each in seconds.items()}
+    columns = {"of the ceiling, %": shares, "relative time": ratios_to(OURS, seconds)}
     capability = torch.backends.cpu.get_cpu_capability()
-    ceilings = {"gflops": rates[best], "kernel": best, "kernels_gflops": rates, "cpu_capability": capability}
-    return {
-        "ratio_to_ours": ratios_to(OURS, seconds),
-        "share_of_ceiling": {
-            name: flops[name] / statistics.median(each) / rates[best] / 1e9 for name, each in seconds.items()
-        },
-        "ceilings": ceilings,
-    }
+    return columns, f"The ceiling is {rates[best] / 1e9:.4g} GFLOP/s ({best}, {capability})."

@@ -1,9 +1,6 @@
-"""What each correction of the original's design is worth, measured with the same budget.
+"""What each correction of the original's design is worth, with the same number of steps and the same computing time.
 
-Trains a small network on the 5,000 MNIST digits, first as the original program has it and then with one correction
-after the other, for the same number of steps and for the same computing time, with two seeds. A fixed classifier reads
-what every model generates without guidance. A second call resumes one that was stopped. Also writes charts and the
-table in docs/corrections.md:
+Trains small networks on digits, and has a fixed classifier read what they generate. A second call resumes:
 
     python benchmarks/quality.py --data outputs/demo/data --output_dir outputs/quality
 """
@@ -35,6 +32,7 @@ from imagenet64_diffusion.utils.chart_style import BLUE, ORANGE, finish_axes, sa
 PAGE = ROOT / "docs" / "corrections.md"
 MARKS = "<!-- table of benchmarks/quality.py -->\n", "<!-- end of the table -->\n"
 UNET_OPTIONS = ("time_embedding_type", "class_attention_type", "output_head_type")
+COSINE = "squaredcos_cap_v2"
 ORIGINAL = {
     "time_embedding_type": "original_interleaved",
     "class_attention_type": "identity",
@@ -48,10 +46,7 @@ CORRECTIONS = {
     "+ sinusoidal time encoding": {"time_embedding_type": "sinusoidal"},
     "+ class attention that attends": {"class_attention_type": "channel"},
     "+ convolutional head": {"output_head_type": "conv"},
-    "+ velocity, unclamped cosine (default)": {
-        "prediction_type": "v_prediction",
-        "beta_schedule": "squaredcos_cap_v2",
-    },
+    "+ velocity, unclamped cosine (default)": {"prediction_type": "v_prediction", "beta_schedule": COSINE},
 }
 CHANGES = {
     "default, no EMA": {"use_ema": False},
@@ -205,8 +200,8 @@ def main() -> None:
     run("evaluate_models.py", "reference", *words, *DIGITS_PROTOCOL)
     variants = dict(list(VARIANTS.items())[:: len(VARIANTS) - 1]) if options.small else VARIANTS
     results = evaluate_all(options, variants)
-    settings = {name: str(getattr(options, name)) for name in ("steps", "num_images", "num_inference_steps")}
-    write_result("quality", {"settings": settings, "seeds": options.seeds, "results": results}, options)
+    settings = {name: getattr(options, name) for name in ("steps", "num_images", "num_inference_steps", "seeds")}
+    write_result("quality", options, settings=settings, results=results)
     print(make_table(results))
     images = options.results_dir if options.small else ROOT / "docs" / "images"
     plot_bars(results, images / "quality.png")

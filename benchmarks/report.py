@@ -12,7 +12,7 @@ import statistics
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ DIGITS_PROTOCOL = ("--protocol", "classifier", "--weights", str(ROOT / "evaluati
 def parse_options(description: str, **options: Any) -> argparse.Namespace:
     """Parses the options of a benchmark: arguments of ``add_argument``, or help, default, and default with --small."""
     is_small = "--small" in sys.argv
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
     parser.set_defaults(device="cpu")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
     where = "folder of the JSON (default: benchmarks/results, with --small outputs/bench)"
@@ -76,17 +76,16 @@ def command_line() -> str:
 
 
 def write_result(
-    benchmark: str, figures: Mapping[str, Any], options: argparse.Namespace, libraries: Sequence[str] = ()
+    benchmark: str, options: argparse.Namespace, libraries: tuple[str, ...] = (), **figures: Any
 ) -> dict[str, Any]:
-    """Writes ``{results_dir}/{benchmark}-{processor}.json`` with the machine, and returns its content."""
+    """Writes {results_dir}/{benchmark}-{processor}.json with the machine, and returns its content."""
     machine = {"processor": processor(), "cores": os.cpu_count()}
     if options.device.startswith("cuda"):
         machine["gpu"] = processor(options.device)
     versions = {name: importlib.metadata.version(name) for name in sorted(("diffusers", "torch", *libraries))}
     machine |= {"python": platform.python_version(), **versions}
-    shared = {"command": command_line(), "device": options.device, "threads": torch.get_num_threads()}
     rounded = json.loads(json.dumps(figures), parse_float=lambda digits: float(f"{float(digits):.4g}"))
-    result = {**shared, **rounded, "machine": machine}
+    result = {"command": command_line(), "threads": torch.get_num_threads(), **rounded, "machine": machine}
     options.results_dir.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", processor(options.device).lower()).strip("-")
     file = options.results_dir / f"{benchmark}-{slug}.json"

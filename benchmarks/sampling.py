@@ -1,8 +1,4 @@
-"""A guided denoising step and whole images: our pipeline against a stock diffusers U-Net of as many operations.
-
-Both run alternately in one process, with random weights. A step is both branches of guidance and the scheduler. Beside
-the times stand the operations and their share of the ceiling (benchmarks/networks.py).
-"""
+"""A guided denoising step and whole images: our pipeline against a stock diffusers U-Net of as many operations."""
 
 import argparse
 import itertools
@@ -15,7 +11,7 @@ import networks
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from networks import OURS, STOCK
-from performance_page import publish
+from performance_page import cell, publish
 from report import DEVICE, alternate, alternate_seconds, parse_options, ratios_to, spread, timer
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
@@ -57,8 +53,8 @@ def step_seconds(generate: Callable[..., Any], steps: int) -> tuple[float, float
     return statistics.median(others), first - statistics.median(others)
 
 
-def measure_recipe(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Steps and whole images of one recipe, as JSON values."""
+def measure_recipe(recipe: str, options: argparse.Namespace) -> list[Any]:
+    """Steps and whole images of one recipe, as blocks of the page."""
     config, dtype = networks.recipe_config(recipe, options.small), getattr(torch, options.dtype)
     flops = networks.network_flops(ClassConditionalUNet2DModel, config)
     stock = networks.stock_config(config, flops)
@@ -79,20 +75,22 @@ def measure_recipe(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     images = {name: partial(loop, num_inference_steps=count) for name, loop in loops.items()}
     whole = alternate_seconds(images, options.image_repeats, warmup=0)
     kernels = networks.kernels(config, options.device, dtype, branches, options.small)
-    return {
-        "step_seconds": {name: spread(values) for name, values in seconds.items()},
-        **networks.compare(seconds, step_flops, kernels, options.small),
-        "once_per_call_seconds": spread(more for _, more in steps[OURS]),
-        "gflop_per_step": {name: flops / 1e9 for name, flops in step_flops.items()},
-        "image": {
-            "num_inference_steps": count,
-            "seconds_per_image": {
-                name: spread(value / options.batch_size for value in values) for name, values in whole.items()
-            },
-            "ratio_to_ours": ratios_to(OURS, whole),
+    columns, ceiling = networks.compare(seconds, step_flops, kernels, options.small)
+    columns = {
+        "seconds per step": {name: spread(values) for name, values in seconds.items()},
+        "GFLOP": {name: flops / 1e9 for name, flops in step_flops.items()},
+        **columns,
+        f"seconds per image of {count} steps": {
+            name: spread(value / options.batch_size for value in values) for name, values in whole.items()
         },
-        "stock": {key: stock[key] for key in ("block_out_channels", "layers_per_block")},
+        "relative time per image": ratios_to(OURS, whole),
     }
+    once = cell(statistics.median(more for _, more in steps[OURS]))
+    text = (
+        f"Our first step of a call takes {once} s more. Stock diffusers is a `UNet2DModel` of as many operations,"
+        f" widths {stock['block_out_channels']} with {stock['layers_per_block']} layers per block. {ceiling}"
+    )
+    return [(f"`{recipe}`", columns), text]
 
 
 def main() -> None:
@@ -107,15 +105,14 @@ def main() -> None:
         config={"nargs": "+", "default": RECIPES, "help": f"recipes (default: {' '.join(RECIPES)})"},
         dtype={"choices": ["float32", "bfloat16", "float16"], "default": "float32"},
     )
-    figures = {
-        "dtype": options.dtype,
-        "batch_size": options.batch_size,
-        "rounds": options.repeats,
-        "guidance_scale": GUIDANCE_SCALE,
-        "recipes": {recipe: measure_recipe(recipe, options) for recipe in options.config},
-    }
+    blocks: list[Any] = [
+        f"Guided steps in {options.dtype}, batches of {options.batch_size}: both branches and the scheduler."
+        f" {options.repeats} rounds."
+    ]
+    for recipe in options.config:
+        blocks += measure_recipe(recipe, options)
     chosen = "" if options.config == RECIPES else "-" + "-".join(name.replace("/", "_") for name in options.config)
-    publish(f"sampling-{options.dtype}-batch{options.batch_size}{chosen}", figures, options)
+    publish(f"sampling-{options.dtype}-batch{options.batch_size}{chosen}", options, blocks)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
-"""How long it takes until the first step: importing, loading, sampling.
-
-New processes alternate: one imports our pipeline, loads a full-size one with random weights and takes two steps; one
-imports diffusers' DiffusionPipeline alone; one only reads the file of the weights, which is in the page cache.
-"""
+"""How long it takes until the first step: importing, loading, sampling; beside new processes that only import
+DiffusionPipeline, or read the file of the weights."""
 
 import json
 import os
@@ -68,14 +65,13 @@ def main() -> None:
         for parts, rounds in found.items()
         for part, values in zip(parts, zip(*rounds, strict=True), strict=True)
     }
-    figures = {
-        "recipe": options.config,
-        "file_bytes": file_bytes,
-        "rounds": options.repeats,
-        "seconds": {part: spread(seconds[part]) for pair in COMPARED.items() for part in pair},
-        "ratios": {f"{part} to {other}": ratios_to(other, seconds)[part] for part, other in COMPARED.items()},
-    }
-    publish("startup", figures, options, ["safetensors"])
+    blocks = [
+        f"New processes; `{options.config}`, {file_bytes / 1e6:.0f} MB of weights in the page cache."
+        f" {options.repeats} rounds.",
+        ("", {"seconds": {part: spread(seconds[part]) for pair in COMPARED.items() for part in pair}}),
+        ("", {"ratio": {f"{part} to {other}": ratios_to(other, seconds)[part] for part, other in COMPARED.items()}}),
+    ]
+    publish("startup", options, blocks, ("safetensors",))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
-"""What a step of the training loop costs beside the network: shares of its time, and its pace against a plain loop.
+"""What a step of the training loop costs beside the network: shares of its time, and its pace against a plain loop,
+which has no accelerate and nothing that makes a run repeatable."""
 
-Steps of the demo's run alternate with those of a loop that has the same network, loss, clipping, AdamW and EMA, but no
-accelerate and none of what makes a run repeatable.
-"""
-
-import statistics
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +10,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
-from performance_page import publish
-from report import DIGITS_DATA, ROOT, alternate, parse_options, ratios_to, seconds_of, time_methods
+from performance_page import cell, publish
+from report import DIGITS_DATA, ROOT, alternate, parse_options, ratios_to, seconds_of, spread, time_methods
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.data.dataset import to_model_range
@@ -64,8 +60,8 @@ def plain_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-def measure(trainer: Trainer, rounds: int, stretch: int) -> dict[str, Any]:
-    """Shares of the time of our steps, and the ratio of each pair of stretches, as JSON values."""
+def measure(trainer: Trainer, rounds: int, stretch: int) -> list[Any]:
+    """Shares of the time of our steps, and the ratio of each pair of stretches, as blocks of the page."""
     step, parts = plain_step(trainer), time_methods(*PARTS)
     batches = image_batches(trainer.options, trainer.dataset, trainer.accelerator, 0)
 
@@ -74,23 +70,20 @@ def measure(trainer: Trainer, rounds: int, stretch: int) -> dict[str, Any]:
         return seconds_of(lambda: [trainer.take_step(batches) for _ in range(stretch)]), {**parts}
 
     found = alternate({"plain": lambda: seconds_of(lambda: [step() for _ in range(stretch)]), "ours": ours}, rounds)
-    pairs = {"plain": found["plain"], "ours": [seconds for seconds, _ in found["ours"]]}
-    total, ratio = sum(pairs["ours"]), ratios_to("ours", pairs)["plain"]
-    shares = {part: sum(each[part] for _, each in found["ours"]) / total for *_, part in PARTS}
+    pairs = {"the training loop": [seconds for seconds, _ in found["ours"]], "a plain loop": found["plain"]}
+    total = sum(pairs["the training loop"])
+    shares = {part: 100 * sum(each[part] for _, each in found["ours"]) / total for *_, part in PARTS}
+    shares = dict(sorted(shares.items(), key=lambda item: -item[1])) | {"everything else": 100 - sum(shares.values())}
+    shares["outside forward, backward and AdamW"] = 100 - sum(shares[part] for part in WORK)
     images = stretch * trainer.images_per_step
-    return {
-        "steps": rounds * stretch,
-        "milliseconds_per_step": 1000 * total / rounds / stretch,
-        "shares": {**shares, "everything else": 1 - sum(shares.values())},
-        "share_outside_forward_backward_optimizer": 1 - sum(shares[part] for part in WORK),
-        "pace": {
-            **{f"{name}_images_per_second": images / statistics.median(each) for name, each in pairs.items()},
-            "ratio": ratio["median"],
-            "ratio_quartiles": ratio["quartiles"],
-            "rounds": rounds,
-            "steps_in_a_stretch": stretch,
-        },
-    }
+    speeds = {name: spread(images / seconds for seconds in each) for name, each in pairs.items()}
+    return [
+        f"Parts of {rounds * stretch} steps of the demo's run, {cell(1000 * total / rounds / stretch)} ms each:",
+        ("", {"share, %": shares}),
+        "Beside a plain loop with the same network, loss, clipping, AdamW and EMA, in"
+        f" {rounds} pairs of stretches of {stretch} steps:",
+        ("", {"images/s": speeds, "relative time": ratios_to("the training loop", pairs)}),
+    ]
 
 
 def main() -> None:
@@ -102,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = {**demo, "train_data_dir": str(options.data), "output_dir": folder}
         trainer = Trainer(make_plan(TrainOptions(**settings), accelerator), accelerator)
-        publish("training", measure(trainer, options.rounds, options.stretch), options, ["accelerate"])
+        publish("training", options, measure(trainer, options.rounds, options.stretch), ("accelerate",))
 
 
 if __name__ == "__main__":

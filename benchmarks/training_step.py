@@ -1,8 +1,7 @@
 """A training step: our network, with and without gradient checkpointing, against a stock diffusers U-Net.
 
-All run alternately in one process, each with its own weights and AdamW. A step is forward, loss, backward and AdamW:
-the hybrid loss and fused AdamW for ours, the squared error of the noise prediction and torch's default AdamW for the
-stock network of as many operations. Peak memory is that of a process of its own.
+A step is forward, loss, backward and AdamW: the hybrid loss and fused AdamW for ours, the squared error of the noise
+prediction and torch's default AdamW for the stock network of as many operations.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import networks
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from networks import OURS, STOCK
-from performance_page import PRECISIONS, publish
+from performance_page import publish
 from report import DEVICE, alternate_seconds, in_own_process, parse_options, resident_bytes, spread
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
@@ -25,6 +24,7 @@ from imagenet64_diffusion.training.options import TrainOptions
 from imagenet64_diffusion.utils.memory import keep_freed_memory
 
 
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast"}
 CHECKPOINTED = "ours, gradient checkpointing"
 NAMES = (OURS, CHECKPOINTED, STOCK)
 
@@ -74,25 +74,22 @@ def peak_bytes(
     return torch.cuda.max_memory_allocated(options.device) if on_gpu else resident_bytes("VmHWM") - before
 
 
-def measure_pace(config: dict[str, Any], stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second, ratios and shares of the ceiling for each precision."""
-    cost = {name: estimate_cost(config, gradient_checkpointing=name == CHECKPOINTED) for name in NAMES[:2]}
-    flops = {name: each.training_flops for name, each in cost.items()}
+def measure_pace(config: dict[str, Any], stock: dict[str, Any], options: argparse.Namespace) -> list[tuple]:
+    """For each precision images per second, ratios and shares of the ceiling, as columns, and what the ceiling is."""
+    flops = {
+        name: estimate_cost(config, gradient_checkpointing=name == CHECKPOINTED).training_flops for name in NAMES[:2]
+    }
     flops[STOCK] = networks.network_flops(UNet2DModel, stock, backward=True)
+    batches = {name: options.batch_size * count for name, count in flops.items()}
     steps = {name: make_step(name, config, stock, options) for name in NAMES}
-    found = {}
+    found = []
     for precision in options.precision:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         seconds = alternate_seconds({name: partial(step, precision) for name, step in steps.items()}, options.repeats)
-        batches = {name: options.batch_size * count for name, count in flops.items()}
         kernels = networks.kernels(config, options.device, dtype, options.batch_size, options.small)
-        found[precision] = {
-            "images_per_second": {
-                name: spread(options.batch_size / value for value in values) for name, values in seconds.items()
-            },
-            **networks.compare(seconds, batches, kernels, options.small),
-            "gflop_per_image": {name: count / 1e9 for name, count in flops.items()},
-        }
+        speeds = {name: spread(options.batch_size / each for each in values) for name, values in seconds.items()}
+        columns, ceiling = networks.compare(seconds, batches, kernels, options.small)
+        found.append(({"images/s": speeds, **columns}, ceiling))
     return found
 
 
@@ -112,25 +109,24 @@ def main() -> None:
     config = networks.recipe_config(options.config, options.small)
     flops = estimate_cost(config).forward_flops
     stock = networks.stock_config(config, flops)
-    kept = options.device == "cpu" and keep_freed_memory()
+    if options.device == "cpu":
+        keep_freed_memory()
     # before the networks of the timing take their memory
-    peaks = {
-        precision: {
-            name: in_own_process(peak_bytes, name, precision, config, stock, options)
+    memory = [
+        {
+            name: in_own_process(peak_bytes, name, precision, config, stock, options) / 2**30
             for name in (NAMES[1:2] if options.small else NAMES)
         }
         for precision in options.precision
-    }
-    found = measure_pace(config, stock, options)
-    figures = {
-        "recipe": options.config,
-        "batch_size": options.batch_size,
-        "rounds": options.repeats,
-        "keeps_freed_memory": kept,
-        "stock": {key: stock[key] for key in ("block_out_channels", "layers_per_block")},
-        "precisions": {key: {**each, "peak_bytes": peaks[key]} for key, each in found.items()},
-    }
-    publish(f"training_step-{options.config.replace('/', '_')}-batch{options.batch_size}", figures, options)
+    ]
+    blocks: list[Any] = [
+        f"Steps of `{options.config}` with batches of {options.batch_size}: forward, loss, backward, AdamW."
+        f" {options.repeats} rounds. Memory is the peak of two steps, with weights and moments."
+    ]
+    pace = measure_pace(config, stock, options)
+    for precision, peaks, (columns, ceiling) in zip(options.precision, memory, pace, strict=True):
+        blocks += [(PRECISIONS[precision], {**columns, "memory, GiB": peaks}), ceiling]
+    publish(f"training_step-{options.config.replace('/', '_')}-batch{options.batch_size}", options, blocks)
 
 
 if __name__ == "__main__":
