@@ -123,14 +123,14 @@ def stock_config(config: Mapping[str, Any], flops: float) -> dict[str, Any]:
             "num_class_embeds": config["num_class_embeds"] + 1,
         }
 
-    # FLOPs are a polynomial in width (degree 2) and layers (degree 1), which six small networks determine
-    small = np.array([1, 2, 4]) * groups
+    # FLOPs by width are a line in width and in layers, which four small networks determine
+    small = np.array([1, 4]) * groups
     one, two = (
-        np.polyfit(small, [network_flops(UNet2DModel, options(int(width), layers)) for width in small], 2)
+        np.polyfit(small, [network_flops(UNet2DModel, options(int(width), layers)) / width for width in small], 1)
         for layers in (1, 2)
     )
     widths = np.arange(1, 1 + 4 * config["block_out_channels"][-1] // groups) * groups
-    errors = np.abs([np.polyval(one + layers * (two - one), widths) / flops - 1 for layers in range(3)])
+    errors = np.abs([np.polyval(one + layers * (two - one), widths) * widths / flops - 1 for layers in range(3)])
     layers, place = np.unravel_index(errors.argmin(), errors.shape)
     return options(int(widths[place]), int(layers) + 1)
 

@@ -1,10 +1,11 @@
-"""Follows the command lines of a page: runs what takes seconds, made small; parses all else with its own parser.
+"""Follows the command lines of a page: runs what takes a second, made small; parses all else with its own parser.
 
 A line that is neither is an error, so that no line of a page goes unchecked.
 """
 
 import argparse
 import importlib
+import itertools
 import re
 import runpy
 import subprocess
@@ -15,7 +16,6 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 import imagenet64_diffusion.utils.command_line
-from imagenet64_diffusion.tests.commands.processes import run_command
 from imagenet64_diffusion.tests.documents.pages import ROOT
 from imagenet64_diffusion.tests.documents.stand_ins import provide
 
@@ -25,9 +25,6 @@ COMMANDS = {
 }
 # Added to a line with all these words, the first entry that fits, to make it small, or to do without what must be
 # fetched. The last of two options wins.
-_FAST_TRAINING = (
-    "--train_batch_size 2 --report_to none --num_inference_steps 1 --num_sample_classes 1 --num_samples_per_class 1"
-)
 SMALLER = {
     "prepare_imagenet64 --source mnist": "--max_images 60",
     "generate_images": "--device cpu --num_inference_steps 2 --num_images_per_label 1",
@@ -36,12 +33,9 @@ SMALLER = {
     "evaluate_models sweep": "--device cpu --num_images 4 --num_inference_steps 2 --eta 0 --guidance_scale 1"
     " --protocol pixels",
     "evaluate_models classifier": "--epochs 1 --batch_size 4",
-    # a checkpoint brings its own network, of ten classes in 64x64, and has taken 600,000 steps
-    "train_imagenet64 --resume_from_checkpoint": f"{_FAST_TRAINING} --train_data_dir outputs/ten_classes"
-    " --max_train_steps 600001",
-    "train_imagenet64": f"{_FAST_TRAINING} --max_train_steps 1 --lr_warmup_steps 0 --stem_channels 8"
-    " --block_out_channels 8 --time_embed_dim 16 --class_embed_dim 16",
 }
+# parsed only: stand-ins are what they would make
+PARSED = ("app", "train_imagenet64")
 # what stands for "..." on a page
 ELIDED = {"--train_data_dir": "outputs/imagenet64", "--output_dir": "outputs/elided"}
 
@@ -55,11 +49,7 @@ class _ParsedError(Exception):
 
 
 def follow(words: list[str], made_by_page: set[str]) -> None:
-    """Runs or parses a command line in the current folder, of a page that has the reader write some files.
-
-    Raises:
-        CommandError: If it fails, or is of no known kind.
-    """
+    """Runs or parses a command line in the current folder, of a page that has the reader write some files."""
     match words:
         case ["accelerate", "launch", *rest]:
             launched = launch_command_parser().parse_args(rest)
@@ -97,25 +87,22 @@ def _follow_script(script: str, words: list[str]) -> None:
         _parse_script(Path(script), words)
         return
     is_whole = "..." not in words
-    if is_whole:
+    if not is_whole:
+        known = [word for word in words if word != "..." and word not in ELIDED]
+        words = [*known, *(word for option in ELIDED.items() for word in option)]
+    else:
         smaller = next((value for key, value in SMALLER.items() if {*key.split()} <= {name, *words}), "").split()
         if "classifier" in words:  # which needs nothing that must be fetched, instead of the pixels
             smaller = [word for word in smaller if word not in ("--protocol", "pixels")]
         words = [*words, *smaller]
-    else:
-        known = [word for word in words if word != "..." and word not in ELIDED]
-        words = [*known, *(word for option in ELIDED.items() for word in option)]
-    for before, word in zip(["", *words], words, strict=False):
-        # what is written is nobody's stand-in
-        if before not in ("--output_dir", "--output"):
-            provide(word)
-    if name == "train_imagenet64" and is_whole:
-        finished = run_command(name, *words, directory=Path.cwd())
-        _check(finished.returncode == 0, finished.stdout + finished.stderr)
-        return
     with pytest.MonkeyPatch.context() as patch:
-        if name == "app" or not is_whole:
+        if name in PARSED or not is_whole:
             patch.setattr(imagenet64_diffusion.utils.command_line, "call_command", lambda command, options: None)
+        else:
+            for before, word in itertools.pairwise(["", *words]):
+                # what is written is nobody's stand-in
+                if before not in ("--output_dir", "--output"):
+                    provide(word)
         try:
             code = importlib.import_module(f"imagenet64_diffusion.{name}").main(words)
         except SystemExit as stop:

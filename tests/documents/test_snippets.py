@@ -5,6 +5,7 @@ the root: see `stand_ins` and `commands`. Denoising steps in Python become 2, an
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,23 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def model_on_the_hub(online, monkeypatch, tmp_path) -> None:  # noqa: F811
+def model_on_the_hub(online, monkeypatch, tmp_path):  # noqa: F811
     """The digits' model under the id that the pages use, and a user who may write."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    # where diffusers copies the code of a repository before it imports it
+    # where diffusers copies the code of a repository before it imports it, which another test may have had elsewhere
     modules = tmp_path / "modules"
+    modules.mkdir()
+    forget_downloaded_code()
     monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(modules))
     monkeypatch.syspath_prepend(str(modules))
     ClassConditionalPipeline.from_pretrained(DIGITS).push_to_hub(HUB_ID)
+    yield
+    forget_downloaded_code()
+
+
+def forget_downloaded_code() -> None:
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
