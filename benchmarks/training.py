@@ -16,10 +16,9 @@ from report import DIGITS_DATA, ROOT, alternate, parse_options, ratios_to, secon
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.data.dataset import to_model_range
 from imagenet64_diffusion.training.components import build_optimizer, image_batches
-from imagenet64_diffusion.training.loop import Trainer
+from imagenet64_diffusion.training.loop import Trainer, make_plan
 from imagenet64_diffusion.training.objectives import HybridLoss
 from imagenet64_diffusion.training.options import TrainOptions
-from imagenet64_diffusion.training.plan import make_plan
 
 
 # what the network and its optimizer need; everything else is the loop's

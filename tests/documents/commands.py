@@ -95,14 +95,13 @@ def _follow_script(script: str, words: list[str]) -> None:
         if "classifier" in words:  # which needs nothing that must be fetched, instead of the pixels
             smaller = [word for word in smaller if word not in ("--protocol", "pixels")]
         words = [*words, *smaller]
+    for before, word in itertools.pairwise(["", *words]):
+        # what is written is nobody's stand-in
+        if before not in ("--output_dir", "--output"):
+            provide(word)
     with pytest.MonkeyPatch.context() as patch:
         if name in PARSED or not is_whole:
             patch.setattr(imagenet64_diffusion.utils.command_line, "call_command", lambda command, options: None)
-        else:
-            for before, word in itertools.pairwise(["", *words]):
-                # what is written is nobody's stand-in
-                if before not in ("--output_dir", "--output"):
-                    provide(word)
         try:
             code = importlib.import_module(f"imagenet64_diffusion.{name}").main(words)
         except SystemExit as stop:

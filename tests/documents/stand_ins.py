@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.prepare_imagenet64 import main as prepare
 from imagenet64_diffusion.pretrained import DIGITS
 from imagenet64_diffusion.tests.components import make_pipeline
@@ -43,6 +44,10 @@ def provide(name: str) -> None:
     if make is not None and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make(path)
+
+
+def _digits(folder: Path) -> None:
+    ClassConditionalPipeline.from_pretrained(DIGITS).save_pretrained(folder)
 
 
 def _pipelines(folder: Path) -> None:
@@ -107,8 +112,8 @@ def _originals(folder: Path) -> None:
 
 
 STAND_INS: dict[str, Callable[[Path], object]] = {
-    "outputs/demo/model": partial(shutil.copytree, DIGITS),
-    "outputs/res_res/model": partial(shutil.copytree, DIGITS),
+    "outputs/demo/model": _digits,
+    "outputs/res_res/model": _digits,
     "outputs/res_res/pipelines": _pipelines,
     "outputs/res_res_atn/pipelines": _pipelines,
     "outputs/imagenet64": lambda folder: _prepared(folder, inputs=ZIPS),
