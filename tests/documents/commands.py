@@ -40,14 +40,6 @@ PARSED = ("app", "train_imagenet64")
 ELIDED = {"--train_data_dir": "outputs/imagenet64", "--output_dir": "outputs/elided"}
 
 
-class CommandError(AssertionError):
-    """A line of a page that does not do what the page says."""
-
-
-class _ParsedError(Exception):
-    """A script has parsed its command line; it is not run."""
-
-
 def follow(words: list[str], made_by_page: set[str]) -> None:
     """Runs or parses a command line in the current folder, of a page that has the reader write some files."""
     match words:
@@ -56,33 +48,28 @@ def follow(words: list[str], made_by_page: set[str]) -> None:
             _follow_script(launched.training_script, launched.training_script_args)
         case ["python", "-m", "pytest", *files]:
             for file in files:
-                _check(file in made_by_page or Path(file).is_file(), f"there is no {file}")
+                assert file in made_by_page or Path(file).is_file(), f"there is no {file}"
         case ["python", "-m", module]:
             file = ROOT / f"{module.removeprefix('imagenet64_diffusion.').replace('.', '/')}.py"
-            _check('__name__ == "__main__"' in file.read_text(encoding="utf-8"), f"{module} does nothing when run")
+            assert '__name__ == "__main__"' in file.read_text(encoding="utf-8"), f"{module} does nothing when run"
         case ["python", script, *rest]:
             _follow_script(script, rest)
         case ["make", *targets]:
             rules = (ROOT / "Makefile").read_text(encoding="utf-8")
             for target in targets:
                 # make itself is content with a phony target that has no rule
-                _check(re.search(rf"^{target}:", rules, re.MULTILINE) is not None, f"there is no target {target}")
+                assert re.search(rf"^{target}:", rules, re.MULTILINE), f"there is no target {target}"
             dry = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
-            _check(dry.returncode == 0, dry.stderr)
+            assert dry.returncode == 0, dry.stderr
         case ["source", ".venv/bin/activate"]:
             pass
         case _:
-            raise CommandError("no test knows what to do with it: say so in tests/documents/commands.py")
-
-
-def _check(is_right: bool, reason: str) -> None:
-    if not is_right:
-        raise CommandError(reason)
+            raise AssertionError("no test knows what to do with it: say so in tests/documents/commands.py")
 
 
 def _follow_script(script: str, words: list[str]) -> None:
     name = script.removesuffix(".py")
-    _check(Path(script).is_file(), f"there is no script {script}")
+    assert Path(script).is_file(), f"there is no script {script}"
     if name not in COMMANDS:
         _parse_script(Path(script), words)
         return
@@ -106,7 +93,7 @@ def _follow_script(script: str, words: list[str]) -> None:
             code = importlib.import_module(f"imagenet64_diffusion.{name}").main(words)
         except SystemExit as stop:
             code = stop.code
-    _check(code == 0, f"exit code {code}")
+    assert code == 0, f"exit code {code}"
 
 
 def _parse_script(script: Path, words: list[str]) -> None:
@@ -115,16 +102,12 @@ def _parse_script(script: Path, words: list[str]) -> None:
 
     def parse_and_stop(parser: argparse.ArgumentParser, *arguments, **options) -> None:
         parse(parser, *arguments, **options)
-        raise _ParsedError
+        sys.exit("parsed")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(script.resolve().parent))
         patch.setattr(sys, "argv", [str(script), *words])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        try:
+        with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(script), run_name="__main__")
-        except _ParsedError:
-            return
-        except SystemExit as stop:
-            raise CommandError(f"exit code {stop.code}") from stop
-    raise CommandError(f"{script} parsed no command line")
+    assert stop.value.code == "parsed", f"exit code {stop.value.code}"
