@@ -1,8 +1,4 @@
-"""Small files and folders under the names that the pages use: `outputs/demo/model`, `model_469e_600000s.pkl`, ...
-
-A page is followed in a folder that looks like the root of the repository, but for its own `outputs`. What a command
-reads and no earlier one has written is made by the table at the end.
-"""
+"""Small files and folders under the names that the pages use, for what no earlier command of a page has written."""
 
 import json
 import pickle

@@ -66,29 +66,20 @@ def test_links(file):
 
 def test_what_is_wrong_with_a_link(tmp_path):
     page = tmp_path / "text.md"
-    page.write_text("""# A *first* `heading`, (with_signs) & more
-
-Über GPUs & all
-===============
-
-[here](#twice) [there][1] ![seen](a.png) `[not](a-link.md)`
-
-    [not](a-link.md) either
-
-| [in a table](b.md) |
-|---|
-
-[1]: other.md "title"
-""")
-    assert read(page) == (
-        {"#twice": False, "other.md": False, "a.png": True, "b.md": False},
-        {"a-first-heading-with_signs--more", "über-gpus--all"},
-    )
+    page.write_text("# A *first* `heading`, (with_signs) & more\n\nÜber GPUs & all\n===============\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "an image.png").touch()
     absolute = "is absolute: give the path from this file"
     expected = {
-        **dict.fromkeys(["text.md", "text.md#über-gpus--all", "#über-gpus--all", "folder", "folder/an%20image.png"]),
+        **dict.fromkeys(
+            [
+                "text.md",
+                "text.md#a-first-heading-with_signs--more",
+                "#über-gpus--all",
+                "folder",
+                "folder/an%20image.png",
+            ]
+        ),
         "https://example.org/x#y": None,
         "nothing.md": "leads nowhere",
         "text.md#thrice": "text.md has no heading #thrice",

@@ -85,7 +85,6 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     [
         ("python generate_images.py --class_label 3 --steps 5", "exit code 2"),
         ("python train_imagenet64.py --no_such_option 1 ...", "exit code 2"),
-        ("accelerate launch --num_procs 2 train_imagenet64.py ...", None),
         ("accelerate launch nothing.py", "there is no script nothing.py"),
         ("python benchmarks/data.py --no_such_option", "exit code 2"),
         ("python docs/nothing.py", "there is no script"),
@@ -101,13 +100,9 @@ def test_a_wrong_line_is_found(root, line, reason):
 
 def test_every_kind_of_block_is_known(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("text\n\n    make test  # all\n    python a.py \\\n        --b 1\n\n```yaml\na: 1\n```\n")
-    with pytest.raises(ValueError, match=r"page.md:7: a block of 'yaml' is neither run nor checked"):
+    page.write_text("text\n\n```yaml\na: 1\n```\n")
+    with pytest.raises(ValueError, match=r"page.md:3: a block of 'yaml' is neither run nor checked"):
         read_blocks(page)
-    page.write_text(page.read_text().replace("yaml", "python"))
-    shell, python = read_blocks(page)
-    assert commands(shell) == [(3, ["make", "test"]), (4, ["python", "a.py", "--b", "1"])]
-    assert (python.kind, python.text, python.line) == ("python", "a: 1", 8)
 
 
 def test_scripts_of_the_root_are_all_known():
