@@ -138,9 +138,9 @@ def _open_file(path: pathlib.Path) -> _ImageFile:
 def _read_class_names(array: NpzArray) -> list[str]:
     if array.dtype.kind != "U" or len(array.shape) != 1:
         raise DataError(f"{array.name} is {array.dtype} of shape {array.shape} instead of text (classes,)")
-    with naming_damage(array.name):
+    with naming_damage(array.name, SystemError):
         names = [name for rows in read_rows(array) for name in rows.tolist()]
-        # numpy makes strings also of half characters
+        # numpy makes strings also of half characters, and Python no characters of some numbers
         "".join(names).encode()
     if "" in names or not names:
         raise DataError(f"{array.name} is {names!r:.100}, but every class needs a name")
