@@ -122,37 +122,20 @@ def test_class_folders_leave_nothing_behind(here):
 
 def test_npz_files_of_four_channels(here, capsys):
     pixels, labels = np.random.default_rng(0).integers(0, 256, (90, 8, 12, 4), dtype=np.uint8), np.arange(90) % 3
-    class_names = ["cytoplasm", "membrane", "nucleus"]
-    (here / "in").mkdir()
-
-    def write() -> pathlib.Path:
-        for part, rows in ((2, slice(20)), (10, slice(20, 90))):
-            path = here / "in" / f"part{part}.npz"
-            np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=class_names)
-        return path
-
-    path = write()
-    arguments = ["--source", "npz", "--input", "in", "--output_dir", "out"]
+    for part, rows in ((2, slice(20)), (10, slice(20, 90))):
+        path = here / f"part{part}.npz"
+        np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=["ER", "nucleus", "wall"])
+    arguments = ["--source", "npz", "--input", ".", "--output_dir", "out"]
     assert run(*arguments) == 0
     output = capsys.readouterr().out
-    assert output.startswith("reading 2 .npz files: in/part2.npz, in/part10.npz\n")
+    assert output.startswith("reading 2 .npz files: part2.npz, part10.npz\n")
     assert "prepared out: 90 images, 3 classes, 12x8 4-channel, 0.0 MB in " in output
     images = PreparedImages("out")
-    assert (images.channels, images.image_size, images.class_names) == (4, (8, 12), class_names)
-    batch = images[list(range(90))]
-    np.testing.assert_array_equal(batch["pixel_values"], np.moveaxis(pixels, -1, 1))
-    np.testing.assert_array_equal(batch["class_labels"], labels)
-    # another pixel in a file of the same name
-    pixels[50, 3, 3, 3] ^= 1
-    write()
-    assert run(*arguments) == 2
-    assert "error: --output_dir out holds other images" in capsys.readouterr().err
+    assert (images.channels, images.image_size, images.id2label[1]) == (4, (8, 12), "nucleus")
+    np.testing.assert_array_equal(images[list(range(90))]["pixel_values"], np.moveaxis(pixels, -1, 1))
     path.write_bytes(path.read_bytes()[:-100])
     assert run(*arguments, "--overwrite") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: in/part10.npz cannot be read")
-    assert error.count("\n") == 1
-    assert names(here) == ["in", "out"]
+    assert capsys.readouterr().err.startswith("error: part10.npz cannot be read")
     assert len(PreparedImages("out")) == 90
 
 
@@ -271,18 +254,16 @@ def test_digits_from_python(tmp_path, capsys):
     options = PrepareOptions(output_dir=str(tmp_path / "out"), source="mnist")
     assert prepare(options) == tmp_path / "out"
     assert prepare(options) == tmp_path / "out"
-    assert (
-        capsys.readouterr().out.splitlines()[-1].startswith("already prepared: 5,000 images, 10 classes, 32x32 gray")
-    )
+    output = capsys.readouterr().out.splitlines()
+    assert output[-1].startswith("already prepared: 5,000 images, 10 classes, 32x32 gray")
     record = PreparedImages(tmp_path / "out").preparation
     assert record.class_names == [str(digit) for digit in range(10)]
     assert record.images_per_class == [500] * 10
-    loaded = datasets.load_from_disk(str(tmp_path / "out"))
-    pixels = np.stack([np.frombuffer(row, np.uint8).reshape(32, 32) for row in loaded["pixels"]])
+    batch = PreparedImages(tmp_path / "out")[range(5000)]
+    pixels, labels = batch["pixel_values"][:, 0].numpy(), batch["class_labels"].numpy()
     assert pixels.max() == 255
     padding = np.ones((32, 32), bool)
     padding[2:-2, 2:-2] = False
     assert not pixels[:, padding].any()
     # the middle of a zero is empty, that of a one is inked
-    labels = np.array(loaded["label"])
     assert pixels[labels == 0, 14:18, 14:18].mean() < 60 < pixels[labels == 1, 14:18, 14:18].mean()

@@ -209,39 +209,28 @@ def test_files_that_do_not_belong_together(tmp_path, arrays, message):
     refused(message, NpzSource, [tmp_path])
 
 
-def test_damaged_files(tmp_path):
-    images, labels = make(height=32, width=32)
-    path = tmp_path / "images.npz"
-    for save in (np.savez, np.savez_compressed):
-        save(path, images=images, labels=labels)
-        whole = path.read_bytes()
-        # a flipped byte among the pixels is found by the checksum
-        flipped = bytearray(whole)
-        flipped[len(whole) // 2] ^= 0xFF
-        for content in (*(whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)), flipped, b"<html>"):
-            path.write_bytes(content)
-            refused(r"images\.npz.* cannot be read", NpzSource, [path])
-
-
-def test_any_damaged_byte_is_a_data_error_or_does_no_harm(tmp_path):
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_anywhere_is_a_data_error_or_does_no_harm(tmp_path, save):
     images, labels = make(num_images=4, num_classes=4)
     path = tmp_path / "images.npz"
-    np.savez(path, images=images, labels=labels, class_names=np.array(["a", "b", "c", "d"]))
+    save(path, images=images, labels=labels, class_names=np.array(["a", "b", "c", "d"]))
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         # the directory after the members is left alone: it has the names, and labels of another name are no labels
         members_end = archive.start_dir
     generator = np.random.default_rng(0)
+    damaged = [whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)] + [b"<html>"]
+    for position in generator.permutation(members_end)[:150]:
+        damaged.append(bytearray(whole))
+        damaged[-1][position] ^= generator.integers(1, 256)
     refusals = []
-    for position in generator.permutation(members_end)[:300]:
-        changed = bytearray(whole)
-        changed[position] ^= generator.integers(1, 256)
-        path.write_bytes(changed)
+    for content in damaged:
+        path.write_bytes(content)
         try:
             assert assert_reads(NpzSource([path]), tmp_path, images, labels) == ["a", "b", "c", "d"]
         except DataError as error:
             refusals.append(str(error))
-    assert len(refusals) > 200
+    assert len(refusals) > 100
     assert all("images.npz" in refusal for refusal in refusals)
 
 

@@ -74,7 +74,7 @@ def test_datasets_reads_every_image(tmp_path, images):
         assert again.fingerprint == record.fingerprint
 
 
-@pytest.mark.parametrize("max_images", [1, 10, 15, 95, 1000])
+@pytest.mark.parametrize("max_images", [1, 10, 15, 1000])
 def test_max_images(tmp_path, images, max_images):
     record = write_prepared(tmp_path / "out", ArraySource(*images), max_images)
     loaded = datasets.load_from_disk(str(tmp_path / "out"))
@@ -84,7 +84,6 @@ def test_max_images(tmp_path, images, max_images):
 
 def test_finished_is_found_and_other_contents_are_refused(tmp_path, images):
     out, source = tmp_path / "out", ArraySource(*images)
-    assert find_finished(out, source, None) is None
     out.mkdir()
     assert find_finished(out, source, None) is None
     record = write_prepared(out, source)
@@ -163,17 +162,13 @@ def test_no_images_equal_names_and_two_writers_are_errors(tmp_path, images):
 def test_damaged_folders_are_named(tmp_path, images):
     out = tmp_path / "out"
     write_prepared(out, ArraySource(*images))
-    text = (out / "preparation.json").read_text()
-    for change, message in [
-        ({"format": "other"}, "not the record of .*'format': 'other'"),
-        ({"format_version": 99}, "'format_version': 99"),
-        ({"colour": "red"}, "not the record of .*colour"),
-        (None, "not the record"),
-    ]:
-        (out / "preparation.json").write_text(json.dumps(json.loads(text) | change) if change else "{")
-        with pytest.raises(DataError, match=message):
+    record = out / "preparation.json"
+    text = record.read_text()
+    for change in ({"format": "other"}, {"format_version": 99}, {"colour": "red"}, None):
+        record.write_text(json.dumps(json.loads(text) | change) if change else "{")
+        with pytest.raises(DataError, match=f"not the record of .*{next(iter(change)) if change else ''}"):
             Preparation.read(out)
-    (out / "preparation.json").write_text(text)
+    record.write_text(text)
     arrow = next(out.glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:-1])
     for found in ("[0-9,]+", "0"):

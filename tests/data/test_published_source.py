@@ -86,15 +86,13 @@ def test_labels_of_numpy_kinds_and_python_2_keys(tmp_path):
 
 def test_inputs_without_batches(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("")
     np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8), [0, 1])
     val = write_batch(tmp_path / "val_data", *make_batches(1)[0])
     for inputs, split, message in [
         ([], "train", "--input is missing"),
         ([tmp_path / "nowhere"], "train", "nowhere: no such file"),
         ([tmp_path / "empty"], "train", "the folder holds no ImageNet-64 zips or batches"),
-        ([tmp_path / "notes.txt"], "train", r"notes\.txt: holds no train_data_batch_1 to 10"),
-        ([tmp_path / "images.npz"], "train", r"images\.npz: holds no .*--source npz"),
+        ([tmp_path / "images.npz"], "train", r"images\.npz: holds no train_data_batch_1 to 10.*--source npz"),
         ([val], "train", "--split validation reads val_data"),
         ([tmp_path], "test", "--split test: ImageNet-64 has only the splits train and validation"),
     ]:
@@ -107,24 +105,22 @@ def test_damaged_zips_are_named(tmp_path):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     for content, message in [
-        (whole[: len(whole) // 2], r"part1\.zip cannot be read"),
-        (b"<!DOCTYPE html><html>Not found</html>", r"part1\.zip cannot be read"),
+        (whole[: len(whole) // 2], "cannot be read"),
+        (b"<!DOCTYPE html><html>Not found</html>", "cannot be read"),
         # found by the checksum of the entry
-        (flipped, r"part1\.zip entry train_data_batch_3 cannot be read"),
+        (flipped, "entry train_data_batch_3 cannot be read"),
     ]:
         part1.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_all(PublishedSource([part1]), tmp_path / "work")
+        refused(rf"part1\.zip {message}", PublishedSource, [part1])
     entry = pickle.dumps(dict(zip(("data", "labels"), make_batches(1)[0], strict=True)))
     for content, message in [
         (entry[:-50], "cannot be read"),
         (b"cposix\nsystem\n.", r".*wants posix\.system"),
-        (b"<html>", "is a web page"),
+        (b"<html>", "cannot be read"),
     ]:
         with zipfile.ZipFile(part1, "w") as archive:
             archive.writestr("train_data_batch_1", content)
-        with pytest.raises(ValueError, match=rf"part1\.zip entry train_data_batch_1 {message}"):
-            read_all(PublishedSource([part1]), tmp_path / "work")
+        refused(rf"part1\.zip entry train_data_batch_1 {message}", PublishedSource, [part1])
 
 
 PIXELS, LABELS = np.zeros((10, 192), np.uint8), list(range(1, 11))
@@ -132,45 +128,36 @@ WRONG_LABELS = '"labels", which must be a list of integers'
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("data", "labels", "message"),
     [
-        ({"data": PIXELS}, 'has no "labels"'),
-        ({"labels": [1]}, 'has no "data"'),
-        ({"data": [PIXELS], "labels": LABELS}, 'has "data" that is list of shape None'),
-        (
-            {"data": PIXELS.astype(np.float32), "labels": LABELS},
-            r'"data" that is float32 of shape \(10, 192\) instead',
-        ),
-        ({"data": PIXELS.astype(np.int8), "labels": LABELS}, "that is int8 of"),
-        ({"data": PIXELS.reshape(10, 3, 8, 8), "labels": LABELS}, r"of shape \(10, 3, 8, 8\) instead of uint8"),
-        ({"data": PIXELS[:, :191], "labels": LABELS}, r"of shape \(10, 191\) instead of"),
-        ({"data": PIXELS[:, :189], "labels": LABELS}, r"of shape \(10, 189\) instead of"),
-        ({"data": PIXELS[:0], "labels": []}, r"of shape \(0, 192\) instead of"),
-        ({"data": PIXELS, "labels": LABELS[:-1]}, "of shape \\(9,\\) instead of 10 integers"),
-        ({"data": PIXELS, "labels": [0, *LABELS[1:]]}, "the label 0 for image 0, but they go from 1 to 1000"),
-        ({"data": PIXELS, "labels": [*LABELS[1:], 1001]}, "the label 1001 for image 9, but they go from 1 to 1000"),
-        ({"data": PIXELS, "labels": [*LABELS[1:], -1]}, "has the label -1"),
-        ({"data": PIXELS, "labels": [*LABELS[1:], 2**70]}, "cannot be read"),
-        ({"data": PIXELS, "labels": [*LABELS[1:], 1.0]}, WRONG_LABELS),
-        ({"data": PIXELS, "labels": [*LABELS[1:], True]}, WRONG_LABELS),
-        ({"data": PIXELS, "labels": [*LABELS[1:], "7"]}, WRONG_LABELS),
-        ({"data": PIXELS, "labels": dict.fromkeys(LABELS)}, WRONG_LABELS),
-        ({"data": PIXELS, "labels": np.array(LABELS, np.float64)}, '"labels" is float64'),
-        ({"data": PIXELS, "labels": np.array([LABELS])}, r"shape \(1, 10\) instead of 10 integers"),
+        (PIXELS, None, 'has no "labels"'),
+        (None, LABELS, 'has no "data"'),
+        ([PIXELS], LABELS, 'has "data" that is list of shape None'),
+        (PIXELS.astype(np.float32), LABELS, r'"data" that is float32 of shape \(10, 192\) instead'),
+        (PIXELS.reshape(10, 3, 8, 8), LABELS, r"of shape \(10, 3, 8, 8\) instead of uint8"),
+        (PIXELS[:, :191], LABELS, r"of shape \(10, 191\) instead of"),
+        (PIXELS[:, :189], LABELS, r"of shape \(10, 189\) instead of"),
+        (PIXELS[:0], [], r"of shape \(0, 192\) instead of"),
+        (PIXELS, LABELS[:-1], "of shape \\(9,\\) instead of 10 integers"),
+        (PIXELS, [0, *LABELS[1:]], "the label 0 for image 0, but they go from 1 to 1000"),
+        (PIXELS, [*LABELS[1:], 1001], "the label 1001 for image 9, but they go from 1 to 1000"),
+        (PIXELS, [*LABELS[1:], 2**70], '"labels" is object of shape'),
+        *((PIXELS, [*LABELS[1:], label], WRONG_LABELS) for label in (1.0, True, "7", np.ndarray)),
+        (PIXELS, dict.fromkeys(LABELS), WRONG_LABELS),
+        (PIXELS, np.array(LABELS, np.float64), '"labels" is float64'),
+        (PIXELS, np.array([LABELS]), r"shape \(1, 10\) instead of 10 integers"),
     ],
 )
-def test_wrong_batches(tmp_path, content, message):
-    path = tmp_path / "train_data_batch_1"
-    path.write_bytes(pickle.dumps(content))
-    refused(f"train_data_batch_1 .*{message}", PublishedSource, [path])
+def test_wrong_batches(tmp_path, data, labels, message):
+    content = {key: value for key, value in (("data", data), ("labels", labels)) if value is not None}
+    (tmp_path / "train_data_batch_1").write_bytes(pickle.dumps(content))
+    refused(f"train_data_batch_1 .*{message}", PublishedSource, [tmp_path])
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"data": PIXELS}, 'has no "labels" .*--source npz'),
-        ({"data": PIXELS, "labels": LABELS[:9]}, "instead of 10 integers"),
-        ({"data": PIXELS, "labels": np.array(LABELS) * 1.0}, '"labels" is float64'),
         ({"data": PIXELS, "labels": np.array(LABELS) - 1}, "has the label 0"),
         ({"data": PIXELS.astype(object), "labels": LABELS}, 'has "data" that is object'),
         ({"data": np.asfortranarray(PIXELS), "labels": LABELS}, 'array "data" is in Fortran order'),
