@@ -28,7 +28,7 @@ def naming_damage(name: str, *more: type[Exception]) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (*_READING_ERRORS, *more) as error:
+    except _READING_ERRORS + more as error:
         # a damaged offset points outside of the file, and bz2 has no number for its errors; the rest is the system's
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise

@@ -79,8 +79,8 @@ class ImageDatasetSource(ImageSource):
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.inputs) <= 1 + (self.kind == "dataset"):
-            wanted = {"dataset": "a dataset id or folder (and a configuration)", "imagefolder": "a folder of classes"}
-            raise DataError(f"--input has {len(self.inputs)} values, but {self.kind} takes {wanted[self.kind]}")
+            wanted = "a dataset takes its id or folder (and a configuration), an imagefolder a folder of classes"
+            raise DataError(f"--input has {len(self.inputs)} values, but {wanted}")
         if self.kind == "imagefolder" and (self.image_column or self.label_column):
             raise DataError("--image_column and --label_column are for --source dataset, not for class folders")
         options = dataclasses.asdict(self)

@@ -6,24 +6,16 @@ its samples. Without labels all images are of one class. "class_names", text (cl
 it their names are the numbers, "0" to the largest label.
 """
 
+import collections
 import pathlib
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .errors import DataError, naming_damage
-from .sources import (
-    MOST_UNNAMED_CLASSES,
-    ImageBlock,
-    ImageSource,
-    ImageStream,
-    check_labels,
-    check_split,
-    first_repeated,
-    label_blocks,
-)
+from .sources import MOST_UNNAMED_CLASSES, ImageSource, ImageStream, check_labels, check_split, label_blocks
 from .stored_arrays import NpzArray, open_arrays, read_rows
 
 
@@ -69,11 +61,12 @@ class NpzSource(ImageSource):
         unnamed = [str(label) for label in range(largest + 1)] if first.has_labels else ["image"]
         _, height, width, channels = first.images.shape
         num_images = sum(len(file.labels) for file in self._files)
-        return ImageStream(first.class_names or unnamed, (channels, height, width), num_images, self._blocks())
-
-    def _blocks(self) -> Generator[ImageBlock, None, None]:
-        for file in self._files:
-            yield from label_blocks((rows.transpose(0, 3, 1, 2) for rows in read_rows(file.images)), file.labels)
+        blocks = (
+            block
+            for file in self._files
+            for block in label_blocks((rows.transpose(0, 3, 1, 2) for rows in read_rows(file.images)), file.labels)
+        )
+        return ImageStream(first.class_names or unnamed, (channels, height, width), num_images, blocks)
 
 
 def find_files(
@@ -92,7 +85,8 @@ def find_files(
         found += sorted(inside, key=natural_order) if item.is_dir() else [item]
     if not found:
         raise DataError(f"--input {' '.join(map(str, inputs))}: the folder holds no {what}")
-    if repeated := first_repeated([path.resolve() for path in found]):
+    ((repeated, count),) = collections.Counter(path.resolve() for path in found).most_common(1)
+    if count > 1:
         raise DataError(f"--input names {repeated} twice")
     return found
 
@@ -142,6 +136,6 @@ def _read_class_names(array: NpzArray) -> list[str]:
         names = [name for rows in read_rows(array) for name in rows.tolist()]
         # numpy makes strings also of half characters, and Python no characters of some numbers
         "".join(names).encode()
-    if "" in names or not names:
-        raise DataError(f"{array.name} is {names!r:.100}, but every class needs a name")
+    if "" in names or not names or len(set(names)) < len(names):
+        raise DataError(f"{array.name} is {names!r:.100}, but every class needs a name of its own")
     return names

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from ..utils.atomic_write import atomic_folder, lock_path, only_writer
-from .sources import DataError, ImageSource, first_repeated
+from ..utils.atomic_write import atomic_folder, only_writer
+from .sources import DataError, ImageSource
 
 
 RECORD_NAME = "preparation.json"
@@ -58,12 +58,8 @@ class Preparation:
         """Reads preparation.json; DataError if it is none of this version, or a file that it names is not whole."""
         path = folder / RECORD_NAME
         if not path.is_file():
-            what, hint = f"it has no {RECORD_NAME}", "make one with imagenet64-prepare"
-            if not folder.exists():
-                what = "no such folder"
-                if lock_path(folder.absolute()).exists():
-                    hint = "imagenet64-prepare is still writing it, or was killed: wait for it, or run it again"
-            raise DataError(f"{folder} is not a prepared dataset ({what}): {hint}")
+            hint = "make one with imagenet64-prepare, or wait until it has written it"
+            raise DataError(f"{folder} is not a prepared dataset: there is no {RECORD_NAME} in it; {hint}")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             found = {name: record.pop(name) for name in _FORMAT}
@@ -91,8 +87,6 @@ def find_finished(
     output_dir: pathlib.Path, source: ImageSource, max_images: int | None, overwrite: bool = False
 ) -> Preparation | None:
     """The record of what output_dir already holds, None where it is to be written; DataError for other contents."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise DataError(f"--output_dir {output_dir} is a file: name a folder")
     names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     foreign = sorted(name for name in names if overwrite and not _OWN_NAMES.fullmatch(name))
     if names and (foreign or RECORD_NAME not in names):
@@ -147,8 +141,6 @@ def _write_images(folder: pathlib.Path, source: ImageSource, scratch: pathlib.Pa
 
     stream = source.open(scratch)
     class_names = stream.class_names
-    if repeated := first_repeated(class_names):
-        raise DataError(f"two classes are called {repeated!r}: each needs a name of its own")
     labels_feature = datasets.ClassLabel(names=class_names)
     features = datasets.Features({PIXELS_COLUMN: datasets.Value("binary"), LABEL_COLUMN: labels_feature})
     schema = features.arrow_schema

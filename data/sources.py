@@ -1,9 +1,8 @@
 """What every source of images offers, and the source of MNIST digits."""
 
-import collections
 import dataclasses
 import pathlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,11 +48,6 @@ class ImageSource:
     def open(self, work_folder: pathlib.Path) -> ImageStream:
         """Starts reading, and may raise DataError; temporary files go to the work folder, which must exist."""
         raise NotImplementedError
-
-
-def first_repeated(values: Sequence[Any]) -> Any:
-    """The first value that comes again; None where all are different."""
-    return next((value for value, count in collections.Counter(values).items() if count > 1), None)
 
 
 def check_split(split: str, what: str, *known: str) -> None:

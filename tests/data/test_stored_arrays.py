@@ -111,10 +111,9 @@ def test_attacks_are_refused_by_name_and_nothing_runs(tmp_path, name):
         # what follows would prove nothing with pickles that do not work
         pickle.loads(content)
         marker.unlink()
-    with pytest.raises(DataError, match="the batch") as caught:
+    with pytest.raises(DataError, match=f"the batch.*{named}"):
         read(tmp_path / "batch", content)
     assert not marker.exists()
-    assert named in str(caught.value)
 
 
 def test_what_numpy_would_believe_of_memory_is_refused(tmp_path):
