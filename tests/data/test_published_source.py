@@ -83,6 +83,14 @@ def test_labels_of_numpy_kinds_and_python_2_keys(tmp_path):
     assert_reads(PublishedSource([path]), tmp_path / "work", [(pixels, labels)])
 
 
+def test_a_file_that_is_shortened_while_it_is_read_does_no_harm(tmp_path):
+    ((pixels, labels),) = make_batches(1)
+    path = write_batch(tmp_path / "train_data_batch_1", pixels, labels)
+    blocks = PublishedSource([path]).open(tmp_path).blocks
+    path.write_bytes(b"")
+    np.testing.assert_array_equal(np.concatenate([block.pixels for block in blocks]), pixels.reshape(-1, 3, 8, 8))
+
+
 def test_inputs_without_batches(tmp_path):
     np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8), [0, 1])
     val = write_batch(tmp_path / "val_data", *make_batches(1)[0])
