@@ -1,6 +1,7 @@
 """Images by their number, so that ranks share them and stopped work resumes."""
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -20,7 +21,7 @@ import torch
 
 from ..data.dataset import PreparedImages
 from ..data.errors import DataError
-from ..data.image_source import ImageDatasetSource, convert_image, decode_image
+from ..data.image_source import ImageDatasetSource, decode_image
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
 from ..pipelines.generation import class_id, open_model, plain_config, sample_images, weights_digest
@@ -162,8 +163,11 @@ class _DecodedBatches(ImageBatches):
         else:
             # what datasets writes for local files lies here as long as the images are used
             self._work_folder = tempfile.TemporaryDirectory(prefix="imagenet64_images_")
-            loaded = found.load(Path(self._work_folder.name), needs_labels=False)
-            self._source, self._images, self._labels = found.summary, loaded.images, loaded.labels
+            dataset, self._images = found.load(Path(self._work_folder.name))
+            self._source = found.summary
+            # without a column of them, or more than one, or no whole one
+            with contextlib.suppress(DataError):
+                self._labels, *_ = found.read_labels(dataset)
         if not len(self._images):
             raise DataError(f"{self._source} has no images")
         # Pillow's decoders run without the interpreter's lock
@@ -192,7 +196,7 @@ class _DecodedBatches(ImageBatches):
     def _decode(self, number: int) -> np.ndarray:
         (stored,) = self._images[number].values()
         name = (stored and stored["path"]) or f"{self._source} image {number}"
-        pixels = decode_image(stored, name, lambda image: convert_image(image, *self._conversion))
+        pixels = decode_image(stored, name, *self._conversion)
         if number and pixels.shape != self.image_size:
             found, right = (f"{width}x{height}" for _, height, width in (pixels.shape, self.image_size))
             raise DataError(
