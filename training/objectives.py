@@ -1,7 +1,6 @@
 """What a network is trained on: how strong the noise is, the noisy image, the target, and what an error costs.
 
-Each objective is one class with the same methods: ``sample_noise_levels``, ``add_noise``, ``target``, and a call that
-weights the error; ``update`` and the state dict are for those that learn from the losses.
+Each objective is one class with the methods of `HybridLoss`.
 """
 
 from typing import Any, NamedTuple

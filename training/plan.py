@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..data.dataset import PreparedImages
 from ..pipelines.loading import load_pipeline
 from ..utils.command_line import OtherRankError
 from ..utils.distributed import on_every_process, on_main_process
-from .checkpoints import Checkpoint, DamagedCheckpointError, find_checkpoints, load_checkpoint
+from .checkpoints import Checkpoint, DamagedCheckpointError, Progress, find_checkpoints, load_checkpoint
 from .components import Start, training_size, unet_config
 from .options import TrainOptions, options_of
 
@@ -55,19 +54,17 @@ class Plan:
     warnings: list[str]  # what the user should know, a sentence each
 
     def summary(self, device: str, precision: str, num_parameters: int) -> str:
-        """What is trained on what, in a few lines."""
+        """What is trained on what."""
         height, width = training_size(self.options, self.dataset)
         epochs = self.max_train_steps * self.images_per_step / len(self.dataset)
         start = self.start.began_from or "random weights"
         if self.start.checkpoint is not None:
             start = f"step {self.first_step:,} of {self.start.checkpoint.folder}"
-        lines = [
-            f"training from {start}: {num_parameters:,} parameters,"
-            f" {len(self.dataset):,} images of {self.dataset.channels}x{height}x{width},"
-            f" {self.unet_config['num_class_embeds'] or 'no'} classes, predicting {self.options.prediction_type}",
-            f"{self.max_train_steps:,} steps of {self.images_per_step} images ({epochs:.1f} epochs) on"
-            f" {self.num_processes} x {device}, precision {precision}",
-        ]
+        images = f"{len(self.dataset):,} images of {self.dataset.channels}x{height}x{width}"
+        network = f"{self.unet_config['num_class_embeds'] or 'no'} classes, predicting {self.options.prediction_type}"
+        steps = f"{self.max_train_steps:,} steps of {self.images_per_step} images ({epochs:.1f} epochs)"
+        lines = [f"training from {start}: {num_parameters:,} parameters, {images}, {network}"]
+        lines += [f"{steps} on {self.num_processes} x {device}, precision {precision}"]
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
     def facts(self, step: int, images_seen: int, precision: str) -> dict[str, Any]:
@@ -90,7 +87,7 @@ class Plan:
 
 
 def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
-    """Finds out what a run does, the same on every rank; ValueError if options, images and start do not fit."""
+    """Finds out what a run does, the same on every rank."""
     dataset = on_every_process(
         accelerator, lambda: PreparedImages(options.train_data_dir, in_memory=options.dataset_in_memory)
     )
@@ -107,17 +104,14 @@ def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
     options = resolve_options(options, start)
     images_per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
 
-    first_step = images_seen = 0
-    if start.checkpoint is not None:
-        progress = start.checkpoint.progress
-        first_step = progress.step
-        # a converted checkpoint knows its epoch alone
-        images_seen = round(progress.epoch * len(dataset)) if progress.images_seen is None else progress.images_seen
+    progress = Progress(step=0, epoch=0) if start.checkpoint is None else start.checkpoint.progress
+    # a converted checkpoint knows its epoch alone
+    images_seen = round(progress.epoch * len(dataset)) if progress.images_seen is None else progress.images_seen
     max_train_steps = options.max_train_steps
     if max_train_steps is None:
         # exactly, and halves up, so that it is the same number from wherever the run resumes
         steps_to_come = (Fraction(options.num_train_epochs) * len(dataset) - images_seen) / images_per_step
-        max_train_steps = max(1, first_step + math.floor(steps_to_come + Fraction(1, 2)))
+        max_train_steps = max(1, progress.step + math.floor(steps_to_come + Fraction(1, 2)))
 
     plan = Plan(
         options=dataclasses.replace(options, max_train_steps=max_train_steps),
@@ -126,7 +120,7 @@ def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
         unet_config=unet_config(options, dataset, start),
         num_processes=accelerator.num_processes,
         images_per_step=images_per_step,
-        first_step=first_step,
+        first_step=progress.step,
         images_seen=images_seen,
         max_train_steps=max_train_steps,
         warnings=[f"{reason}; the one before it is used" for _, reason in start.damaged],
@@ -135,7 +129,13 @@ def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
         changes = check_changes(start.checkpoint, plan)
         plan.warnings += [f"the run goes on otherwise than it would have: {change}" for change in changes]
     elif start.pretrained is not None:
-        plan.warnings += _changed_classes(start.pretrained.config.id2label or {}, dataset)
+        before, now = start.pretrained.config.id2label or {}, dataset.id2label
+        if before and len(before) != len(now):
+            counts = f"{len(before)} classes and the images have {len(now)}"
+            plan.warnings.append(f"the pretrained model has {counts}: the class embedding begins anew")
+        elif changed := [label for label in before if before[label] != now.get(label)]:
+            names = f"{before[changed[0]]!r} for the pretrained model and {now.get(changed[0])!r} for the images"
+            plan.warnings.append(f"class {changed[0]} is {names}: the class embedding is kept by number")
     return plan
 
 
@@ -143,7 +143,7 @@ def resolve_options(options: TrainOptions, start: Start) -> TrainOptions:
     """The options with what the start says where they are silent."""
     known: dict[str, Any] = dict(_DEFAULTS)
     if start.checkpoint is not None:
-        known |= {name: start.checkpoint.options[name] for name in known if name in start.checkpoint.options}
+        known |= {name: value for name, value in start.checkpoint.options.items() if name in known}
     elif start.pretrained is not None:
         config = start.pretrained.scheduler.config
         # the noise schedule is the pipeline's own, whatever it is called
@@ -156,12 +156,11 @@ def check_changes(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     """What has changed since the checkpoint was written; ValueError if it would be a training of something else."""
     folder, progress = checkpoint.folder, checkpoint.progress
     known = {"fingerprint": progress.dataset, "images_per_step": progress.images_per_step}
-    known = {name: value for name, value in known.items() if value is not None}
-    before = checkpoint.options | checkpoint.unet_config | known
-    now = vars(plan.options) | plan.unet_config
-    now |= {"fingerprint": plan.dataset.fingerprint, "images_per_step": plan.images_per_step}
-    if progress.num_processes is not None:
-        before, now = before | {"ranks": progress.num_processes}, now | {"ranks": plan.num_processes}
+    known["ranks"] = progress.num_processes
+    before = checkpoint.options | checkpoint.unet_config
+    before |= {name: value for name, value in known.items() if value is not None}
+    now = vars(plan.options) | plan.unet_config | {"images_per_step": plan.images_per_step}
+    now |= {"fingerprint": plan.dataset.fingerprint, "ranks": plan.num_processes}
     # JSON turns tuples into lists
     now = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
     changed = [name for name in now if name in before and before[name] != now[name]]
@@ -169,8 +168,7 @@ def check_changes(checkpoint: Checkpoint, plan: Plan) -> list[str]:
         if name in _FIXED or (name in plan.unet_config and name != "dropout"):
             raise ValueError(f"{name} is {now[name]}, but {folder} was trained with {before[name]}")
     if progress.step > plan.max_train_steps:
-        taken = f"max_train_steps is {plan.max_train_steps:,}, but {folder} has {progress.step:,}"
-        raise ValueError(f"{taken}: give a larger number, or another output_dir")
+        raise ValueError(f"max_train_steps is {plan.max_train_steps:,}, but {folder} has {progress.step:,} already")
     # the rate of the others does not depend on the end
     free = _FREE if now["lr_scheduler"] in ("linear", "cosine") else _FREE | {"max_train_steps"}
     return [f"{name} was {before[name]} and is {now[name]}" for name in changed if name not in free]
@@ -180,16 +178,16 @@ def _find_checkpoint(options: TrainOptions) -> Start:
     """The checkpoint to resume, if there is one."""
     wanted, own_folder = options.resume_from_checkpoint, Path(options.output_dir) / CHECKPOINTS_NAME
     own = find_checkpoints(own_folder)
-    start = Start() if wanted == "never" else None
-    if wanted not in ("never", "latest") and (not own or Path(wanted).resolve().parent == own_folder.resolve()):
-        if not Path(wanted).is_dir():
-            missing = f"resume_from_checkpoint is {wanted!r}, but there is no such folder"
-            raise ValueError(f"{missing}: give a checkpoint, or latest, or never")
-        checkpoint = load_checkpoint(wanted)
-        start = Start(checkpoint, began_from=checkpoint.progress.began_from if own else wanted)
-    if start is not None:
+    is_own = Path(wanted).resolve().parent == own_folder.resolve()
+    if wanted == "never" or (wanted != "latest" and (is_own or not own)):
+        step, start = -1, Start()
+        if wanted != "never":
+            if not Path(wanted).is_dir():
+                raise ValueError(f"resume_from_checkpoint is {wanted!r}, but there is no such folder")
+            checkpoint = load_checkpoint(wanted)
+            step = checkpoint.progress.step
+            start = Start(checkpoint, began_from=checkpoint.progress.began_from if own else wanted)
         # going back must not mix two runs in one folder, nor remove what one of them has
-        step = -1 if start.checkpoint is None else start.checkpoint.progress.step
         if own and int(own[-1].name.removeprefix("checkpoint-")) > step:
             later = f"resume_from_checkpoint is {wanted}, but {own[-1]} is there already"
             raise ValueError(f"{later}: move the later checkpoints away, or give another output_dir")
@@ -223,15 +221,3 @@ def _require_one_run(options: TrainOptions, dataset: PreparedImages, accelerator
             if value != first[name]:
                 message = f"{name} is {first[name]}, but rank {rank} has {value}: all machines must have the same"
                 raise ValueError(message) if accelerator.is_main_process else OtherRankError(message)
-
-
-def _changed_classes(id2label: Mapping[int, str], dataset: PreparedImages) -> list[str]:
-    """What to say of a pretrained model with other classes than the images."""
-    if id2label and len(id2label) != dataset.num_classes:
-        counts = f"has {len(id2label)} classes and the images have {dataset.num_classes}"
-        return [f"the pretrained model {counts}: the class embedding begins anew"]
-    for label, name in id2label.items():
-        if name != dataset.id2label.get(int(label)):
-            names = f"{name!r} for the pretrained model and {dataset.id2label.get(int(label))!r} for the images"
-            return [f"class {label} is {names}: the class embedding is kept by number"]
-    return []
