@@ -88,9 +88,8 @@ def save_checkpoint(
         for name, configured in ((_CONFIG, unet), (_SCHEDULER_CONFIG, scheduler)):
             config = {key: value for key, value in configured.config.items() if not key.startswith("_")}
             (writing / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(writing.iterdir())
-        }
+        written = sorted(writing.iterdir())
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in written}
         state = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(progress)}
         state |= {"options": dict(options), "files": files}
         state["sha256"] = _sha256_of_state(state)
@@ -110,8 +109,23 @@ def write_errors(path: str | Path, remark: str = "") -> Iterator[None]:
 def load_checkpoint(folder: str | Path) -> Checkpoint:
     """Reads a checkpoint, on the CPU; `DamagedCheckpointError` names the file that is not as it was written."""
     folder = Path(folder)
-    state = _read_state(folder)
-    averaged_weights, timestep_sampler = None, {}
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        version, digest = state["format_version"], state.pop("sha256", None)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: no readable {STATE_NAME}") from error
+    is_whole = digest == _sha256_of_state(state)
+    # the first version had no digest
+    if version != _FORMAT_VERSION and (is_whole or digest is None):
+        raise ValueError(f"{folder} has format_version {version}, but this version reads {_FORMAT_VERSION}")
+    files, changed = (state["files"], []) if is_whole else ({}, [STATE_NAME])
+    for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
+        file = folder / name
+        if name not in files or not file.is_file() or _sha256(file) != files[name]["sha256"]:
+            changed.append(name)
+    if changed:
+        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {changed[0]} is missing or has changed")
+    averaged_weights, timestep_sampler = None, dict[str, np.ndarray]()
     if _AVERAGED_WEIGHTS in state["files"]:
         with safe_open(folder / _AVERAGED_WEIGHTS, "pt") as content:
             tensors = [content.get_tensor(name) for name in sorted(content.keys())]
@@ -145,27 +159,6 @@ def remove_old_checkpoints(folder: str | Path, limit: int) -> None:
     for old in find_checkpoints(folder)[:-limit]:
         # renamed first, so that it is never half there under its name
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.writing")))
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    """The state file of a checkpoint whose other files are as the state file says."""
-    try:
-        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        version, digest = state["format_version"], state.pop("sha256", None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: no readable {STATE_NAME}") from error
-    is_whole = digest == _sha256_of_state(state)
-    # the first version had no digest
-    if version != _FORMAT_VERSION and (is_whole or digest is None):
-        raise ValueError(f"{folder} has format_version {version}, but this version reads {_FORMAT_VERSION}")
-    files, changed = (state["files"], []) if is_whole else ({}, [STATE_NAME])
-    for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
-        file = folder / name
-        if name not in files or not file.is_file() or _sha256(file) != files[name]["sha256"]:
-            changed.append(name)
-    if changed:
-        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {changed[0]} is missing or has changed")
-    return state
 
 
 def _sha256(file: Path) -> str:

@@ -29,13 +29,12 @@ from ..utils.command_line import OtherRankError, StoppedBySignalError
 from ..utils.distributed import on_main_process
 from ..utils.memory import keep_freed_memory
 from .checkpoints import Progress, find_checkpoints, remove_old_checkpoints, save_checkpoint, write_errors
-from .components import build_optimizer, build_scheduler, build_unet, image_batches, training_size
+from .components import Plan, build_optimizer, build_scheduler, build_unet, image_batches, make_plan, training_size
 from .cost import describe_run
 from .interruption import StopRequest
 from .metrics import MetricsWindow, append_entry, draw_loss_chart, remove_entries_after
 from .objectives import HybridLoss, ImportanceSampledLoss
 from .options import TrainOptions
-from .plan import CHECKPOINTS_NAME, Plan, make_plan
 from .randomness import StepRandomness, seed_network, to_device
 
 
@@ -46,7 +45,7 @@ class Trainer:
         self.plan, self.options, self.dataset = plan, plan.options, plan.dataset
         self.accelerator, self.device = accelerator, accelerator.device
         self.output_dir = Path(plan.options.output_dir)
-        self.checkpoints, self.grids = self.output_dir / CHECKPOINTS_NAME, self.output_dir / "sample_grids"
+        self.checkpoints, self.grids = self.output_dir / "checkpoints", self.output_dir / "sample_grids"
         self.repo_id = plan.options.hub_model_id or self.output_dir.resolve().name
         self.max_train_steps, self.images_per_step = plan.max_train_steps, plan.images_per_step
         self.global_step, self.images_seen = plan.first_step, plan.images_seen
@@ -394,12 +393,10 @@ def ema_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
         ema.store(parameters)
         ema.copy_to(parameters)
     unet.eval()
-    try:
-        yield
-    finally:
-        unet.train()
-        if ema is not None:
-            ema.restore(parameters)
+    yield
+    unet.train()
+    if ema is not None:
+        ema.restore(parameters)
 
 
 def train(options: TrainOptions) -> Path | None:
@@ -422,7 +419,7 @@ def train(options: TrainOptions) -> Path | None:
             # a run that was killed may take so long to go, and its place is wanted by the one that resumes
             stack.enter_context(only_writer(options.output_dir, waiting_seconds=20))
             # before looking for a checkpoint, which may be between its two names
-            settle_folder(Path(options.output_dir) / CHECKPOINTS_NAME)
+            settle_folder(Path(options.output_dir) / "checkpoints")
 
         on_main_process(accelerator, take_place)
         return Trainer(make_plan(options, accelerator), accelerator).run()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from ..utils.atomic_write import atomic_file
 from ..utils.chart_style import BLACK, BLUE, DPI, GREEN, ORANGE, PURPLE, VERMILION, finish_axes, save_figure
@@ -35,17 +36,10 @@ class MetricsWindow:
     def clear(self) -> None:
         # steps, updates, loss, gradient norm, then losses and images of each quarter
         self._sums = torch.zeros(4 + 2 * NUM_QUARTERS, device=self._accelerator.device)
-        self._kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._kept: list[tuple[int, Tensor, Tensor]] = []
         self._begin = time.perf_counter()
 
-    def add(
-        self,
-        step: int,
-        loss: torch.Tensor,
-        gradient_norm: torch.Tensor | None,
-        losses: torch.Tensor,
-        timesteps: torch.Tensor,
-    ) -> None:
+    def add(self, step: int, loss: Tensor, gradient_norm: Tensor | None, losses: Tensor, timesteps: Tensor) -> None:
         """Takes in a step; the gradient norm is None where fp16 skipped the update, the last two are (images,)."""
         one, zero = torch.ones_like(loss), torch.zeros_like(loss)
         updates, norm = (zero, zero) if gradient_norm is None else (one, gradient_norm)

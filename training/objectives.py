@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
+from torch import Tensor
 
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -17,11 +18,11 @@ _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 class LossTerms(NamedTuple):
     """What one batch costs, each (batch,): the mean over the pixels of each image."""
 
-    simple: torch.Tensor  # squared error of the prediction, with its Min-SNR weight if there is one
-    vlb: torch.Tensor  # weighted term of the variational bound, in nats per dimension
+    simple: Tensor  # squared error of the prediction, with its Min-SNR weight if there is one
+    vlb: Tensor  # weighted term of the variational bound, in nats per dimension
 
     @property
-    def total(self) -> torch.Tensor:
+    def total(self) -> Tensor:
         """simple + vlb, (batch,)."""
         return self.simple + self.vlb
 
@@ -71,7 +72,7 @@ class HybridLoss:
         if beta_tilde[0] == 0:
             beta_tilde[0] = beta_tilde[1]
 
-        def table(values: torch.Tensor) -> torch.Tensor:
+        def table(values: Tensor) -> Tensor:
             return values.to(device=device, dtype=torch.float32)[:, None, None, None]
 
         self.num_train_timesteps = len(alpha_prod)
@@ -102,11 +103,11 @@ class HybridLoss:
         timesteps = (uniforms * self.num_train_timesteps).astype(np.int64)
         return timesteps.clip(max=self.num_train_timesteps - 1), np.ones_like(uniforms)
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4), (batch, channels, h, w)."""
         return self._sqrt_alpha_prod[timesteps] * original_samples + self._sqrt_beta_prod[timesteps] * noise
 
-    def target(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict, (batch, channels, height, width)."""
         if self.prediction_type == "epsilon":
             return noise
@@ -116,12 +117,7 @@ class HybridLoss:
         return self._sqrt_alpha_prod[timesteps] * noise - self._sqrt_beta_prod[timesteps] * original_samples
 
     def __call__(
-        self,
-        model_output: torch.Tensor,
-        original_samples: torch.Tensor,
-        noise: torch.Tensor,
-        noisy_samples: torch.Tensor,
-        timesteps: torch.Tensor,
+        self, model_output: Tensor, original_samples: Tensor, noise: Tensor, noisy_samples: Tensor, timesteps: Tensor
     ) -> LossTerms:
         """The terms for each image of a batch.
 

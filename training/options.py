@@ -67,18 +67,14 @@ class TrainOptions(CheckedOptions):
     prediction_type: str | None = _noise(
         None, "Default: v_prediction, or as the starting checkpoint.", choices=["v_prediction", "epsilon", "sample"]
     )
-    num_train_timesteps: int | None = _noise(
-        None, "Diffusion timesteps T, at least 1 (default: 1000, or as the starting checkpoint).", at_least=1
-    )
+    num_train_timesteps: int | None = _noise(None, "Timesteps T (default: 1000, or as the start's).", at_least=1)
     beta_schedule: str | None = _noise(
         None,
         "Noise schedule; original_cosine has alphas_cumprod up to 0.999"
         " (default: squaredcos_cap_v2, or as the starting checkpoint).",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
     )
-    class_dropout_prob: float = _noise(
-        0.2, "Share of images without their class, which guidance needs; in [0, 1].", at_least=0, at_most=1
-    )
+    class_dropout_prob: float = _noise(0.2, "Share without their class, for guidance.", at_least=0, at_most=1)
     vlb_weight: float = _noise(0.001, "Weight of the bound that trains the variance; at least 0.", at_least=0)
     snr_gamma: float | None = _noise(None, "Gamma of Min-SNR weighting (5 is usual; default: none).", above=0)
     timestep_sampling: str = _noise(
@@ -94,9 +90,7 @@ class TrainOptions(CheckedOptions):
     )
     learning_rate: float = _step(3e-4, "Largest learning rate, above 0.", above=0)
     lr_scheduler: str = _step(
-        "constant_with_warmup",
-        "Learning-rate schedule.",
-        choices=["constant", "constant_with_warmup", "linear", "cosine"],
+        "constant_with_warmup", "Schedule.", choices=["constant", "constant_with_warmup", "linear", "cosine"]
     )
     lr_warmup_steps: int = _step(500, "Optimizer steps over which the learning rate rises from 0.", at_least=0)
     adam_beta1: float = _step(0.9, "AdamW's beta1, in [0, 1).", at_least=0, below=1)
@@ -109,9 +103,7 @@ class TrainOptions(CheckedOptions):
     ema_inv_gamma: float = _step(1.0, "Decay after n steps is 1 - (1 + n / ema_inv_gamma) ^ -ema_power.", above=0)
     ema_power: float = _step(0.75, "See ema_inv_gamma.", at_least=0)
 
-    mixed_precision: str | None = _speed(
-        None, "Precision (default: what accelerate is configured for).", choices=["no", "fp16", "bf16"]
-    )
+    mixed_precision: str | None = _speed(None, "Default: accelerate's setting.", choices=["no", "fp16", "bf16"])
     gradient_checkpointing: bool = _speed(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = _speed(False, "Compile the network with torch.compile; the first steps take minutes.")
 

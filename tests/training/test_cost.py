@@ -156,7 +156,7 @@ def test_dry_run(tmp_path, prepared, monkeypatch, capfd):
         (["--layer_types", "chnAtn"], "layer_types begins with 'channel_attention', which cannot change the width"),
         (["--block_out_channels", "8", "8", "8", "8", "8"], "16x16, which 5 levels cannot halve"),
         (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint is 'nowhere', but there is no such folder"),
-        (["--resume_from_checkpoint", "."], ". is not a whole checkpoint: there is no training_state.json"),
+        (["--resume_from_checkpoint", "."], ". is not a whole checkpoint: no readable training_state.json"),
         (["--pretrained_model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )
