@@ -103,10 +103,15 @@ class Plan:
 
 def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
     """Finds out what a run does, the same on every rank."""
-    dataset = on_every_process(
-        accelerator, lambda: PreparedImages(options.train_data_dir, in_memory=options.dataset_in_memory)
-    )
-    _require_one_run(options, dataset, accelerator)
+    dataset = on_every_process(accelerator, lambda: PreparedImages(options.train_data_dir, options.dataset_in_memory))
+    # each machine has a command line and images of its own
+    own = {name: value for name, value in vars(options).items() if name not in _OF_A_MACHINE}
+    first, *others = gather_object([own | {"the images' fingerprint": dataset.fingerprint}])
+    for rank, other in enumerate(others, start=1):
+        for key, value in other.items():
+            if value != first[key]:
+                message = f"{key} is {first[key]}, but rank {rank} has {value}: all machines must have the same"
+                raise ValueError(message) if accelerator.is_main_process else OtherRankError(message)
     # only the main process needs to have a checkpoint
     start = on_main_process(accelerator, lambda: _find_checkpoint(options))
     name = options.pretrained_model_name_or_path
@@ -204,8 +209,7 @@ def _find_checkpoint(options: TrainOptions) -> Start:
             start = Start(checkpoint, began_from=checkpoint.progress.began_from if own else wanted)
         # going back must not mix two runs in one folder, nor remove what one of them has
         if own and int(own[-1].name.removeprefix("checkpoint-")) > step:
-            later = f"resume_from_checkpoint is {wanted}, but {own[-1]} is there already"
-            raise ValueError(f"{later}: move the later checkpoints away, or give another output_dir")
+            raise ValueError(f"resume_from_checkpoint is {wanted}, but {own[-1]} is there already: move it away")
         return start
 
     damaged = []
@@ -222,20 +226,8 @@ def _find_checkpoint(options: TrainOptions) -> Start:
             raise ValueError(f"{other}, not from {asked}: give another output_dir")
         return Start(checkpoint, began_from=began_from, damaged=damaged)
     if damaged:
-        reason = f"none of the checkpoints in {own_folder} is whole ({damaged[0][1]})"
-        raise ValueError(f"{reason}: move them away to start anew")
+        raise ValueError(f"none of the checkpoints in {own_folder} is whole ({damaged[0][1]}): move them away")
     return Start()
-
-
-def _require_one_run(options: TrainOptions, dataset: PreparedImages, accelerator: Accelerator) -> None:
-    """Each machine has a command line and images of its own, which must say and be the same."""
-    own = {name: value for name, value in vars(options).items() if name not in _OF_A_MACHINE}
-    first, *others = gather_object([own | {"the images' fingerprint": dataset.fingerprint}])
-    for rank, other in enumerate(others, start=1):
-        for name, value in other.items():
-            if value != first[name]:
-                message = f"{name} is {first[name]}, but rank {rank} has {value}: all machines must have the same"
-                raise ValueError(message) if accelerator.is_main_process else OtherRankError(message)
 
 
 def load_model_config(name_or_path: str) -> dict[str, Any]:

@@ -23,10 +23,8 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator):
         self._noted, self._interrupted_at = 0, 0.0
         self._earlier: dict[signal.Signals, Any] = {}
-        self._group: Any = None
-        if accelerator.num_processes > 1:
-            # on the host, so that no accelerator has to be waited for
-            self._group = torch.distributed.new_group(backend="gloo")
+        # on the host, so that no accelerator has to be waited for
+        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self._number = torch.tensor(0)
         self._exchange: Any = None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import math
 import resource
 import signal
@@ -32,7 +33,7 @@ from .checkpoints import Progress, find_checkpoints, remove_old_checkpoints, sav
 from .components import Plan, build_optimizer, build_scheduler, build_unet, image_batches, make_plan, training_size
 from .cost import describe_run
 from .interruption import StopRequest
-from .metrics import MetricsWindow, append_entry, draw_loss_chart, remove_entries_after
+from .metrics import METRICS_NAME, MetricsWindow, draw_loss_chart, remove_entries_after
 from .objectives import HybridLoss, ImportanceSampledLoss
 from .options import TrainOptions
 from .randomness import StepRandomness, seed_network, to_device
@@ -101,8 +102,7 @@ class Trainer:
         """Trains to the last step and saves the pipeline; returns its folder."""
         accelerator, model_dir = self.accelerator, self.output_dir / "model"
         num_parameters = sum(parameter.numel() for parameter in self._parameters)
-        summary = self.plan.summary(self.device.type, accelerator.mixed_precision, num_parameters)
-        accelerator.print(summary, flush=True)
+        accelerator.print(self.plan.summary(self.device.type, accelerator.mixed_precision, num_parameters), flush=True)
         on_main_process(accelerator, self._prepare_folder)
         # trackers take plain numbers and strings only
         plain = (bool, int, float, str)
@@ -212,10 +212,8 @@ class Trainer:
                 self.objective.update(*(values.cpu().numpy() for values in everyone))
         self.global_step += 1
         self.images_seen += self.images_per_step
-        loss_of_passes, *of_images = zip(*passes, strict=True)
-        self.metrics.add(
-            self.global_step, torch.stack(loss_of_passes).mean(), gradient_norm, *map(torch.cat, of_images)
-        )
+        means, *of_images = zip(*passes, strict=True)
+        self.metrics.add(self.global_step, torch.stack(means).mean(), gradient_norm, *map(torch.cat, of_images))
 
     def _losses(
         self, batch: dict[str, torch.Tensor], randomness: StepRandomness, timesteps: torch.Tensor
@@ -340,7 +338,9 @@ class Trainer:
         }
         self.metrics.clear()
         if self.accelerator.is_main_process:
-            append_entry(self.output_dir, {"step": self.global_step, **values})
+            file = self.output_dir / METRICS_NAME
+            with write_errors(file), file.open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": self.global_step, **values}) + "\n")
         with self._reporting():
             known = {name: value for name, value in values.items() if value is not None}
             self.accelerator.log(known, self.global_step)
@@ -409,9 +409,7 @@ def train(options: TrainOptions) -> Path | None:
         dynamo_plugin=TorchDynamoPlugin(backend="inductor") if options.torch_compile else None,
     )
     if options.dry_run:
-        plan = make_plan(options, accelerator)
-        if accelerator.is_main_process:
-            print(describe_run(plan, accelerator))
+        accelerator.print(describe_run(make_plan(options, accelerator), accelerator))
         return None
     with contextlib.ExitStack() as stack:
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..utils.atomic_write import atomic_file
 from ..utils.chart_style import BLACK, BLUE, DPI, GREEN, ORANGE, PURPLE, VERMILION, finish_axes, save_figure
-from .checkpoints import write_errors
 
 
 METRICS_NAME = "metrics.jsonl"
@@ -60,8 +59,7 @@ class MetricsWindow:
             found = sorted(set(gather_object(own)))
             if not found:
                 raise FloatingPointError(f"the gradient is not finite up to step {self._kept[-1][0]}")
-            shown = [str(timestep) for step, timestep in found if step == found[0][0]]
-            shown[10:] = ["..."] * (len(shown) > 10)
+            shown = [str(timestep) for step, timestep in found if step == found[0][0]][:10]
             raise FloatingPointError(f"the loss is not finite at step {found[0][0]}, timesteps {', '.join(shown)}")
         by_quarter = zip(QUARTERS, sums[4 : 4 + NUM_QUARTERS], sums[4 + NUM_QUARTERS :], strict=True)
         return {
@@ -94,13 +92,6 @@ class MetricsWindow:
             # every rank counts every step, but only its own images
             row[:4] *= num_processes / len(rows)
         self._sums += row.to(self._sums)
-
-
-def append_entry(output_dir: Path, values: dict[str, Any]) -> None:
-    """Adds an entry to the log, one JSON object on a line."""
-    file = output_dir / METRICS_NAME
-    with write_errors(file), file.open("a", encoding="utf-8") as log:
-        log.write(json.dumps(values) + "\n")
 
 
 def _read_entries(file: Path) -> dict[str, dict[str, Any]]:

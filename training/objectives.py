@@ -12,9 +12,6 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 
-_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-
 class LossTerms(NamedTuple):
     """What one batch costs, each (batch,): the mean over the pixels of each image."""
 
@@ -56,9 +53,10 @@ class HybridLoss:
         snr_gamma: float | None = None,
     ):
         self.prediction_type = scheduler.config.prediction_type
-        if self.prediction_type not in _PREDICTION_TYPES:
-            known = ", ".join(_PREDICTION_TYPES)
-            raise ValueError(f"prediction_type is {self.prediction_type!r}, but must be one of {known}")
+        if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                f"prediction_type is {self.prediction_type!r}, but must be epsilon, sample or v_prediction"
+            )
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"snr_gamma is {snr_gamma}, but must be above 0")
         self.vlb_weight = vlb_weight

@@ -58,9 +58,7 @@ class TrainOptions(CheckedOptions):
         "Encoding of the timestep.",
         choices=["sinusoidal", "original_interleaved", "original_sine", "original_alternating"],
     )
-    class_attention_type: str | None = _network(
-        None, "identity is the original's, in which the class has no effect.", choices=["channel", "identity"]
-    )
+    class_attention_type: str | None = _network(None, "identity is the original's.", choices=["channel", "identity"])
     output_head_type: str | None = _network(None, "original is its narrow one.", choices=["conv", "original"])
     unconditional: bool = _network(False, "Train without classes.")
 
@@ -70,24 +68,19 @@ class TrainOptions(CheckedOptions):
     num_train_timesteps: int | None = _noise(None, "Timesteps T (default: 1000, or as the start's).", at_least=1)
     beta_schedule: str | None = _noise(
         None,
-        "Noise schedule; original_cosine has alphas_cumprod up to 0.999"
-        " (default: squaredcos_cap_v2, or as the starting checkpoint).",
+        "original_cosine has alphas_cumprod up to 0.999 (default: squaredcos_cap_v2, or as the starting checkpoint).",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
     )
     class_dropout_prob: float = _noise(0.2, "Share without their class, for guidance.", at_least=0, at_most=1)
     vlb_weight: float = _noise(0.001, "Weight of the bound that trains the variance; at least 0.", at_least=0)
     snr_gamma: float | None = _noise(None, "Gamma of Min-SNR weighting (5 is usual; default: none).", above=0)
-    timestep_sampling: str = _noise(
-        "uniform", "importance samples timesteps of large loss more often.", choices=["uniform", "importance"]
-    )
+    timestep_sampling: str = _noise("uniform", "importance goes by the loss.", choices=["uniform", "importance"])
 
     train_batch_size: int = _step(128, "Images per process and forward pass.", at_least=1)
     gradient_accumulation_steps: int = _step(1, "Forward passes per optimizer step.", at_least=1)
     max_train_steps: int | None = _step(None, "Optimizer steps (default: as num_train_epochs says).", at_least=1)
     num_train_epochs: float = _step(100.0, "Epochs, if max_train_steps is not given; above 0.", above=0)
-    optimizer: str = _step(
-        "adamw", "adamw_8bit keeps 8-bit moments, with bitsandbytes on CUDA.", choices=["adamw", "adamw_8bit"]
-    )
+    optimizer: str = _step("adamw", "adamw_8bit needs bitsandbytes and CUDA.", choices=["adamw", "adamw_8bit"])
     learning_rate: float = _step(3e-4, "Largest learning rate, above 0.", above=0)
     lr_scheduler: str = _step(
         "constant_with_warmup", "Schedule.", choices=["constant", "constant_with_warmup", "linear", "cosine"]

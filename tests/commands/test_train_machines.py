@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from imagenet64_diffusion.tests.commands.processes import distributed, free_port, snapshot, wait_until
 from imagenet64_diffusion.tests.commands.runs import ROOT
-from imagenet64_diffusion.tests.commands.training_runs import EVERYTHING, TrainingRun, assert_equal_runs
+from imagenet64_diffusion.tests.commands.training_runs import EVERYTHING, QUIET, TrainingRun, assert_equal_runs
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
 
 
@@ -44,7 +43,7 @@ def shared(tmp_path_factory, prepared) -> TrainingRun:
 
 
 class TwoLives:
-    """Two processes of one run, each as on a machine of its own: the second has an output folder of its own."""
+    """Two processes of one run, each as on a machine and with an output folder of its own."""
 
     def __init__(self, run: TrainingRun, **changes):
         port = free_port()
@@ -65,20 +64,19 @@ class TwoLives:
         return self.processes[0].output()
 
     def refuse(self) -> str:
-        """Both end, and the main process alone says why."""
+        """Both end, and the main process says why."""
         assert self.end() == [2, 2], [process.output() for process in self.processes]
         assert not any("Traceback" in process.output() for process in self.processes)
-        assert self.processes[1].errors() == []
+        assert not any(line.startswith("error: ") for line in self.processes[1].errors())
         return self.processes[0].errors()[-1]
 
 
 def assert_close_runs(run: TrainingRun, other: TrainingRun) -> None:
     """Two runs are equal to float32 rounding."""
     for entry, expected in zip(run.metrics(), other.metrics(), strict=True):
-        for key in ("step", "lr", "epoch"):
-            assert entry[key] == expected[key]
-        for key in ("loss", "loss_quarter_1", "loss_quarter_2", "loss_quarter_3", "loss_quarter_4", "gradient_norm"):
-            assert entry[key] == (None if expected[key] is None else pytest.approx(expected[key], rel=1e-3)), key
+        for key in set(entry) - {"images_per_second", "peak_memory_gib"}:
+            exact = expected[key] is None or key in ("step", "lr", "epoch")
+            assert entry[key] == (expected[key] if exact else pytest.approx(expected[key], rel=1e-3)), key
     state, expected = (load_checkpoint(one.checkpoints / "checkpoint-12") for one in (run, other))
     assert state.progress.images_seen == expected.progress.images_seen == 12 * 16
     assert state.averaged_weights[1] == expected.averaged_weights[1] == 12
@@ -111,31 +109,32 @@ def test_two_processes_killed(shared_run, shared):
     assert_close_runs(alone, shared)
 
 
-def launch(arguments: list[str], folder: Path) -> subprocess.Popen:
-    """accelerate's launcher of two processes."""
+def launch(run: TrainingRun, happens, stop, **changes) -> str:
+    """Trains with accelerate's launcher of two processes, which is asked to stop; gives what they said."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", "--num_machines", "1", "--main_process_port", "0"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train_imagenet64.py"), *arguments],
+    process = subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train_imagenet64.py"), *run.arguments(**changes)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
-        cwd=folder,
+        cwd=run.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+    try:
+        wait_until(happens)
+        stop(process.pid)
+        return process.communicate(timeout=100)[0]
+    finally:
+        process.kill()
 
 
 def test_accelerate_launch(shared_run, shared):
     """Stopped by a SIGTERM that the launcher hands on, and resumed by others."""
-    run = shared_run("run")
-    launcher = launch(run.arguments(max_train_steps=10_000, lr_scheduler="constant"), run.folder)
-    try:
-        wait_until((run.checkpoints / "checkpoint-6").exists)
-        launcher.send_signal(signal.SIGTERM)
-        output = launcher.communicate(timeout=100)[0]
-    finally:
-        launcher.kill()
+    run = shared_run("run", lr_scheduler="constant")
+    begun = (run.checkpoints / "checkpoint-6").exists
+    output = launch(run, begun, lambda launcher: os.kill(launcher, signal.SIGTERM), max_train_steps=10_000)
     step = max(int(name.removeprefix("checkpoint-")) for name in run.checkpoint_names())
     assert output.count("stopped by") == 1
     assert f"stopped by SIGTERM after step {step:,} of 10,000" in output
@@ -174,10 +173,7 @@ def test_what_another_machine_has(shared_run, tmp_path):
 
 def test_a_full_disk_of_the_first_machine(shared_run):
     run = shared_run("run")
-    both = TwoLives(run, largest_file=100_000)
-    assert both.end() == [2, 2]
-    assert both.processes[0].errors()[-1].startswith("error: could not write ")
-    assert not any("Traceback" in process.output() for process in both.processes)
+    assert TwoLives(run, largest_file=100_000).refuse().startswith("error: could not write ")
     assert run.checkpoint_names() == []
 
 
@@ -185,13 +181,7 @@ def test_a_full_disk_of_the_first_machine(shared_run):
 def test_a_launcher_interrupted(shared_run):
     """Ctrl-C, which the terminal sends to the launcher and its processes, and the launcher to its processes again."""
     run = shared_run("run", max_train_steps=1000, checkpointing_steps=0)
-    launcher = launch(run.arguments(), run.folder)
-    try:
-        wait_until(lambda: len(run.metrics()) == 1)
-        os.killpg(launcher.pid, signal.SIGINT)
-        output = launcher.communicate(timeout=100)[0]
-    finally:
-        launcher.kill()
+    output = launch(run, lambda: len(run.metrics()) == 1, lambda launcher: os.killpg(launcher, signal.SIGINT))
     assert "stopped by SIGINT after step" in output
     assert len(run.checkpoint_names()) == 1
 
@@ -200,8 +190,7 @@ def test_fine_tuning_on_two_machines(undisturbed, prepared, tmp_path):
     """Each has the pipeline in a place of its own; where one lacks it, both end."""
     first = undisturbed.output_dir / "model"
     second = shutil.copytree(first, tmp_path / "copy")
-    options = {"pretrained_model_name_or_path": first, "max_train_steps": 1, "train_batch_size": 8}
-    options |= {"report_to": "none", "logging_steps": 1, "num_inference_steps": 2, "num_samples_per_class": 1}
+    options = {**QUIET, "pretrained_model_name_or_path": first, "max_train_steps": 1, "train_batch_size": 8}
     run = TrainingRun(tmp_path / "run", prepared, options)
     both = TwoLives(run, second={"pretrained_model_name_or_path": tmp_path / "nowhere"})
     assert both.refuse().startswith("error: process 1 of 2: ")

@@ -196,7 +196,7 @@ def test_wrong_options():
     for gamma in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="but must be above 0"):
             HybridLoss(scheduler(), snr_gamma=gamma)
-    with pytest.raises(ValueError, match="prediction_type is 'flow_prediction', but must be one of epsilon, sample"):
+    with pytest.raises(ValueError, match="prediction_type is 'flow_prediction', but must be epsilon, sample"):
         HybridLoss(DDPMScheduler(prediction_type="flow_prediction"))
 
 
