@@ -137,7 +137,8 @@ class Trainer:
             create_repo(self.repo_id, private=self.options.hub_private_repo or None, exist_ok=True)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for folder, _ in self.plan.start.damaged:
-            places = (folder.with_name(f"damaged-{number}-{folder.name}") for number in itertools.count(1))
+            prefixes = itertools.chain(["damaged"], map("damaged-{}".format, itertools.count(2)))
+            places = (folder.with_name(f"{prefix}-{folder.name}") for prefix in prefixes)
             place = folder.rename(next(place for place in places if not place.exists()))
             print(f"{folder} is now {place.name}", flush=True)
         remove_entries_after(self.output_dir, self.global_step)

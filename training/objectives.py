@@ -54,9 +54,7 @@ class HybridLoss:
     ):
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(
-                f"prediction_type is {self.prediction_type!r}, but must be epsilon, sample or v_prediction"
-            )
+            raise ValueError(f"prediction_type is {self.prediction_type}, but must be epsilon, sample or v_prediction")
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"snr_gamma is {snr_gamma}, but must be above 0")
         self.vlb_weight = vlb_weight

@@ -17,9 +17,8 @@ def test_from_data_to_pipeline(undisturbed):
     assert "96 images of 1x16x16, 3 classes, predicting v_prediction" in said
     assert "20 steps of 10 images (2.1 epochs) on 1 x cpu, precision no" in said
     assert "images/s" in said
-    assert sorted(path.name for path in output_dir.iterdir()) == [
-        *("checkpoints", "loss_chart.png", "metrics.jsonl", "model", "pipelines", "sample_grids", "train")
-    ]
+    names = ["checkpoints", "loss_chart.png", "metrics.jsonl", "model", "pipelines", "sample_grids", "train"]
+    assert sorted(path.name for path in output_dir.iterdir()) == names
     assert undisturbed.checkpoint_names() == ["checkpoint-18", "checkpoint-20"]
     assert [path.name for path in (output_dir / "pipelines").iterdir()] == ["step_0000012"]
     assert list(output_dir.parent.glob(".*")) == []
@@ -32,9 +31,8 @@ def test_from_data_to_pipeline(undisturbed):
     entries = undisturbed.metrics()
     assert [entry["step"] for entry in entries] == [4, 8, 12, 16, 20]
     quarters = [f"loss_quarter_{number}" for number in range(1, 5)]
-    assert list(entries[0]) == [
-        *("step", "loss", *quarters, "gradient_norm", "lr", "epoch", "images_per_second", "peak_memory_gib")
-    ]
+    names = ["step", "loss", *quarters, "gradient_norm", "lr", "epoch", "images_per_second", "peak_memory_gib"]
+    assert list(entries[0]) == names
     assert [entry["epoch"] for entry in entries] == [pytest.approx(step * 10 / 96) for step in (4, 8, 12, 16, 20)]
 
     assert "| optimizer steps | 20 |" in (output_dir / "model" / "README.md").read_text()

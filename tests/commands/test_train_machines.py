@@ -16,22 +16,8 @@ from imagenet64_diffusion.training.checkpoints import load_checkpoint
 
 
 # Twelve steps of 16 images; drop-out would depend on how they are shared.
-SHARED = {
-    **EVERYTHING,
-    "max_train_steps": 12,
-    "train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "dropout": 0,
-    "adam_epsilon": 1e-4,
-    "sample_steps": 0,
-    "pipeline_steps": 0,
-}
-
-
-@pytest.fixture
-def shared_run(new_run):
-    """Makes a run of two processes, or of a batch for two."""
-    return lambda name, **changes: new_run(name, **{**SHARED, **changes})
+SHARED = {**EVERYTHING, "max_train_steps": 12, "train_batch_size": 8, "gradient_accumulation_steps": 1, "dropout": 0}
+SHARED |= {"adam_epsilon": 1e-4, "sample_steps": 0, "pipeline_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +70,16 @@ def assert_close_runs(run: TrainingRun, other: TrainingRun) -> None:
     torch.testing.assert_close(state.averaged_weights[0], expected.averaged_weights[0], atol=2e-5, rtol=1e-3)
 
 
-def test_ranks_do_not_matter(shared_run, shared):
+def test_ranks_do_not_matter(new_run, shared):
     """A batch of 16 at once, or on two processes: the same weights to float32 rounding."""
-    whole = shared_run("whole", train_batch_size=16)
+    whole = new_run("whole", **SHARED | {"train_batch_size": 16})
     whole.finish()
     assert_close_runs(whole, shared)
 
 
-def test_two_processes_killed(shared_run, shared):
+def test_two_processes_killed(new_run, shared):
     """By SIGKILL, and resumed by two, bit for bit, or by one with the same batch in two pieces."""
-    killed = shared_run("killed")
+    killed = new_run("killed", **SHARED)
     both = TwoLives(killed)
     wait_until(lambda: len(killed.metrics()) == 2, both.processes[0])
     for process in both.processes:
@@ -104,46 +90,39 @@ def test_two_processes_killed(shared_run, shared):
     TwoLives(killed).finish()
     assert_equal_runs(killed, shared)
 
-    alone = shared_run("alone")
+    alone = new_run("alone", **SHARED)
     assert "ranks was 2 and is 1" in alone.finish(gradient_accumulation_steps=2)
     assert_close_runs(alone, shared)
 
 
-def launch(run: TrainingRun, happens, stop, **changes) -> str:
-    """Trains with accelerate's launcher of two processes, which is asked to stop; gives what they said."""
+def test_accelerate_launch(new_run):
+    """Stopped by a SIGTERM that the launcher hands on, and resumed by others."""
+    run = new_run(**SHARED | {"lr_scheduler": "constant"})
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", "--num_machines", "1", "--main_process_port", "0"]
     process = subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train_imagenet64.py"), *run.arguments(**changes)],
+        [sys.executable, *launcher, str(ROOT / "train_imagenet64.py"), *run.arguments(max_train_steps=10_000)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
         cwd=run.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
-        wait_until(happens)
-        stop(process.pid)
-        return process.communicate(timeout=100)[0]
+        wait_until((run.checkpoints / "checkpoint-6").exists)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=100)[0]
     finally:
         process.kill()
-
-
-def test_accelerate_launch(shared_run, shared):
-    """Stopped by a SIGTERM that the launcher hands on, and resumed by others."""
-    run = shared_run("run", lr_scheduler="constant")
-    begun = (run.checkpoints / "checkpoint-6").exists
-    output = launch(run, begun, lambda launcher: os.kill(launcher, signal.SIGTERM), max_train_steps=10_000)
     step = max(int(name.removeprefix("checkpoint-")) for name in run.checkpoint_names())
     assert output.count("stopped by") == 1
     assert f"stopped by SIGTERM after step {step:,} of 10,000" in output
     assert f"from step {step:,} of" in TwoLives(run, max_train_steps=step + 1).finish()
 
 
-def test_one_is_asked_to_stop(shared_run, shared):
+def test_one_is_asked_to_stop(new_run, shared):
     """Both stop after the same step, and go on as if nothing had happened."""
-    run = shared_run("run")
+    run = new_run(**SHARED)
     both = TwoLives(run)
     wait_until(lambda: len(run.metrics()) == 1, both.processes[0])
     both.processes[1].send(signal.SIGTERM)
@@ -155,9 +134,9 @@ def test_one_is_asked_to_stop(shared_run, shared):
     assert_equal_runs(run, shared)
 
 
-def test_what_another_machine_has(shared_run, tmp_path):
+def test_what_another_machine_has(new_run, tmp_path):
     """If one cannot go on, both end, and the main process says why."""
-    run = shared_run("run")
+    run = new_run(**SHARED)
     damaged = shutil.copytree(run.prepared, tmp_path / "damaged")
     next(damaged.glob("*.arrow")).write_bytes(b"no longer an arrow file")
     message = TwoLives(run, second={"train_data_dir": damaged}).refuse()
@@ -171,19 +150,10 @@ def test_what_another_machine_has(shared_run, tmp_path):
     assert snapshot(run.output_dir) == {}
 
 
-def test_a_full_disk_of_the_first_machine(shared_run):
-    run = shared_run("run")
+def test_a_full_disk_of_the_first_machine(new_run):
+    run = new_run(**SHARED)
     assert TwoLives(run, largest_file=100_000).refuse().startswith("error: could not write ")
     assert run.checkpoint_names() == []
-
-
-@pytest.mark.soak
-def test_a_launcher_interrupted(shared_run):
-    """Ctrl-C, which the terminal sends to the launcher and its processes, and the launcher to its processes again."""
-    run = shared_run("run", max_train_steps=1000, checkpointing_steps=0)
-    output = launch(run, lambda: len(run.metrics()) == 1, lambda launcher: os.killpg(launcher, signal.SIGINT))
-    assert "stopped by SIGINT after step" in output
-    assert len(run.checkpoint_names()) == 1
 
 
 def test_fine_tuning_on_two_machines(undisturbed, prepared, tmp_path):

@@ -40,7 +40,7 @@ def test_what_a_power_cut_leaves(killed_run, undisturbed):
     damaged, whole = (killed_run.checkpoints / name for name in ("checkpoint-12", "checkpoint-6"))
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-100])
     contents = snapshot(damaged)
-    (killed_run.checkpoints / "damaged-1-checkpoint-12").mkdir()
+    (killed_run.checkpoints / "damaged-checkpoint-12").mkdir()
     half = killed_run.checkpoints / ".checkpoint-30.writing"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
@@ -52,8 +52,8 @@ def test_what_a_power_cut_leaves(killed_run, undisturbed):
     assert f"from step 6 of {whole}" in said
     assert f"{damaged} is now damaged-2-checkpoint-12" in said
     assert snapshot(killed_run.checkpoints / "damaged-2-checkpoint-12") == contents
-    for number in (1, 2):
-        shutil.rmtree(killed_run.checkpoints / f"damaged-{number}-checkpoint-12")
+    for name in ("damaged-checkpoint-12", "damaged-2-checkpoint-12"):
+        shutil.rmtree(killed_run.checkpoints / name)
     assert_equal_runs(killed_run, undisturbed)
 
 

@@ -41,14 +41,11 @@ def learnt(tmp_path_factory, prepared) -> TrainingRun:
 
 
 @pytest.fixture
-def tuned(tmp_path, prepared, learnt):
-    """Makes a run that begins with the pipeline of the one that has learnt."""
-
-    def make(**changes) -> TrainingRun:
-        options = {"pretrained_model_name_or_path": learnt.output_dir / "model", **TUNED, **changes}
-        return TrainingRun(tmp_path / "tuned", prepared, options)
-
-    return make
+def tuned(tmp_path, prepared, learnt) -> TrainingRun:
+    """A run that is to begin with the pipeline of the one that has learnt."""
+    return TrainingRun(
+        tmp_path / "tuned", prepared, {"pretrained_model_name_or_path": learnt.output_dir / "model", **TUNED}
+    )
 
 
 def unet_weights(run):
@@ -65,8 +62,7 @@ def with_classes(prepared, folder, names):
 
 def test_fine_tuning_begins_with_the_weights(tuned, learnt):
     """Weights, schedule and prediction are the pipeline's, and the first loss is one of a model that has learnt."""
-    run = tuned()
-    said = run.finish()
+    run, said = tuned, tuned.finish()
     assert f"training from {learnt.output_dir / 'model'}: " in said
     assert "predicting epsilon" in said
     before = unet_weights(learnt)
@@ -87,15 +83,15 @@ def test_fine_tuning_begins_with_the_weights(tuned, learnt):
 def test_fine_tuning_with_other_classes(tuned, learnt, prepared, tmp_path):
     """A table of another size begins anew, all else is kept."""
     data = with_classes(prepared, tmp_path / "data", ["dark", "grey", "light", "none"])
-    run = tuned(train_data_dir=data)
-    assert "has 3 classes and the images have 4: the class embedding begins anew" in run.finish()
-    before, after = unet_weights(learnt), unet_weights(run)
+    said = tuned.finish(train_data_dir=data)
+    assert "has 3 classes and the images have 4: the class embedding begins anew" in said
+    before, after = unet_weights(learnt), unet_weights(tuned)
     different = [name for name, weight in after.items() if weight.shape != before[name].shape]
     assert different == [name for name in after if "class" in name and "embed" in name and "weight" in name]
     for name in set(after) - set(different):
         torch.testing.assert_close(after[name], before[name], atol=1e-9, rtol=0)
     data = with_classes(prepared, tmp_path / "renamed", ["dark", "gray", "light"])
-    output = tuned().finish(train_data_dir=data, output_dir=tmp_path / "other", dry_run=True)
+    output = tuned.finish(train_data_dir=data, output_dir=tmp_path / "other", dry_run=True)
     assert "class 1 is 'grey' for the pretrained model and 'gray' for the images" in output
 
 
@@ -112,7 +108,7 @@ def test_fine_tuning_with_other_classes(tuned, learnt, prepared, tmp_path):
 def test_fine_tuning_that_does_not_fit(tuned, tmp_path, capsys, changes, message):
     if changes.get("train_data_dir"):
         changes = {"train_data_dir": prepare_noise(tmp_path, size=16, channels=3)}
-    last_line = tuned().refuse(capsys, **changes)
+    last_line = tuned.refuse(capsys, **changes)
     assert last_line.startswith("error: ")
     assert re.search(message, last_line), last_line
 
@@ -121,9 +117,8 @@ def test_a_converted_checkpoint(tmp_path):
     """The original's weights and moments are resumed, and then the run's own."""
     write_small(tmp_path / "small")
     shapes = [tensor.shape for tensor in small_weights().values()]
-    moments = {"step": torch.tensor(7.0), "exp_avg": 0.0, "exp_avg_sq": 100.0}
     state = {
-        index: {name: value if name == "step" else torch.full(shape, value) for name, value in moments.items()}
+        index: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.full(shape, 100.0)}
         for index, shape in enumerate(shapes)
     }
     group = {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.01, "amsgrad": False}

