@@ -279,8 +279,8 @@ def training_size(options: TrainOptions, dataset: PreparedImages) -> tuple[int, 
     if options.resize_to_power_of_two is None:
         return dataset.image_size
     rounded = math.ceil if options.resize_to_power_of_two == "up" else math.floor
-    height, width = (2 ** rounded(math.log2(side)) for side in dataset.image_size)
-    return height, width
+    height, width = dataset.image_size
+    return 2 ** rounded(math.log2(height)), 2 ** rounded(math.log2(width))
 
 
 def build_unet(config: Mapping[str, Any], start: Start) -> ClassConditionalUNet2DModel:
@@ -296,7 +296,7 @@ def build_unet(config: Mapping[str, Any], start: Start) -> ClassConditionalUNet2
 
 
 def build_scheduler(options: TrainOptions, start: Start) -> EtaDDIMScheduler:
-    """Holds the noise schedule; ValueError if the options name another one than the pretrained model has."""
+    """Holds the noise schedule."""
     if start.checkpoint is not None:
         return EtaDDIMScheduler.from_config(start.checkpoint.scheduler_config)
     if start.pretrained is not None:

@@ -19,8 +19,7 @@ from ..utils.chart_style import BLACK, BLUE, DPI, GREEN, ORANGE, PURPLE, VERMILI
 
 
 METRICS_NAME = "metrics.jsonl"
-# The timesteps are told apart in so many equal parts, the first one nearest to the image.
-NUM_QUARTERS = 4
+NUM_QUARTERS = 4  # equal parts of the timesteps, the first one nearest to the image
 QUARTERS = tuple(f"loss_quarter_{number}" for number in range(1, NUM_QUARTERS + 1))
 METRICS = ("step", "loss", *QUARTERS, "gradient_norm", "lr")
 

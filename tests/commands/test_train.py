@@ -50,35 +50,20 @@ def test_from_data_to_pipeline(undisturbed):
     assert (pipeline.unet.conv_in.weight != checkpoint.weights["conv_in.weight"]).any()
 
 
-OPTIONS = {
-    "epsilon": {
-        "prediction_type": "epsilon",
-        "beta_schedule": "original_cosine",
-        "mixed_precision": "bf16",
-        "gradient_checkpointing": True,
-        "dataset_in_memory": True,
-        "timestep_sampling": "uniform",
-        "max_grad_norm": 0,
-        "resize_to_power_of_two": "up",
-        "use_ema": False,
-        "max_train_steps": 4,
-    },
-    "sample": {
-        "prediction_type": "sample",
-        "beta_schedule": "linear",
-        "max_train_steps": None,
-        "num_train_epochs": 0.4,
-        "unconditional": True,
-        "layer_types": "resnet",
-        "snr_gamma": 5,
-        "num_train_timesteps": 1000,
-    },
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options(new_run, name):
-    run = new_run(**OPTIONS[name], sample_steps=0, pipeline_steps=0, checkpointing_steps=0)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "max_train_steps 4 prediction_type epsilon beta_schedule original_cosine mixed_precision bf16 use_ema false"
+        " gradient_checkpointing true dataset_in_memory true timestep_sampling uniform max_grad_norm 0"
+        " resize_to_power_of_two up",
+        "num_train_epochs 0.4 prediction_type sample beta_schedule linear unconditional true layer_types resnet"
+        " snr_gamma 5 num_train_timesteps 1000",
+    ],
+)
+def test_options(new_run, options):
+    words = options.split()
+    changes = {"max_train_steps": None, **dict(zip(words[::2], words[1::2], strict=True))}
+    run = new_run(**changes, sample_steps=0, pipeline_steps=0, checkpointing_steps=0)
     run.finish()
     weights = load_file(run.output_dir / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())

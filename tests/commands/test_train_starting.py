@@ -15,18 +15,9 @@ from imagenet64_diffusion.tests.conversion.originals import small_weights, write
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
 
 
-LEARNT = {
-    **QUIET,
-    "max_train_steps": 60,
-    "train_batch_size": 16,
-    "learning_rate": 5e-3,
-    "lr_warmup_steps": 0,
-    "beta_schedule": "linear",
-    "num_train_timesteps": 50,
-    "prediction_type": "epsilon",
-    "logging_steps": 1,
-    "use_ema": False,
-}
+LEARNT = {**QUIET, "max_train_steps": 60, "train_batch_size": 16, "learning_rate": 5e-3, "lr_warmup_steps": 0}
+LEARNT |= {"beta_schedule": "linear", "num_train_timesteps": 50, "prediction_type": "epsilon"}
+LEARNT |= {"logging_steps": 1, "use_ema": False}
 # so small a rate leaves the weights as they are
 TUNED = {**QUIET, "max_train_steps": 1, "train_batch_size": 64, "logging_steps": 1, "lr_warmup_steps": 0}
 TUNED |= {"learning_rate": 1e-12, "adam_weight_decay": 0}

@@ -78,10 +78,7 @@ def moments(run: TrainingRun):
     size = metrics.stat().st_size if metrics.exists() else 0
     return [
         (lambda: True, 6.0),
-        # a step, and an entry of the log
         (lambda: metrics.exists() and metrics.stat().st_size > size, 0.3),
-        (lambda: metrics.exists() and metrics.stat().st_size > size, 0.0),
-        # a checkpoint, and the removal of one
         (lambda: any(checkpoints.glob(".*.writing")), 0.03),
         (lambda: oldest is not None and not oldest.exists(), 0.002),
         ((run.output_dir / ".model.writing").exists, 0.03),

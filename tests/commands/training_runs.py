@@ -10,13 +10,8 @@ from imagenet64_diffusion.tests.commands.processes import CommandProcess, snapsh
 from imagenet64_diffusion.train_imagenet64 import main
 
 
-TINY = {
-    "stem_channels": 8,
-    "block_out_channels": [8, 16],
-    "layer_types": ["resnet", "class_attention", "channel_attention"],
-    "time_embed_dim": 16,
-    "class_embed_dim": 16,
-}
+TINY = {"stem_channels": 8, "block_out_channels": [8, 16], "time_embed_dim": 16, "class_embed_dim": 16}
+TINY |= {"layer_types": ["resnet", "class_attention", "channel_attention"]}
 QUIET = {"num_inference_steps": 2, "num_samples_per_class": 1, "report_to": "none"}
 # Everything that a checkpoint must keep has an effect: batches cross the borders of epochs, the history of losses
 # fills, and entries of the log, checkpoints and samples come at different steps.

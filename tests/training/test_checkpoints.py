@@ -71,8 +71,8 @@ def test_there_and_back(save, trained):
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES + OPTIONAL_FILES)
     checkpoint = load_checkpoint(folder)
     assert (checkpoint.progress, checkpoint.options) == (PROGRESS, OPTIONS)
-    assert checkpoint.unet_config["block_out_channels"] == [8, 16]
-    assert checkpoint.scheduler_config["num_train_timesteps"] == 1000
+    configs = checkpoint.unet_config["block_out_channels"], checkpoint.scheduler_config["num_train_timesteps"]
+    assert configs == ([8, 16], 1000)
     averaged = ([parameter.detach() / 3 for parameter in unet.parameters()], 7)
     expected = (dict(unet.state_dict()), averaged, optimizer.state_dict(), SAMPLER)
     found = (checkpoint.weights, checkpoint.averaged_weights, checkpoint.optimizer, checkpoint.timestep_sampler)

@@ -54,19 +54,10 @@ def test_wrong_model_files(make_config, tmp_path, content):
 
 def test_every_option_of_the_network(make_config):
     """Each replaces the recipe's entry; the original's names and its commas are taken too."""
-    asked = {
-        "stem_channels": 12,
-        "block_out_channels": [8, 24],
-        "layer_types": ["res,conv", "chnAtn"],
-        "time_embed_dim": 20,
-        "class_embed_dim": 28,
-        "attention_patch_size": 4,
-        "dropout": 0.25,
-        "time_embedding_type": "original_sine",
-        "class_attention_type": "identity",
-        "output_head_type": "original",
-        "num_train_timesteps": 50,
-    }
+    asked = {"stem_channels": 12, "block_out_channels": [8, 24], "layer_types": ["res,conv", "chnAtn"]}
+    asked |= {"time_embed_dim": 20, "class_embed_dim": 28, "attention_patch_size": 4, "dropout": 0.25}
+    asked |= {"time_embedding_type": "original_sine", "class_attention_type": "identity"}
+    asked |= {"output_head_type": "original", "num_train_timesteps": 50}
     config = make_config(**asked)
     expected = asked | {"layer_types": ("resnet", "convnext", "channel_attention"), "block_out_channels": (8, 24)}
     assert {name: config[name] for name in asked} == expected
@@ -136,9 +127,6 @@ def check(unet=UNET, dataset="a", ranks=1, images_per_step=8, before=None, progr
         ({"unconditional": True}, "unconditional is True, but .* with False"),
         ({"optimizer": "adamw_8bit"}, "optimizer is adamw_8bit, but .* with adamw"),
         ({"resize_to_power_of_two": "up"}, "resize_to_power_of_two is up, but .* with None"),
-        ({"unet": {**UNET, "layer_types": ["convnext"]}}, "layer_types is .'convnext'., but .* with .'resnet'."),
-        ({"dataset": "b"}, "fingerprint is b, but .* was trained with a"),
-        ({"max_train_steps": 49}, "max_train_steps is 49, but run/checkpoint-50 has 50"),
     ],
 )
 def test_what_may_not_change(changes, message):
@@ -154,7 +142,6 @@ def test_what_may_not_change(changes, message):
         ({"unet": {**UNET, "block_out_channels": (8, 16), "_name_or_path": "x"}}, []),
         # of what a converted checkpoint does not know nothing is said
         ({"before": {"seed": 0}, "progress": {"step": 7, "epoch": 2}, "dataset": "any"}, []),
-        ({"seed": 1}, ["seed was 0 and is 1"]),
         ({"use_ema": False}, ["use_ema was True and is False"]),
         ({"timestep_sampling": "importance"}, ["timestep_sampling was uniform and is importance"]),
         # from an option or from the file of the network
