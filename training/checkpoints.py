@@ -118,13 +118,12 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     # the first version had no digest
     if version != _FORMAT_VERSION and (is_whole or digest is None):
         raise ValueError(f"{folder} has format_version {version}, but this version reads {_FORMAT_VERSION}")
-    files, changed = (state["files"], []) if is_whole else ({}, [STATE_NAME])
+    files: dict[str, Any] = state["files"] if is_whole else {}
     for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
         file = folder / name
         if name not in files or not file.is_file() or _sha256(file) != files[name]["sha256"]:
-            changed.append(name)
-    if changed:
-        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {changed[0]} is missing or has changed")
+            changed = name if is_whole else STATE_NAME
+            raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {changed} is missing or has changed")
     averaged_weights, timestep_sampler = None, dict[str, np.ndarray]()
     if _AVERAGED_WEIGHTS in state["files"]:
         with safe_open(folder / _AVERAGED_WEIGHTS, "pt") as content:

@@ -21,9 +21,6 @@ from imagenet64_diffusion.training.components import (
 from imagenet64_diffusion.training.options import TrainOptions
 
 
-CPU = torch.device("cpu")
-
-
 def make_options(**options):
     """Options of a run that begins from nothing."""
     return resolve_options(TrainOptions(**{"train_data_dir": ".", **options}), Start())
@@ -87,7 +84,7 @@ def test_the_fused_optimizer_is_adamw():
     """Against the formula of Loshchilov and Hutter 2019 (arXiv 1711.05101, algorithm 2) in float64."""
     options = {"learning_rate": 0.1, "adam_weight_decay": 0.3, "adam_epsilon": 1e-3, "adam_beta1": 0.8}
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = build_optimizer(make_options(**options), [weight], CPU)
+    optimizer = build_optimizer(make_options(**options), [weight], torch.device("cpu"))
     assert optimizer.param_groups[0]["fused"]
     expected = weight.detach().double()
     first = second = torch.zeros(2, dtype=torch.float64)
@@ -101,7 +98,7 @@ def test_the_fused_optimizer_is_adamw():
     torch.testing.assert_close(weight.detach().double(), expected, atol=1e-6, rtol=0)
     # an 8-bit optimizer on a CPU has to be refused
     with pytest.raises(ValueError, match="optimizer is adamw_8bit, which needs"):
-        build_optimizer(make_options(optimizer="adamw_8bit"), [weight], CPU)
+        build_optimizer(make_options(optimizer="adamw_8bit"), [weight], torch.device("cpu"))
 
 
 UNET = {"block_out_channels": [8, 16], "layer_types": ["resnet"], "dropout": 0.0, "num_class_embeds": 3}
