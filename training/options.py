@@ -63,18 +63,18 @@ class TrainOptions(CheckedOptions):
     unconditional: bool = _network(False, "Train without classes.")
 
     prediction_type: str | None = _noise(
-        None, "Default: v_prediction, or as the starting checkpoint.", choices=["v_prediction", "epsilon", "sample"]
+        None, "Target (default: v_prediction, or the start's).", choices=["v_prediction", "epsilon", "sample"]
     )
-    num_train_timesteps: int | None = _noise(None, "Timesteps T (default: 1000, or as the start's).", at_least=1)
+    num_train_timesteps: int | None = _noise(None, "Diffusion timesteps (default: 1000, or the start's).", at_least=1)
     beta_schedule: str | None = _noise(
         None,
         "original_cosine has alphas_cumprod up to 0.999 (default: squaredcos_cap_v2, or as the starting checkpoint).",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
     )
-    class_dropout_prob: float = _noise(0.2, "Share without their class, for guidance.", at_least=0, at_most=1)
+    class_dropout_prob: float = _noise(0.2, "Share of images without class, for guidance.", at_least=0, at_most=1)
     vlb_weight: float = _noise(0.001, "Weight of the bound that trains the variance; at least 0.", at_least=0)
     snr_gamma: float | None = _noise(None, "Gamma of Min-SNR weighting (5 is usual; default: none).", above=0)
-    timestep_sampling: str = _noise("uniform", "importance goes by the loss.", choices=["uniform", "importance"])
+    timestep_sampling: str = _noise("uniform", "importance prefers large losses.", choices=["uniform", "importance"])
 
     train_batch_size: int = _step(128, "Images per process and forward pass.", at_least=1)
     gradient_accumulation_steps: int = _step(1, "Forward passes per optimizer step.", at_least=1)
@@ -83,7 +83,7 @@ class TrainOptions(CheckedOptions):
     optimizer: str = _step("adamw", "adamw_8bit needs bitsandbytes and CUDA.", choices=["adamw", "adamw_8bit"])
     learning_rate: float = _step(3e-4, "Largest learning rate, above 0.", above=0)
     lr_scheduler: str = _step(
-        "constant_with_warmup", "Schedule.", choices=["constant", "constant_with_warmup", "linear", "cosine"]
+        "constant_with_warmup", "LR schedule.", choices=["constant", "constant_with_warmup", "linear", "cosine"]
     )
     lr_warmup_steps: int = _step(500, "Optimizer steps over which the learning rate rises from 0.", at_least=0)
     adam_beta1: float = _step(0.9, "AdamW's beta1, in [0, 1).", at_least=0, below=1)
