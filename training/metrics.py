@@ -116,7 +116,6 @@ def remove_entries_after(output_dir: Path, step: int) -> None:
 def read_metrics(metrics_file: Path) -> dict[str, np.ndarray]:
     """The entries of a log: for each of `METRICS` float64 (entries,), NaN where an entry has none."""
     entries = _read_entries(metrics_file).values()
-    # None becomes NaN
     return {name: np.array([entry.get(name) for entry in entries], dtype=np.float64) for name in METRICS}
 
 

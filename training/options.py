@@ -55,7 +55,8 @@ class TrainOptions(CheckedOptions):
     dropout: float | None = _network(None, "Probability of dropping a feature inside resnet and convnext layers.")
     time_embedding_type: str | None = _network(
         None,
-        "Encoding of the timestep.",
+        "Encoding of the timestep: sinusoidal, original_interleaved, original_sine or original_alternating.",
+        metavar="NAME",
         choices=["sinusoidal", "original_interleaved", "original_sine", "original_alternating"],
     )
     class_attention_type: str | None = _network(None, "identity is the original's.", choices=["channel", "identity"])
@@ -68,7 +69,8 @@ class TrainOptions(CheckedOptions):
     num_train_timesteps: int | None = _noise(None, "Diffusion timesteps (default: 1000, or the start's).", at_least=1)
     beta_schedule: str | None = _noise(
         None,
-        "original_cosine has alphas_cumprod up to 0.999 (default: squaredcos_cap_v2, or as the starting checkpoint).",
+        "squaredcos_cap_v2, linear, scaled_linear or original_cosine (default: the first, or the starting checkpoint's).",
+        metavar="NAME",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
     )
     class_dropout_prob: float = _noise(0.2, "Share of images without class, for guidance.", at_least=0, at_most=1)

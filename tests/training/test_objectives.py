@@ -102,7 +102,7 @@ def test_prediction_types_say_the_same():
         plan = scheduler(prediction_type)
         abar = plan.alphas_cumprod[timesteps][:, None, None, None]
         noisy = plan.add_noise(original, noise, timesteps)
-        guessed = (noisy - abar.sqrt() * guess) / (1 - abar).sqrt()
+        guessed = ((noisy - abar.sqrt() * guess) / (1 - abar).sqrt()).float()
         target, prediction = {
             "sample": (original, guess),
             "epsilon": (noise, guessed),
