@@ -69,7 +69,7 @@ class TrainOptions(CheckedOptions):
     num_train_timesteps: int | None = _noise(None, "Diffusion timesteps (default: 1000, or the start's).", at_least=1)
     beta_schedule: str | None = _noise(
         None,
-        "squaredcos_cap_v2, linear, scaled_linear or original_cosine (default: the first, or the starting checkpoint's).",
+        "squaredcos_cap_v2, linear, scaled_linear or original_cosine (default: the first, or the start's).",
         metavar="NAME",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
     )
