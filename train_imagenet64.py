@@ -16,7 +16,17 @@ EXAMPLE = "--config demo --train_data_dir outputs/digits\n--output_dir outputs/t
 
 
 def train(options: TrainOptions) -> Path | None:
-    """Trains a network and saves it as a pipeline folder, ``output_dir/model``; returns that, None after a dry run."""
+    """Trains a network and saves it as a pipeline, or resumes a training that was stopped.
+
+    Returns:
+        The folder of the pipeline, ``output_dir/model``, or None after a dry run.
+
+    Raises:
+        ValueError: If options, dataset and what the run starts from do not fit together.
+        FloatingPointError: If the loss is no longer finite.
+        OSError: If something cannot be written, or another run writes to the same folder.
+        StoppedBySignalError: After SIGTERM or SIGINT, when a checkpoint has been written.
+    """
     # torch, diffusers and accelerate take seconds to import, which --help should not
     from imagenet64_diffusion.training.loop import train as run
 

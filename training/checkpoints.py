@@ -1,15 +1,11 @@
-"""Checkpoints of a training run: everything that the next step depends on.
+"""Checkpoints of a training run, folders ``checkpoint-{step}``: everything that the next step depends on.
 
-Data order, noise, timesteps, drop-out and flips are functions of the seed, the step and the image's place in its
-batch, so there are no states of random generators to keep. A checkpoint is a folder ``checkpoint-{step}`` with the
-network, the EMA of its weights, the optimizer's moments, the history of importance sampling, and
-``training_state.json``: where the run stood, its options, and the digests of the other files.
+There are no states of random generators to keep: all randomness is a function of the seed and the step.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -79,37 +75,25 @@ def save_checkpoint(
     averaged_weights: tuple[list[torch.Tensor], int] | None = None,
     timestep_sampler: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Writes a checkpoint, ``checkpoint-{step}`` in the ``checkpoints`` folder of the run, atomically.
-
-    Args:
-        folder: Where to.
-        unet: The network.
-        scheduler: Holds the noise schedule.
-        optimizer: Its optimizer, over ``unet.parameters()``.
-        progress, options, averaged_weights, timestep_sampler: As in `Checkpoint`; options are JSON values.
-
-    Raises:
-        OSError: If it cannot be written, as on a full disk. What was there is as it was.
-    """
-    reason = "; the checkpoints before it are as they were"
-    with write_errors(folder, reason), atomic_folder(folder) as writing:
+    """Writes a checkpoint atomically; the options must be JSON values."""
+    with write_errors(folder, "; the checkpoints before it are as they were"), atomic_folder(folder) as writing:
         save_file({name: tensor.contiguous() for name, tensor in unet.state_dict().items()}, writing / _WEIGHTS)
         torch.save(optimizer.state_dict(), writing / _OPTIMIZER)
         if averaged_weights is not None:
             parameters, updates = averaged_weights
             tensors = {f"{index:05d}": tensor.contiguous() for index, tensor in enumerate(parameters)}
-            save_file(tensors, writing / _AVERAGED_WEIGHTS, metadata={"updates": str(updates)})
+            save_file(tensors, writing / _AVERAGED_WEIGHTS, {"updates": str(updates)})
         if timestep_sampler:
             np.savez(writing / _TIMESTEP_SAMPLER, **cast(dict[str, Any], timestep_sampler))
         for name, configured in ((_CONFIG, unet), (_SCHEDULER_CONFIG, scheduler)):
             config = {key: value for key, value in configured.config.items() if not key.startswith("_")}
-            _write_json(writing / name, config)
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(writing.iterdir())
-        }
+            (writing / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        written = sorted(writing.iterdir())
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in written}
         state = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(progress)}
         state |= {"options": dict(options), "files": files}
-        _write_json(writing / STATE_NAME, {**state, "sha256": _sha256_of_state(state)})
+        state["sha256"] = _sha256_of_state(state)
+        (writing / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -123,14 +107,23 @@ def write_errors(path: str | Path, remark: str = "") -> Iterator[None]:
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Reads a checkpoint, on the CPU, after checking that it is whole. No code of the files is run.
-
-    Raises:
-        DamagedCheckpointError: If the folder is not a checkpoint, or not as it was written. It names the file.
-        ValueError: If it is of another format version.
-    """
+    """Reads a checkpoint, on the CPU; `DamagedCheckpointError` names the file that is not as it was written."""
     folder = Path(folder)
-    state = _read_state(folder)
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        version, digest = state["format_version"], state.pop("sha256", None)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: no readable {STATE_NAME}") from error
+    is_whole = digest == _sha256_of_state(state)
+    # the first version had no digest
+    if version != _FORMAT_VERSION and (is_whole or digest is None):
+        raise ValueError(f"{folder} has format_version {version}, but this version reads {_FORMAT_VERSION}")
+    files: dict[str, Any] = state["files"] if is_whole else {}
+    for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
+        file = folder / name
+        if name not in files or not file.is_file() or _sha256(file) != files[name]["sha256"]:
+            changed = name if is_whole else STATE_NAME
+            raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {changed} is missing or has changed")
     averaged_weights, timestep_sampler = None, dict[str, np.ndarray]()
     if _AVERAGED_WEIGHTS in state["files"]:
         with safe_open(folder / _AVERAGED_WEIGHTS, "pt") as content:
@@ -139,10 +132,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     if _TIMESTEP_SAMPLER in state["files"]:
         with np.load(folder / _TIMESTEP_SAMPLER, allow_pickle=False) as arrays:
             timestep_sampler = dict(arrays)
-    progress: dict[str, Any] = {field.name: state.get(field.name) for field in dataclasses.fields(Progress)}
     return Checkpoint(
         folder=folder,
-        progress=Progress(**progress),
+        progress=Progress(**{field.name: state.get(field.name) for field in dataclasses.fields(Progress)}),
         options=state["options"],
         unet_config=json.loads((folder / _CONFIG).read_text(encoding="utf-8")),
         scheduler_config=json.loads((folder / _SCHEDULER_CONFIG).read_text(encoding="utf-8")),
@@ -154,55 +146,18 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def find_checkpoints(folder: str | Path) -> list[Path]:
-    """The folders of checkpoints in a folder, by step, the latest last. Their contents have not been checked."""
+    """The folders of checkpoints in a folder, the latest last; their contents have not been checked."""
     numbers = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
     found = [path for path, number in numbers.items() if number.isdecimal() and path.is_dir()]
     return sorted(found, key=lambda path: int(numbers[path]))
 
 
 def remove_old_checkpoints(folder: str | Path, limit: int) -> None:
-    """Removes all but the latest ``limit`` checkpoints, and what killed processes left half written.
-
-    A checkpoint is renamed before its files are removed, so that it is never half there under its name.
-    """
+    """Removes all but the latest ``limit`` checkpoints, and what killed processes left half written."""
     settle_folder(folder)
     for old in find_checkpoints(folder)[:-limit]:
+        # renamed first, so that it is never half there under its name
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.writing")))
-
-
-def set_aside(folder: Path) -> Path:
-    """Gives a damaged checkpoint a name under which nobody takes it for a whole one, and returns its new place."""
-    names = itertools.chain(["damaged"], (f"damaged-{number}" for number in itertools.count(2)))
-    places = (folder.with_name(f"{name}-{folder.name}") for name in names)
-    return folder.rename(next(place for place in places if not place.exists()))
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    """The state file of a checkpoint whose other files are as the state file says."""
-
-    def damaged(what: str) -> DamagedCheckpointError:
-        return DamagedCheckpointError(f"{folder} is not a whole checkpoint: {what}")
-
-    if not (folder / STATE_NAME).is_file():
-        raise damaged(f"there is no {STATE_NAME}")
-    try:
-        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        version, digest = state["format_version"], state.pop("sha256", None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(f"{STATE_NAME} is not readable") from error
-    is_whole = digest == _sha256_of_state(state)
-    # the first version had no digest
-    if version != _FORMAT_VERSION and (is_whole or digest is None):
-        raise ValueError(f"{folder} has format_version {version}, but this version reads {_FORMAT_VERSION}")
-    if not is_whole:
-        raise damaged(f"{STATE_NAME} has changed since it was written")
-    files = state["files"]
-    for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
-        if not (folder / name).is_file():
-            raise damaged(f"there is no {name}")
-        if name not in files or _sha256(folder / name) != files[name]["sha256"]:
-            raise damaged(f"{name} has changed since it was written")
-    return state
 
 
 def _sha256(file: Path) -> str:
@@ -215,7 +170,3 @@ def _sha256(file: Path) -> str:
 
 def _sha256_of_state(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

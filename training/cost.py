@@ -1,8 +1,4 @@
-"""What training a network costs, in operations and in memory, and what ``--dry_run`` says.
-
-Operations are counted on the meta device and memory on fake tensors, which have shapes, types and devices but no
-contents: the answer takes seconds whatever the size of the network, and next to no memory.
-"""
+"""What training a network costs, counted on tensors without contents, and what ``--dry_run`` says."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,10 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from .plan import Plan
-
-
-_AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+from .components import Plan
 
 
 class TrainingCost(NamedTuple):
@@ -41,26 +34,17 @@ def estimate_cost(
 ) -> TrainingCost:
     """Counts what a network costs from its options alone, with a mean square as its loss.
 
-    Args:
-        unet_config: Options of `ClassConditionalUNet2DModel`.
-        images: Images that pass at once.
-        precision: ``"no"`` for float32, ``"fp16"`` or ``"bf16"`` for autocast with float32 weights.
-        gradient_checkpointing: Whether layers run again in the backward pass.
-        device_type: ``"cpu"`` or ``"cuda"``; autocast leaves other operations in float32 on the one than on the other.
-
-    Raises:
-        ValueError: If precision is not one of these, or the options of the network do not fit together.
+    ``images`` pass at once. ``device_type`` matters because autocast leaves other operations in float32 on a CPU.
     """
-    if precision not in _AUTOCAST_DTYPES:
-        raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(_AUTOCAST_DTYPES)}")
     options = {name: value for name, value in unet_config.items() if not name.startswith("_")}
     with torch.device("meta"):
         unet = ClassConditionalUNet2DModel(**options).train()
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         forward_flops, training_flops = count_flops(lambda: _forward(unet, 1))
-    dtype = _AUTOCAST_DTYPES[precision]
-    with FakeTensorMode(), torch.device(device_type), torch.autocast(device_type, dtype, enabled=dtype is not None):
+    # what runs in 8 bits keeps its activations in bf16
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with FakeTensorMode(), torch.device(device_type), torch.autocast(device_type, dtype, enabled=precision != "no"):
         unet = ClassConditionalUNet2DModel(**options).train()
         activation_bytes = _activation_bytes(unet, images, gradient_checkpointing)
     return TrainingCost(unet.num_parameters(), forward_flops, training_flops, activation_bytes)
@@ -87,6 +71,7 @@ def describe_run(plan: Plan, accelerator: Accelerator) -> str:
     memory["total"] = sum(memory.values())
     unit, bytes_per_unit = ("GiB", 2**30) if memory["total"] >= 2**30 else ("MiB", 2**20)
     steps = plan.max_train_steps - plan.first_step
+    flops_of_step = _with_prefix(cost.training_flops * plan.images_per_step)
     lines = [
         plan.summary(accelerator.device.type, accelerator.mixed_precision, cost.parameters),
         f"to come: {steps:,} steps, {steps * plan.images_per_step / len(plan.dataset):.1f} epochs",
@@ -94,26 +79,19 @@ def describe_run(plan: Plan, accelerator: Accelerator) -> str:
         "cost",
         f"  parameters        {_with_prefix(cost.parameters)}",
         f"  forward pass      {_with_prefix(cost.forward_flops)}FLOP for 1 image",
-        f"  training step     {_with_prefix(cost.training_flops * plan.images_per_step)}FLOP for"
-        f" {plan.images_per_step:,} image(s)",
+        f"  training step     {flops_of_step}FLOP for {plan.images_per_step:,} image(s)",
         f"  memory of one rank, {images:,} image(s) at once",
         *(f"    {name:<16}{size / bytes_per_unit:8.2f} {unit}" for name, size in memory.items()),
     ]
     for title, values in (("network", plan.unet_config), ("options", vars(options))):
-        lines += [
-            "",
-            title,
-            *(f"  {name:<{max(map(len, values))}}  {_shown(value)}" for name, value in values.items()),
-        ]
+        lines += ["", title]
+        for name, value in values.items():
+            shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else "-" if value is None else value
+            lines.append(f"  {name:<{max(map(len, values))}}  {shown}")
     return "\n".join([*lines, "", "dry run: nothing has been written"])
 
 
-def _shown(value: object) -> str:
-    return "-" if value is None else " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
 def _with_prefix(value: int) -> str:
-    """Two decimals and the prefix of a power of 1000, as in ``  105.76 G``."""
     power = min((len(str(value)) - 1) // 3, 5)
     return f"{value / 1000**power:8.2f} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
 
@@ -158,10 +136,9 @@ def _activation_bytes(unet: ClassConditionalUNet2DModel, images: int, gradient_c
 
 
 def count_flops(forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
-    """FLOPs of a forward pass, and of it and the backward pass together, by `torch.utils.flop_counter`."""
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
-    )
+    """FLOPs of a forward pass, and of it and the backward pass together."""
+    own = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=own)
     # attention as plain matrix products: fused kernels differ by device, and not all can be counted
     with counter, sdpa_kernel(SDPBackend.MATH):
         output = forward()

@@ -10,10 +10,6 @@ import torch
 from accelerate import Accelerator
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ONE_INTERRUPT_SECONDS = 1.0
-
-
 def leave_stopping_to_parent(worker: int) -> None:
     """Keeps a process that reads images alive when its process group is asked to stop: its parent still needs it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -22,28 +18,20 @@ def leave_stopping_to_parent(worker: int) -> None:
 
 
 class StopRequest:
-    """Inside, SIGTERM and SIGINT are noted instead of ending the process.
-
-    A signal may come to one rank or to all, and at different steps. So the ranks tell one another at each step what
-    they have noted, and look at the answer at the next one, when it has long arrived: none waits for the others, and
-    all stop after the same step. A second SIGINT interrupts at once; one within a second of the first is the same
-    Ctrl-C, which a terminal sends to all processes and a launcher of several sends on to them.
-    """
+    """Inside, SIGTERM and SIGINT are noted instead of ending the process; all ranks stop after the same step."""
 
     def __init__(self, accelerator: Accelerator):
         self._noted, self._interrupted_at = 0, 0.0
         self._earlier: dict[signal.Signals, Any] = {}
-        self._group: Any = None
-        if accelerator.num_processes > 1:
-            # on the host, so that no accelerator has to be waited for
-            self._group = torch.distributed.new_group(backend="gloo")
+        # on the host, so that no accelerator has to be waited for
+        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self._number = torch.tensor(0)
         self._exchange: Any = None
 
     def __enter__(self) -> "StopRequest":
         # only the main thread may set handlers; a run in another one, as in a notebook's server, goes without
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._earlier = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -57,6 +45,7 @@ class StopRequest:
         """The number of the signal after which all ranks stop now, or 0. Every rank asks at every step."""
         if self._group is None:
             return self._noted
+        # the answer to what was told at the step before, which has long arrived: no rank waits for the others
         if self._exchange is not None:
             self._exchange.wait()
         answer = int(self._number)
@@ -70,7 +59,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
-            if self._noted == signal.SIGINT and now - self._interrupted_at > _ONE_INTERRUPT_SECONDS:
+            # a launcher sends on what the terminal has sent to all its processes: within a second it is one Ctrl-C
+            if self._noted == signal.SIGINT and now - self._interrupted_at > 1:
                 raise KeyboardInterrupt
             self._interrupted_at = now
         self._noted = number

@@ -1,17 +1,21 @@
 """A training run: accelerate runs it on one rank or many, in one precision or another."""
 
 import contextlib
+import itertools
+import json
 import math
+import resource
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration, TorchDynamoPlugin, gather_object, set_seed
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
 from PIL import Image
@@ -26,14 +30,13 @@ from ..utils.command_line import OtherRankError, StoppedBySignalError
 from ..utils.distributed import on_main_process
 from ..utils.memory import keep_freed_memory
 from ..utils.nearest_names import perhaps
-from .checkpoints import Progress, find_checkpoints, remove_old_checkpoints, save_checkpoint, set_aside, write_errors
-from .components import build_lr_scheduler, build_optimizer, build_scheduler, build_unet, image_batches, training_size
+from .checkpoints import Progress, find_checkpoints, remove_old_checkpoints, save_checkpoint, write_errors
+from .components import Plan, build_optimizer, build_scheduler, build_unet, image_batches, make_plan, training_size
 from .cost import describe_run
 from .interruption import StopRequest
-from .metrics import MetricsWindow, append_entry, draw_loss_chart, peak_memory_gib, remove_entries_after
+from .metrics import METRICS_NAME, MetricsWindow, draw_loss_chart, remove_entries_after
 from .objectives import HybridLoss, ImportanceSampledLoss
 from .options import TrainOptions
-from .plan import CHECKPOINTS_NAME, Plan, make_plan
 from .randomness import StepRandomness, seed_network, to_device
 
 
@@ -44,7 +47,7 @@ class Trainer:
         self.plan, self.options, self.dataset = plan, plan.options, plan.dataset
         self.accelerator, self.device = accelerator, accelerator.device
         self.output_dir = Path(plan.options.output_dir)
-        self.checkpoints, self.grids = self.output_dir / CHECKPOINTS_NAME, self.output_dir / "sample_grids"
+        self.checkpoints, self.grids = self.output_dir / "checkpoints", self.output_dir / "sample_grids"
         self.repo_id = plan.options.hub_model_id or self.output_dir.resolve().name
         self.max_train_steps, self.images_per_step = plan.max_train_steps, plan.images_per_step
         self.global_step, self.images_seen = plan.first_step, plan.images_seen
@@ -87,7 +90,12 @@ class Trainer:
             # what has been copied would stay in memory for the whole run
             checkpoint.weights, checkpoint.averaged_weights, checkpoint.optimizer = {}, None, {}
         plan.start.pretrained = None
-        self.lr_scheduler = build_lr_scheduler(options, optimizer, schedule_step)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"] = options.learning_rate
+        # not prepared by accelerate, which would step it once for every rank
+        steps = {"num_warmup_steps": min(options.lr_warmup_steps, self.max_train_steps)}
+        steps |= {"num_training_steps": self.max_train_steps, "last_epoch": schedule_step - 1}
+        self.lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, **steps)
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
         self._parameters = list(self.unet.parameters())
 
@@ -95,33 +103,32 @@ class Trainer:
         """Trains to the last step and saves the pipeline; returns its folder."""
         accelerator, model_dir = self.accelerator, self.output_dir / "model"
         num_parameters = sum(parameter.numel() for parameter in self._parameters)
-        summary = self.plan.summary(self.device.type, accelerator.mixed_precision, num_parameters)
-        accelerator.print(summary, flush=True)
+        accelerator.print(self.plan.summary(self.device.type, accelerator.mixed_precision, num_parameters), flush=True)
         on_main_process(accelerator, self._prepare_folder)
-        self._start_trackers()
+        # trackers take plain numbers and strings only
+        plain = (bool, int, float, str)
+        config = {key: value if isinstance(value, plain) else str(value) for key, value in vars(self.options).items()}
+        # what a killed run has written of the steps to come is not shown
+        purged = {"tensorboard": {"purge_step": self.global_step + 1}}
+        accelerator.init_trackers("train", config=config, init_kwargs=purged)
         try:
             with StopRequest(accelerator) as stop_request:
                 stopped_by = self._take_steps(stop_request)
         except FloatingPointError as error:
             if not accelerator.is_main_process:
                 raise OtherRankError(str(error)) from None
-            found = find_checkpoints(self.checkpoints)
-            kept = f"{found[-1]} is from before" if found else "there is no checkpoint from before"
+            newest = next(reversed(find_checkpoints(self.checkpoints)), "no checkpoint")
             advice = "A smaller learning_rate, or bf16 instead of fp16, may help"
-            raise FloatingPointError(f"{error}; {kept}. {advice}") from None
+            raise FloatingPointError(f"{error}; {newest} is from before. {advice}") from None
         if not stopped_by:
             self._save_samples()
             self._save_pipeline(model_dir)
-            on_main_process(accelerator, lambda: draw_loss_chart(self.output_dir))
-            if self.options.push_to_hub:
-                on_main_process(accelerator, lambda: self._push(model_dir))
+            on_main_process(accelerator, lambda: self._finish(model_dir))
         with self._reporting():
             accelerator.end_training()
         if stopped_by:
-            message = (
-                f"stopped by {signal.Signals(stopped_by).name} after step {self.global_step:,} of"
-                f" {self.max_train_steps:,}; {self._checkpoint()} keeps it: the same command resumes from there"
-            )
+            message = f"stopped by {signal.Signals(stopped_by).name} after step {self.global_step:,} of"
+            message += f" {self.max_train_steps:,}: the same command resumes from {self._checkpoint()}"
             raise StoppedBySignalError(stopped_by, message if accelerator.is_main_process else "")
         return model_dir
 
@@ -131,23 +138,19 @@ class Trainer:
             create_repo(self.repo_id, private=self.options.hub_private_repo or None, exist_ok=True)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for folder, _ in self.plan.start.damaged:
-            print(f"{folder} is now {set_aside(folder).name}", flush=True)
+            prefixes = itertools.chain(["damaged"], map("damaged-{}".format, itertools.count(2)))
+            places = (folder.with_name(f"{prefix}-{folder.name}") for prefix in prefixes)
+            place = folder.rename(next(place for place in places if not place.exists()))
+            print(f"{folder} is now {place.name}", flush=True)
         remove_entries_after(self.output_dir, self.global_step)
 
     def _take_steps(self, stop_request: StopRequest) -> int:
         """Takes the steps to the last one, or until a signal stops the run; returns its number, or 0."""
         options = self.options
-        if self.global_step == self.max_train_steps:
-            self.accelerator.print(f"all {self.max_train_steps:,} steps have been taken already", flush=True)
-        progress_bar = tqdm(
-            total=self.max_train_steps,
-            initial=self.global_step,
-            desc="training",
-            unit="step",
-            # a file, such as a job's, gets a line now and then
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-            disable=not self.accelerator.is_local_main_process,
-        )
+        # a file, such as a job's, gets a line now and then
+        shown: dict[str, Any] = {"mininterval": 0.1 if sys.stderr.isatty() else 10, "desc": "training", "unit": "step"}
+        shown["disable"] = not self.accelerator.is_local_main_process
+        progress_bar = tqdm(total=self.max_train_steps, initial=self.global_step, **shown)
         self.unet.train()
         images = image_batches(options, self.dataset, self.accelerator, self.images_seen)
         with progress_bar, contextlib.closing(images) as batches:
@@ -158,7 +161,7 @@ class Trainer:
                 self.take_step(batches)
                 progress_bar.update()
                 is_last = self.global_step == self.max_train_steps
-                if is_last or self.global_step % options.logging_steps == 0:
+                if is_last or self._is_due(options.logging_steps):
                     self._log(progress_bar)
                 with self.metrics.paused():
                     # before the samples, which take longer than a job that is stopped is given
@@ -181,7 +184,7 @@ class Trainer:
             with accelerator.accumulate(self.unet):
                 first = (piece * accelerator.num_processes + accelerator.process_index) * options.train_batch_size
                 images = slice(first, first + options.train_batch_size)
-                randomness = StepRandomness.of_step(
+                randomness = StepRandomness(
                     options.seed, self.global_step, images, self.images_per_step, options.class_dropout_prob
                 )
                 levels, weights = self.objective.sample_noise_levels(randomness.uniforms)
@@ -211,10 +214,8 @@ class Trainer:
                 self.objective.update(*(values.cpu().numpy() for values in everyone))
         self.global_step += 1
         self.images_seen += self.images_per_step
-        loss_of_passes, *of_images = zip(*passes, strict=True)
-        self.metrics.add(
-            self.global_step, torch.stack(loss_of_passes).mean(), gradient_norm, *map(torch.cat, of_images)
-        )
+        means, *of_images = zip(*passes, strict=True)
+        self.metrics.add(self.global_step, torch.stack(means).mean(), gradient_norm, *map(torch.cat, of_images))
 
     def _losses(
         self, batch: dict[str, torch.Tensor], randomness: StepRandomness, timesteps: torch.Tensor
@@ -274,9 +275,9 @@ class Trainer:
         )
 
         def write() -> None:
-            averaged = None
-            if self.ema is not None:
-                averaged = ([parameter.cpu() for parameter in self.ema.shadow_params], self.ema.optimization_step)
+            averaged, ema = None, self.ema
+            if ema is not None:
+                averaged = ([weight.cpu() for weight in ema.shadow_params], ema.optimization_step)
             save_checkpoint(
                 self._checkpoint(),
                 unet=accelerator.unwrap_model(self.unet, keep_torch_compile=False),
@@ -305,9 +306,8 @@ class Trainer:
         """Writes the pipeline with the EMA weights and the newest sample grid, atomically."""
 
         def write() -> None:
-            grids = [file for file in self.grids.glob("step_*.png") if file.stem <= self._step_name()]
-            newest = max(grids, default=None)
-            samples = None if newest is None else Image.open(newest)
+            grids = sorted(file for file in self.grids.glob("step_*.png") if file.stem <= self._step_name())
+            samples = Image.open(grids[-1]) if grids else None
             facts = self.plan.facts(self.global_step, self.images_seen, self.accelerator.mixed_precision)
             with write_errors(folder), ema_weights(self.unet, self.ema), atomic_folder(folder) as writing:
                 pipeline = self._pipeline()
@@ -316,35 +316,33 @@ class Trainer:
 
         on_main_process(self.accelerator, write)
 
-    def _push(self, model_dir: Path) -> None:
-        message = f"Step {self.global_step:,}"
-        url = push_folder(self._pipeline(), model_dir, self.repo_id, commit_message=message).commit_url
-        print(f"uploaded {model_dir}: {url}")
-
-    def _start_trackers(self) -> None:
-        # trackers take plain numbers and strings only
-        config = {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for name, value in vars(self.options).items()
-        }
-        # what a killed run has written of the steps to come is not shown
-        purged = {"tensorboard": {"purge_step": self.global_step + 1}}
-        self.accelerator.init_trackers("train", config=config, init_kwargs=purged)
+    def _finish(self, model_dir: Path) -> None:
+        draw_loss_chart(self.output_dir)
+        if self.options.push_to_hub:
+            message = f"Step {self.global_step:,}"
+            url = push_folder(self._pipeline(), model_dir, self.repo_id, commit_message=message).commit_url
+            print(f"uploaded {model_dir}: {url}")
 
     def _reporting(self) -> contextlib.AbstractContextManager[None]:
         return write_errors(self.output_dir, f" for {self.options.report_to}")
 
     def _log(self, progress_bar: Any) -> None:
+        # on a GPU the memory of tensors, else of the whole process
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
         values = {
             **self.metrics.means(),
             "lr": self.lr_scheduler.get_last_lr()[0],
             "epoch": self.images_seen / len(self.dataset),
             "images_per_second": self.metrics.steps_per_second() * self.images_per_step,
-            "peak_memory_gib": peak_memory_gib(self.device),
+            "peak_memory_gib": memory / 2**30,
         }
         self.metrics.clear()
         if self.accelerator.is_main_process:
-            append_entry(self.output_dir, {"step": self.global_step, **values})
+            file = self.output_dir / METRICS_NAME
+            with write_errors(file), file.open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": self.global_step, **values}) + "\n")
         with self._reporting():
             known = {name: value for name, value in values.items() if value is not None}
             self.accelerator.log(known, self.global_step)
@@ -353,49 +351,40 @@ class Trainer:
 
     def _save_samples(self) -> None:
         """A grid from the EMA weights, always from the same noise, shared among the ranks."""
+        options, accelerator = self.options, self.accelerator
+        num_classes = self.plan.unet_config["num_class_embeds"]
+        count = min(options.num_sample_classes, num_classes or options.num_sample_classes)
+        classes = [None if num_classes is None else index * num_classes // count for index in range(count)]
+        labels = [label for label in classes for _ in range(options.num_samples_per_class)]
+        mine = np.array_split(np.arange(len(labels)), accelerator.num_processes)[accelerator.process_index].tolist()
+        images: list[Image.Image] = []
         with ema_weights(self.unet, self.ema):
-            grid = sample_grid(self._pipeline(), self.options, self.accelerator)
-        if grid is None:
+            pipeline = self._pipeline()
+            for start in range(0, len(mine), options.train_batch_size):
+                batch = mine[start : start + options.train_batch_size]
+                generated: Any = pipeline(
+                    [labels[index] for index in batch],
+                    guidance_scale=options.guidance_scale,
+                    num_inference_steps=min(options.num_inference_steps, self.scheduler.config.num_train_timesteps),
+                    # on the CPU, where the noise is the same on every machine
+                    generator=[torch.Generator().manual_seed(options.seed + index) for index in batch],
+                    output_type="np",
+                ).images
+                # the first three channels, or one
+                pixels = (generated[..., : 3 if generated.shape[-1] >= 3 else 1] * 255).round().astype("uint8")
+                images.extend(map(to_image, pixels))
+        images = gather_object(images)
+        if not accelerator.is_main_process:
             return
+        captions = ["" if label is None else self.dataset.id2label[label] for label in labels]
+        grid = image_grid(images, captions, columns=options.num_samples_per_class)
         with atomic_file(self.grids / f"{self._step_name()}.png") as writing:
             grid.save(writing)
-        for tracker in self.accelerator.trackers:
+        for tracker in accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 with self._reporting():
                     tracker.log_images({"samples": np.asarray(grid)[None]}, step=self.global_step, **layout)
-
-
-def sample_grid(
-    pipeline: ClassConditionalPipeline, options: TrainOptions, accelerator: Accelerator
-) -> Image.Image | None:
-    """Generates the grid of samples, each rank its share; None but in the main process."""
-    num_classes = pipeline.unet.config.num_class_embeds
-    count = min(options.num_sample_classes, num_classes or options.num_sample_classes)
-    classes = [None if num_classes is None else index * num_classes // count for index in range(count)]
-    labels = [label for label in classes for _ in range(options.num_samples_per_class)]
-    mine = range(len(labels))[accelerator.process_index :: accelerator.num_processes]
-    images: list[tuple[int, Image.Image]] = []
-    for start in range(0, len(mine), options.train_batch_size):
-        batch = mine[start : start + options.train_batch_size]
-        generated: Any = pipeline(
-            [labels[index] for index in batch],
-            guidance_scale=options.guidance_scale,
-            num_inference_steps=min(options.num_inference_steps, cast(int, options.num_train_timesteps)),
-            # on the CPU, where the noise is the same on every machine
-            generator=[torch.Generator().manual_seed(options.seed + index) for index in batch],
-            output_type="np",
-        ).images
-        # the first three channels, or one
-        channels = 3 if generated.shape[-1] >= 3 else 1
-        pixels = (generated[..., :channels] * 255).round().astype("uint8")
-        images.extend(zip(batch, map(to_image, pixels), strict=True))
-    images = sorted(gather_object(images), key=lambda pair: pair[0])
-    if not accelerator.is_main_process:
-        return None
-    names = pipeline.config.id2label or {}
-    captions = [names.get(label, "") for label in labels]
-    return image_grid([image for _, image in images], captions, columns=options.num_samples_per_class)
 
 
 @contextlib.contextmanager
@@ -406,27 +395,14 @@ def ema_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
         ema.store(parameters)
         ema.copy_to(parameters)
     unet.eval()
-    try:
-        yield
-    finally:
-        unet.train()
-        if ema is not None:
-            ema.restore(parameters)
+    yield
+    unet.train()
+    if ema is not None:
+        ema.restore(parameters)
 
 
 def train(options: TrainOptions) -> Path | None:
-    """Trains a network and saves it as a pipeline, or resumes a training that was stopped.
-
-    Returns:
-        The folder of the pipeline, ``output_dir/model``, which `ClassConditionalPipeline.from_pretrained` loads; None
-        after a dry run.
-
-    Raises:
-        ValueError: If options, dataset and what the run starts from do not fit together.
-        FloatingPointError: If the loss is no longer finite.
-        OSError: If something cannot be written, or another run writes to the same folder.
-        StoppedBySignalError: After SIGTERM or SIGINT, when a checkpoint has been written.
-    """
+    """What `train_imagenet64.train` calls."""
     trackers = ["none", *LoggerType.list()]
     if options.report_to not in trackers:
         known = f"{', '.join(trackers)}{perhaps(options.report_to, trackers)}"
@@ -439,9 +415,7 @@ def train(options: TrainOptions) -> Path | None:
         dynamo_plugin=TorchDynamoPlugin(backend="inductor") if options.torch_compile else None,
     )
     if options.dry_run:
-        plan = make_plan(options, accelerator)
-        if accelerator.is_main_process:
-            print(describe_run(plan, accelerator))
+        accelerator.print(describe_run(make_plan(options, accelerator), accelerator))
         return None
     with contextlib.ExitStack() as stack:
 
@@ -449,7 +423,7 @@ def train(options: TrainOptions) -> Path | None:
             # a run that was killed may take so long to go, and its place is wanted by the one that resumes
             stack.enter_context(only_writer(options.output_dir, waiting_seconds=20))
             # before looking for a checkpoint, which may be between its two names
-            settle_folder(Path(options.output_dir) / CHECKPOINTS_NAME)
+            settle_folder(Path(options.output_dir) / "checkpoints")
 
         on_main_process(accelerator, take_place)
         return Trainer(make_plan(options, accelerator), accelerator).run()

@@ -3,26 +3,23 @@
 import contextlib
 import json
 import math
-import resource
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from ..utils.atomic_write import atomic_file
 from ..utils.chart_style import BLACK, BLUE, DPI, GREEN, ORANGE, PURPLE, VERMILION, finish_axes, save_figure
-from .checkpoints import write_errors
 
 
-METRICS_NAME, CHART_NAME = "metrics.jsonl", "loss_chart.png"
-# The timesteps are told apart in so many equal parts, the first one nearest to the image.
-NUM_QUARTERS = 4
+METRICS_NAME = "metrics.jsonl"
+NUM_QUARTERS = 4  # equal parts of the timesteps, the first one nearest to the image
 QUARTERS = tuple(f"loss_quarter_{number}" for number in range(1, NUM_QUARTERS + 1))
 METRICS = ("step", "loss", *QUARTERS, "gradient_norm", "lr")
 
@@ -35,21 +32,13 @@ class MetricsWindow:
         self.clear()
 
     def clear(self) -> None:
-        """Begins a new window."""
         # steps, updates, loss, gradient norm, then losses and images of each quarter
         self._sums = torch.zeros(4 + 2 * NUM_QUARTERS, device=self._accelerator.device)
-        self._kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._kept: list[tuple[int, Tensor, Tensor]] = []
         self._begin = time.perf_counter()
 
-    def add(
-        self,
-        step: int,
-        loss: torch.Tensor,
-        gradient_norm: torch.Tensor | None,
-        losses: torch.Tensor,
-        timesteps: torch.Tensor,
-    ) -> None:
-        """Takes in a step: loss and gradient norm are (), None where fp16 skipped the update; the others (images,)."""
+    def add(self, step: int, loss: Tensor, gradient_norm: Tensor | None, losses: Tensor, timesteps: Tensor) -> None:
+        """Takes in a step; the gradient norm is None where fp16 skipped the update, the last two are (images,)."""
         one, zero = torch.ones_like(loss), torch.zeros_like(loss)
         updates, norm = (zero, zero) if gradient_norm is None else (one, gradient_norm)
         self._sums[:4] += torch.stack([one, updates, loss, norm])
@@ -64,8 +53,13 @@ class MetricsWindow:
         steps, updates, loss, gradient_norm = sums[:4]
         if not steps:
             return {}
-        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-            self._raise_not_finite()
+        if not math.isfinite(loss + gradient_norm):
+            own = [(step, t) for step, losses, timesteps in self._kept for t in timesteps[~losses.isfinite()].tolist()]
+            found = sorted(set(gather_object(own)))
+            if not found:
+                raise FloatingPointError(f"the gradient is not finite up to step {self._kept[-1][0]}")
+            shown = [str(timestep) for step, timestep in found if step == found[0][0]][:10]
+            raise FloatingPointError(f"the loss is not finite at step {found[0][0]}, timesteps {', '.join(shown)}")
         by_quarter = zip(QUARTERS, sums[4 : 4 + NUM_QUARTERS], sums[4 + NUM_QUARTERS :], strict=True)
         return {
             "loss": loss / steps,
@@ -73,19 +67,7 @@ class MetricsWindow:
             "gradient_norm": gradient_norm / updates if updates else None,
         }
 
-    def _raise_not_finite(self) -> NoReturn:
-        bad = [(step, losses.isfinite(), timesteps) for step, losses, timesteps in self._kept]
-        own = [(step, timestep) for step, finite, timesteps in bad for timestep in timesteps[~finite].tolist()]
-        found = sorted(set(gather_object(own)))
-        if not found:
-            first, last = self._kept[0][0], self._kept[-1][0]
-            raise FloatingPointError(f"the gradient is not finite between steps {first} and {last}")
-        shown = [str(timestep) for step, timestep in found if step == found[0][0]]
-        shown[10:] = ["..."] * (len(shown) > 10)
-        raise FloatingPointError(f"the loss is not finite at step {found[0][0]}, timesteps {', '.join(shown)}")
-
     def steps_per_second(self) -> float:
-        """Since the window began, or was resumed."""
         return len(self._kept) / (time.perf_counter() - self._begin)
 
     @contextlib.contextmanager
@@ -111,47 +93,30 @@ class MetricsWindow:
         self._sums += row.to(self._sums)
 
 
-def append_entry(output_dir: Path, values: dict[str, Any]) -> None:
-    """Adds an entry to the log, one JSON object on a line."""
-    file = output_dir / METRICS_NAME
-    with write_errors(file), file.open("a", encoding="utf-8") as log:
-        log.write(json.dumps(values) + "\n")
+def _read_entries(file: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a log by their lines, without what a power cut has left at the end."""
+    entries = {}
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.is_file() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            entries[line] = {**entry, "step": float(entry["step"])}
+    return entries
 
 
 def remove_entries_after(output_dir: Path, step: int) -> None:
-    """Removes what an earlier run wrote of the steps that are to come, and what a power cut left at the end."""
+    """Removes what an earlier run wrote of the steps that are to come."""
     file = output_dir / METRICS_NAME
     if file.is_file():
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-        if len(kept) < len(lines):
-            with atomic_file(file) as writing:
-                writing.write_text("".join(kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    """The step of an entry; infinity for a line that is none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has held: on a GPU that of its tensors, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        kept = [line for line, entry in _read_entries(file).items() if line.endswith("\n") and entry["step"] <= step]
+        with atomic_file(file) as writing:
+            writing.write_text("".join(kept), encoding="utf-8")
 
 
 def read_metrics(metrics_file: Path) -> dict[str, np.ndarray]:
     """The entries of a log: for each of `METRICS` float64 (entries,), NaN where an entry has none."""
-    lines = metrics_file.read_text(encoding="utf-8", errors="replace").splitlines() if metrics_file.is_file() else []
-    entries = [json.loads(line) for line in lines if _step_of(line) < math.inf]
-    # None becomes NaN
-    columns = [np.array([entry.get(name) for entry in entries], dtype=np.float64) for name in METRICS]
-    return dict(zip(METRICS, columns, strict=True))
+    entries = _read_entries(metrics_file).values()
+    return {name: np.array([entry.get(name) for entry in entries], dtype=np.float64) for name in METRICS}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -192,20 +157,15 @@ def draw_loss_chart(output_dir: Path) -> None:
     # a single entry makes no line
     marker = "o" if len(metrics["step"]) <= 30 else None
     for axes, (label, curves) in zip(all_axes, panels.items(), strict=True):
-        drawn = [curve for curve in curves if np.isfinite(curve[1]).any()]
-        for name, values, colour in drawn:
+        drawn = [(name, values, colour, values[np.isfinite(values)]) for name, values, colour in curves]
+        drawn = [curve for curve in drawn if len(curve[3])]
+        for name, values, colour, _ in drawn:
             axes.plot(metrics["step"], values, color=colour, label=name, linewidth=1.5, marker=marker)
-        finish_axes(axes, label, _limits(values for _, values, _ in drawn))
+        # the first steps of a run may leave the chart
+        ends = [(float(finite.min()), float(np.percentile(finite, 98))) for *_, finite in drawn]
+        finish_axes(axes, label, (min(low for low, _ in ends), max(high for _, high in ends)) if ends else None)
         if len(drawn) > 1:
             axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=11)
     all_axes[-1].set_xlabel("optimizer step", fontsize=12)
     figure.align_ylabels(all_axes)
-    save_figure(figure, output_dir / CHART_NAME)
-
-
-def _limits(curves: Iterable[np.ndarray]) -> tuple[float, float] | None:
-    """Ends of an axis for these curves, or None if there are none; the first steps of a run may leave the chart."""
-    values = [curve[np.isfinite(curve)] for curve in curves]
-    if not values:
-        return None
-    return float(min(map(np.min, values))), float(max(np.percentile(curve, 98) for curve in values))
+    save_figure(figure, output_dir / "loss_chart.png")

@@ -1,7 +1,6 @@
 """What a network is trained on: how strong the noise is, the noisy image, the target, and what an error costs.
 
-Each objective is one class with the same methods: ``sample_noise_levels``, ``add_noise``, ``target``, and a call that
-weights the error; ``update`` and the state dict are for those that learn from the losses.
+Each objective is one class with the methods of `HybridLoss`.
 """
 
 from typing import Any, NamedTuple
@@ -10,19 +9,17 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
-
-
-_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+from torch import Tensor
 
 
 class LossTerms(NamedTuple):
     """What one batch costs, each (batch,): the mean over the pixels of each image."""
 
-    simple: torch.Tensor  # squared error of the prediction, with its Min-SNR weight if there is one
-    vlb: torch.Tensor  # weighted term of the variational bound, in nats per dimension
+    simple: Tensor  # squared error of the prediction, with its Min-SNR weight if there is one
+    vlb: Tensor  # weighted term of the variational bound, in nats per dimension
 
     @property
-    def total(self) -> torch.Tensor:
+    def total(self) -> Tensor:
         """simple + vlb, (batch,)."""
         return self.simple + self.vlb
 
@@ -56,9 +53,8 @@ class HybridLoss:
         snr_gamma: float | None = None,
     ):
         self.prediction_type = scheduler.config.prediction_type
-        if self.prediction_type not in _PREDICTION_TYPES:
-            known = ", ".join(_PREDICTION_TYPES)
-            raise ValueError(f"prediction_type is {self.prediction_type!r}, but must be one of {known}")
+        if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f"prediction_type is {self.prediction_type}, but must be epsilon, sample or v_prediction")
         if snr_gamma is not None and not snr_gamma > 0:
             raise ValueError(f"snr_gamma is {snr_gamma}, but must be above 0")
         self.vlb_weight = vlb_weight
@@ -72,7 +68,7 @@ class HybridLoss:
         if beta_tilde[0] == 0:
             beta_tilde[0] = beta_tilde[1]
 
-        def table(values: torch.Tensor) -> torch.Tensor:
+        def table(values: Tensor) -> Tensor:
             return values.to(device=device, dtype=torch.float32)[:, None, None, None]
 
         self.num_train_timesteps = len(alpha_prod)
@@ -103,11 +99,11 @@ class HybridLoss:
         timesteps = (uniforms * self.num_train_timesteps).astype(np.int64)
         return timesteps.clip(max=self.num_train_timesteps - 1), np.ones_like(uniforms)
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4), (batch, channels, h, w)."""
         return self._sqrt_alpha_prod[timesteps] * original_samples + self._sqrt_beta_prod[timesteps] * noise
 
-    def target(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict, (batch, channels, height, width)."""
         if self.prediction_type == "epsilon":
             return noise
@@ -117,12 +113,7 @@ class HybridLoss:
         return self._sqrt_alpha_prod[timesteps] * noise - self._sqrt_beta_prod[timesteps] * original_samples
 
     def __call__(
-        self,
-        model_output: torch.Tensor,
-        original_samples: torch.Tensor,
-        noise: torch.Tensor,
-        noisy_samples: torch.Tensor,
-        timesteps: torch.Tensor,
+        self, model_output: Tensor, original_samples: Tensor, noise: Tensor, noisy_samples: Tensor, timesteps: Tensor
     ) -> LossTerms:
         """The terms for each image of a batch.
 

@@ -19,9 +19,7 @@ class TrainOptions(CheckedOptions):
 
     train_data_dir: str = _data(help="Folder written by prepare_imagenet64.py.", metavar="FOLDER")
     random_flip: bool = _data(False, "Mirror half of the images.")
-    resize_to_power_of_two: str | None = _data(
-        None, "Resample the images to the next power of two (default: as they are).", choices=["up", "down"]
-    )
+    resize_to_power_of_two: str | None = _data(None, "Resample to the next power of two.", choices=["up", "down"])
     dataset_in_memory: bool = _data(False, "Hold all images in memory instead of reading them from the disk.")
     dataloader_num_workers: int = _data(0, "Processes that read images, per training process.", at_least=0)
 
@@ -29,22 +27,18 @@ class TrainOptions(CheckedOptions):
     seed: int = _run(0, "Seed of weights, data order, noise, timesteps and class drop-out; at least 0.", at_least=0)
     resume_from_checkpoint: str = _run(
         "latest",
-        "latest: the newest complete checkpoint in output_dir, or a fresh start; never: a fresh start; or a checkpoint"
-        " folder, also a converted one, where output_dir has none yet.",
+        "latest: the newest whole one in output_dir, if any; never; or a checkpoint folder, if output_dir has none.",
         metavar="CHECKPOINT",
     )
     pretrained_model_name_or_path: str | None = _run(
         None, "Fine-tune this pipeline, a folder or Hub id; schedule and prediction type are its own.", metavar="MODEL"
     )
-    dry_run: bool = _run(
-        False, "Say what would be trained, from where, and its cost in time and memory; write nothing."
-    )
+    dry_run: bool = _run(False, "Say what would be trained, from where and at what cost; write nothing.")
 
     model_config_name_or_path: str | None = _network(
         None,
         "The U-Net: a recipe (res, res_conv, res_res, res_res_atn, res_large, demo; original/res and so on for the"
-        " original's own) or a JSON file (default: res). Image size, channels and number of classes come from the"
-        " dataset. Each of the options that follow replaces one entry.",
+        " original's own) or a JSON file (default: res). The options that follow each replace one entry.",
         metavar="CONFIG",
     )
     stem_channels: int | None = _network(None, "Width of the first convolution, in channels.")
@@ -65,52 +59,33 @@ class TrainOptions(CheckedOptions):
         metavar="NAME",
         choices=["sinusoidal", "original_interleaved", "original_sine", "original_alternating"],
     )
-    class_attention_type: str | None = _network(
-        None, "identity is the original's, in which the class has no effect.", choices=["channel", "identity"]
-    )
+    class_attention_type: str | None = _network(None, "identity is the original's.", choices=["channel", "identity"])
     output_head_type: str | None = _network(None, "original is its narrow one.", choices=["conv", "original"])
     unconditional: bool = _network(False, "Train without classes.")
 
     prediction_type: str | None = _noise(
-        None,
-        "What the network predicts (default: v_prediction, or as the starting checkpoint).",
-        choices=["v_prediction", "epsilon", "sample"],
+        None, "Target (default: v_prediction, or the start's).", choices=["v_prediction", "epsilon", "sample"]
     )
-    num_train_timesteps: int | None = _noise(
-        None, "Diffusion timesteps T, at least 1 (default: 1000, or as the starting checkpoint).", at_least=1
-    )
+    num_train_timesteps: int | None = _noise(None, "Diffusion timesteps (default: 1000, or the start's).", at_least=1)
     beta_schedule: str | None = _noise(
         None,
-        "Noise schedule: squaredcos_cap_v2, linear, scaled_linear, or original_cosine, the original's, whose"
-        " alphas_cumprod never exceeds 0.999 (default: squaredcos_cap_v2, or as the starting checkpoint).",
+        "squaredcos_cap_v2, linear, scaled_linear or original_cosine (default: the first, or the start's).",
         metavar="NAME",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
     )
-    class_dropout_prob: float = _noise(
-        0.2, "Share of images without their class, which guidance needs; in [0, 1].", at_least=0, at_most=1
-    )
+    class_dropout_prob: float = _noise(0.2, "Share of images without class, for guidance.", at_least=0, at_most=1)
     vlb_weight: float = _noise(0.001, "Weight of the bound that trains the variance; at least 0.", at_least=0)
-    snr_gamma: float | None = _noise(
-        None, "Min-SNR weighting of the loss with this gamma, above 0 (5 is usual; default: no weighting).", above=0
-    )
-    timestep_sampling: str = _noise(
-        "uniform", "importance samples timesteps of large loss more often.", choices=["uniform", "importance"]
-    )
+    snr_gamma: float | None = _noise(None, "Gamma of Min-SNR weighting (5 is usual; default: none).", above=0)
+    timestep_sampling: str = _noise("uniform", "importance prefers large losses.", choices=["uniform", "importance"])
 
     train_batch_size: int = _step(128, "Images per process and forward pass.", at_least=1)
     gradient_accumulation_steps: int = _step(1, "Forward passes per optimizer step.", at_least=1)
     max_train_steps: int | None = _step(None, "Optimizer steps (default: as num_train_epochs says).", at_least=1)
     num_train_epochs: float = _step(100.0, "Epochs, if max_train_steps is not given; above 0.", above=0)
-    optimizer: str = _step(
-        "adamw",
-        "AdamW, fused where the device can; adamw_8bit keeps its moments in 8 bits and needs bitsandbytes and CUDA.",
-        choices=["adamw", "adamw_8bit"],
-    )
+    optimizer: str = _step("adamw", "adamw_8bit needs bitsandbytes and CUDA.", choices=["adamw", "adamw_8bit"])
     learning_rate: float = _step(3e-4, "Largest learning rate, above 0.", above=0)
     lr_scheduler: str = _step(
-        "constant_with_warmup",
-        "Learning-rate schedule.",
-        choices=["constant", "constant_with_warmup", "linear", "cosine"],
+        "constant_with_warmup", "LR schedule.", choices=["constant", "constant_with_warmup", "linear", "cosine"]
     )
     lr_warmup_steps: int = _step(500, "Optimizer steps over which the learning rate rises from 0.", at_least=0)
     adam_beta1: float = _step(0.9, "AdamW's beta1, in [0, 1).", at_least=0, below=1)
@@ -123,19 +98,13 @@ class TrainOptions(CheckedOptions):
     ema_inv_gamma: float = _step(1.0, "Decay after n steps is 1 - (1 + n / ema_inv_gamma) ^ -ema_power.", above=0)
     ema_power: float = _step(0.75, "See ema_inv_gamma.", at_least=0)
 
-    mixed_precision: str | None = _speed(
-        None, "Precision (default: what accelerate is configured for).", choices=["no", "fp16", "bf16"]
-    )
+    mixed_precision: str | None = _speed(None, "Default: accelerate's setting.", choices=["no", "fp16", "bf16"])
     gradient_checkpointing: bool = _speed(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = _speed(False, "Compile the network with torch.compile; the first steps take minutes.")
 
     checkpointing_steps: int = _log(1000, "Steps between two checkpoints; 0 writes one only when stopped.", at_least=0)
-    checkpoints_total_limit: int = _log(
-        2, "How many checkpoints are kept, each about four times as large as the network; 0 keeps all.", at_least=0
-    )
-    pipeline_steps: int = _log(
-        0, "Steps between two pipelines that are kept, in output_dir/pipelines; 0 keeps only the last one.", at_least=0
-    )
+    checkpoints_total_limit: int = _log(2, "How many checkpoints are kept; 0 keeps all.", at_least=0)
+    pipeline_steps: int = _log(0, "Steps between two pipelines in output_dir/pipelines; 0 for none.", at_least=0)
     report_to: str = _log("tensorboard", "Tracker: tensorboard, wandb, comet_ml, ..., all, or none.", metavar="NAME")
     logging_steps: int = _log(10, "Optimizer steps between two entries of the log.", at_least=1)
 
@@ -159,10 +128,9 @@ class TrainOptions(CheckedOptions):
             # the original separates them by commas
             self.layer_types = [name for entry in self.layer_types for name in entry.split(",") if name]
         for name in ("model_config_name_or_path", *NETWORK_OPTIONS):
-            value = getattr(self, name)
-            if self.pretrained_model_name_or_path is not None and value is not None and name != "dropout":
-                own = "pretrained_model_name_or_path brings its own network"
-                raise ValueError(f"{name} is {value}, but {own}: leave one of them out")
+            is_given = getattr(self, name) is not None and name != "dropout"
+            if is_given and self.pretrained_model_name_or_path is not None:
+                raise ValueError(f"{name} is given, but pretrained_model_name_or_path brings its own network")
 
 
 def options_of(*groups: str) -> set[str]:

@@ -1,10 +1,4 @@
-"""All random numbers of a training step, as a function of the seed, the step and the image's place in its batch.
-
-So it does not matter how many ranks share a batch, in how many passes it is taken, or whether the run was stopped and
-resumed in between.
-"""
-
-from dataclasses import dataclass
+"""All random numbers of a training step, as a function of the seed, the step and the image's place in its batch."""
 
 import numpy as np
 import torch
@@ -14,24 +8,15 @@ import torch
 _STREAM = 0x5EED
 
 
-@dataclass
 class StepRandomness:
-    """The random numbers for some of the images of one step."""
+    """The random numbers for the images at some places of the global batch of a step, each (images,)."""
 
-    uniforms: np.ndarray  # float64 (images,) in [0, 1), from which the noise levels are made
-    drops_class: np.ndarray  # bool (images,), whether the class is replaced by the null class
-    flips: np.ndarray  # bool (images,), whether the image is mirrored
-    noise_seeds: np.ndarray  # int64 (images,), one seed for the noise of each image
-
-    @classmethod
-    def of_step(
-        cls, seed: int, step: int, images: slice, global_batch_size: int, class_dropout_prob: float
-    ) -> "StepRandomness":
-        """The numbers for the images at some places of the global batch of a step, counted from 0."""
+    def __init__(self, seed: int, step: int, images: slice, global_batch_size: int, class_dropout_prob: float):
         rng = np.random.default_rng([_STREAM, seed, step])
         uniforms = rng.random((3, global_batch_size))[:, images]
-        seeds = rng.integers(2**62, size=global_batch_size)[images]
-        return cls(uniforms[0], uniforms[1] < class_dropout_prob, uniforms[2] < 0.5, seeds)
+        self.uniforms = uniforms[0]  # float64 in [0, 1), from which the noise levels are made
+        self.drops_class, self.flips = uniforms[1] < class_dropout_prob, uniforms[2] < 0.5
+        self.noise_seeds = rng.integers(2**62, size=global_batch_size)[images]
 
     def noise(self, image_shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """Standard normal float32 noise, (images, *image_shape), made on the device."""
@@ -43,11 +28,7 @@ class StepRandomness:
 
 
 def seed_network(seed: int, step: int, piece: int, rank: int) -> None:
-    """Seeds torch's generators for the network's drop-out.
-
-    That is not told apart by image: with drop-out the result depends on how a batch is shared, but still not on where
-    the run was stopped.
-    """
+    """Seeds torch's generators for the network's drop-out, which depends on how ranks and passes share a batch."""
     state = np.random.SeedSequence([_STREAM, seed, step, piece, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 

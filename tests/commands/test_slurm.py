@@ -43,32 +43,19 @@ def job(tmp_path, prepared):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SCONTROL_LOG": str(tmp_path / "scontrol.log"),
-        "SLURM_JOB_NODELIST": "machine[0-1]",
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_NNODES": "2",
-        "SLURM_GPUS_ON_NODE": "1",
-        "MIXED_PRECISION": "no",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "SCONTROL_LOG": str(tmp_path / "scontrol.log")}
+    environment |= {"SLURM_JOB_NODELIST": "machine[0-1]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2"}
+    environment |= {"SLURM_GPUS_ON_NODE": "1", "MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     arguments = ["--train_data_dir", str(prepared), "--output_dir", str(tmp_path / "out"), "--layer_types", "resnet"]
     arguments += ["--stem_channels", "8", "--block_out_channels", "8", "--train_batch_size", "4"]
     arguments += ["--report_to", "none", "--num_inference_steps", "2", "--logging_steps", "1"]
 
     def start(*more: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            ["bash", str(ROOT / "docs" / "slurm_train.sh"), *arguments, *more],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command = ["bash", str(ROOT / "docs" / "slurm_train.sh"), *arguments, *more]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
 
     return start
 

@@ -10,10 +10,6 @@ from imagenet64_diffusion.train_imagenet64 import main
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
 
 
-def weights(run):
-    return load_file(run.output_dir / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-
-
 def test_from_data_to_pipeline(undisturbed):
     """What a run says, and what it leaves."""
     output_dir = undisturbed.output_dir
@@ -21,9 +17,8 @@ def test_from_data_to_pipeline(undisturbed):
     assert "96 images of 1x16x16, 3 classes, predicting v_prediction" in said
     assert "20 steps of 10 images (2.1 epochs) on 1 x cpu, precision no" in said
     assert "images/s" in said
-    assert sorted(path.name for path in output_dir.iterdir()) == [
-        *("checkpoints", "loss_chart.png", "metrics.jsonl", "model", "pipelines", "sample_grids", "train")
-    ]
+    names = ["checkpoints", "loss_chart.png", "metrics.jsonl", "model", "pipelines", "sample_grids", "train"]
+    assert sorted(path.name for path in output_dir.iterdir()) == names
     assert undisturbed.checkpoint_names() == ["checkpoint-18", "checkpoint-20"]
     assert [path.name for path in (output_dir / "pipelines").iterdir()] == ["step_0000012"]
     assert list(output_dir.parent.glob(".*")) == []
@@ -36,9 +31,8 @@ def test_from_data_to_pipeline(undisturbed):
     entries = undisturbed.metrics()
     assert [entry["step"] for entry in entries] == [4, 8, 12, 16, 20]
     quarters = [f"loss_quarter_{number}" for number in range(1, 5)]
-    assert list(entries[0]) == [
-        *("step", "loss", *quarters, "gradient_norm", "lr", "epoch", "images_per_second", "peak_memory_gib")
-    ]
+    names = ["step", "loss", *quarters, "gradient_norm", "lr", "epoch", "images_per_second", "peak_memory_gib"]
+    assert list(entries[0]) == names
     assert [entry["epoch"] for entry in entries] == [pytest.approx(step * 10 / 96) for step in (4, 8, 12, 16, 20)]
 
     assert "| optimizer steps | 20 |" in (output_dir / "model" / "README.md").read_text()
@@ -49,63 +43,31 @@ def test_from_data_to_pipeline(undisturbed):
     assert pipeline.unet.config.sample_size == 16
     assert len(pipeline(["light", None], num_inference_steps=2).images) == 2
 
-
-def test_the_ema_is_saved(undisturbed):
-    saved, checkpoint = weights(undisturbed), load_checkpoint(undisturbed.checkpoints / "checkpoint-20")
+    checkpoint = load_checkpoint(undisturbed.checkpoints / "checkpoint-20")
     averaged, updates = checkpoint.averaged_weights
     assert updates == 20
-    unet = ClassConditionalPipeline.from_pretrained(undisturbed.output_dir / "model").unet
-    for (name, _), average in zip(unet.named_parameters(), averaged, strict=True):
-        assert torch.equal(saved[name], average), name
-    assert (saved["conv_in.weight"] != checkpoint.weights["conv_in.weight"]).any()
-
-
-def test_learns(new_run):
-    changes = {"max_train_steps": 40, "train_batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": 3e-3}
-    run = new_run(**changes, logging_steps=2, num_train_timesteps=1000, timestep_sampling="uniform", dropout=0)
-    run.finish()
-    losses = [entry["loss"] for entry in run.metrics()]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert all(map(torch.equal, pipeline.unet.parameters(), averaged))
+    assert (pipeline.unet.conv_in.weight != checkpoint.weights["conv_in.weight"]).any()
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"),
+    "options",
     [
-        (
-            {
-                "prediction_type": "epsilon",
-                "beta_schedule": "original_cosine",
-                "mixed_precision": "bf16",
-                "gradient_checkpointing": "true",
-                "dataset_in_memory": "true",
-                "timestep_sampling": "uniform",
-                "max_grad_norm": 0,
-                "resize_to_power_of_two": "up",
-                "use_ema": "false",
-            },
-            20,
-        ),
-        (
-            {
-                "prediction_type": "sample",
-                "beta_schedule": "linear",
-                "max_train_steps": None,
-                "num_train_epochs": 0.4,
-                "unconditional": "true",
-                "layer_types": "resnet",
-                "snr_gamma": 5,
-                "num_train_timesteps": 1000,
-            },
-            4,
-        ),
+        "max_train_steps 4 prediction_type epsilon beta_schedule original_cosine mixed_precision bf16 use_ema false"
+        " gradient_checkpointing true dataset_in_memory true timestep_sampling uniform max_grad_norm 0"
+        " resize_to_power_of_two up",
+        "num_train_epochs 0.4 prediction_type sample beta_schedule linear unconditional true layer_types resnet"
+        " snr_gamma 5 num_train_timesteps 1000",
     ],
-    ids=["epsilon", "sample"],
 )
-def test_options(new_run, options, steps):
-    run = new_run(**options, sample_steps=0, pipeline_steps=0, checkpointing_steps=0)
+def test_options(new_run, options):
+    words = options.split()
+    changes = {"max_train_steps": None, **dict(zip(words[::2], words[1::2], strict=True))}
+    run = new_run(**changes, sample_steps=0, pipeline_steps=0, checkpointing_steps=0)
     run.finish()
-    assert all(torch.isfinite(weight).all() for weight in weights(run).values())
-    assert run.metrics()[-1]["step"] == steps
+    weights = load_file(run.output_dir / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert run.metrics()[-1]["step"] == 4
     assert run.checkpoint_names() == []
 
 

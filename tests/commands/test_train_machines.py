@@ -5,34 +5,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from imagenet64_diffusion.tests.commands.processes import distributed, free_port, snapshot, wait_until
 from imagenet64_diffusion.tests.commands.runs import ROOT
-from imagenet64_diffusion.tests.commands.training_runs import EVERYTHING, TrainingRun, assert_equal_runs
+from imagenet64_diffusion.tests.commands.training_runs import EVERYTHING, QUIET, TrainingRun, assert_equal_runs
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
 
 
 # Twelve steps of 16 images; drop-out would depend on how they are shared.
-SHARED = {
-    **EVERYTHING,
-    "max_train_steps": 12,
-    "train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "dropout": 0,
-    "adam_epsilon": 1e-4,
-    "sample_steps": 0,
-    "pipeline_steps": 0,
-}
-
-
-@pytest.fixture
-def shared_run(new_run):
-    """Makes a run of two processes, or of a batch for two."""
-    return lambda name, **changes: new_run(name, **{**SHARED, **changes})
+SHARED = {**EVERYTHING, "max_train_steps": 12, "train_batch_size": 8, "gradient_accumulation_steps": 1, "dropout": 0}
+SHARED |= {"adam_epsilon": 1e-4, "sample_steps": 0, "pipeline_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +29,7 @@ def shared(tmp_path_factory, prepared) -> TrainingRun:
 
 
 class TwoLives:
-    """Two processes of one run, each as on a machine of its own: the second has an output folder of its own."""
+    """Two processes of one run, each as on a machine and with an output folder of its own."""
 
     def __init__(self, run: TrainingRun, **changes):
         port = free_port()
@@ -65,20 +50,19 @@ class TwoLives:
         return self.processes[0].output()
 
     def refuse(self) -> str:
-        """Both end, and the main process alone says why."""
+        """Both end, and the main process says why."""
         assert self.end() == [2, 2], [process.output() for process in self.processes]
         assert not any("Traceback" in process.output() for process in self.processes)
-        assert self.processes[1].errors() == []
+        assert not any(line.startswith("error: ") for line in self.processes[1].errors())
         return self.processes[0].errors()[-1]
 
 
 def assert_close_runs(run: TrainingRun, other: TrainingRun) -> None:
     """Two runs are equal to float32 rounding."""
     for entry, expected in zip(run.metrics(), other.metrics(), strict=True):
-        for key in ("step", "lr", "epoch"):
-            assert entry[key] == expected[key]
-        for key in ("loss", "loss_quarter_1", "loss_quarter_2", "loss_quarter_3", "loss_quarter_4", "gradient_norm"):
-            assert entry[key] == (None if expected[key] is None else pytest.approx(expected[key], rel=1e-3)), key
+        for key in set(entry) - {"images_per_second", "peak_memory_gib"}:
+            exact = expected[key] is None or key in ("step", "lr", "epoch")
+            assert entry[key] == (expected[key] if exact else pytest.approx(expected[key], rel=1e-3)), key
     state, expected = (load_checkpoint(one.checkpoints / "checkpoint-12") for one in (run, other))
     assert state.progress.images_seen == expected.progress.images_seen == 12 * 16
     assert state.averaged_weights[1] == expected.averaged_weights[1] == 12
@@ -86,16 +70,9 @@ def assert_close_runs(run: TrainingRun, other: TrainingRun) -> None:
     torch.testing.assert_close(state.averaged_weights[0], expected.averaged_weights[0], atol=2e-5, rtol=1e-3)
 
 
-def test_ranks_do_not_matter(shared_run, shared):
-    """A batch of 16 at once, or on two processes: the same weights to float32 rounding."""
-    whole = shared_run("whole", train_batch_size=16)
-    whole.finish()
-    assert_close_runs(whole, shared)
-
-
-def test_two_processes_killed(shared_run, shared):
+def test_two_processes_killed(new_run, shared):
     """By SIGKILL, and resumed by two, bit for bit, or by one with the same batch in two pieces."""
-    killed = shared_run("killed")
+    killed = new_run("killed", **SHARED)
     both = TwoLives(killed)
     wait_until(lambda: len(killed.metrics()) == 2, both.processes[0])
     for process in both.processes:
@@ -106,45 +83,42 @@ def test_two_processes_killed(shared_run, shared):
     TwoLives(killed).finish()
     assert_equal_runs(killed, shared)
 
-    alone = shared_run("alone")
+    alone, whole = new_run("alone", **SHARED), new_run("whole", **SHARED)
     assert "ranks was 2 and is 1" in alone.finish(gradient_accumulation_steps=2)
-    assert_close_runs(alone, shared)
+    # and the whole run on one process, with its batch at once
+    whole.finish(train_batch_size=16)
+    for run in (alone, whole):
+        assert_close_runs(run, shared)
 
 
-def launch(arguments: list[str], folder: Path) -> subprocess.Popen:
-    """accelerate's launcher of two processes."""
+def test_accelerate_launch(new_run):
+    """Stopped by a SIGTERM that the launcher hands on, and resumed by others."""
+    run = new_run(**SHARED | {"lr_scheduler": "constant"})
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", "--num_machines", "1", "--main_process_port", "0"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train_imagenet64.py"), *arguments],
+    process = subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train_imagenet64.py"), *run.arguments(max_train_steps=10_000)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
-        cwd=folder,
+        cwd=run.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
-
-
-def test_accelerate_launch(shared_run, shared):
-    """Stopped by a SIGTERM that the launcher hands on, and resumed by others."""
-    run = shared_run("run")
-    launcher = launch(run.arguments(max_train_steps=10_000, lr_scheduler="constant"), run.folder)
     try:
         wait_until((run.checkpoints / "checkpoint-6").exists)
-        launcher.send_signal(signal.SIGTERM)
-        output = launcher.communicate(timeout=100)[0]
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=100)[0]
     finally:
-        launcher.kill()
+        process.kill()
     step = max(int(name.removeprefix("checkpoint-")) for name in run.checkpoint_names())
     assert output.count("stopped by") == 1
     assert f"stopped by SIGTERM after step {step:,} of 10,000" in output
     assert f"from step {step:,} of" in TwoLives(run, max_train_steps=step + 1).finish()
 
 
-def test_one_is_asked_to_stop(shared_run, shared):
+def test_one_is_asked_to_stop(new_run, shared):
     """Both stop after the same step, and go on as if nothing had happened."""
-    run = shared_run("run")
+    run = new_run(**SHARED)
     both = TwoLives(run)
     wait_until(lambda: len(run.metrics()) == 1, both.processes[0])
     both.processes[1].send(signal.SIGTERM)
@@ -156,9 +130,9 @@ def test_one_is_asked_to_stop(shared_run, shared):
     assert_equal_runs(run, shared)
 
 
-def test_what_another_machine_has(shared_run, tmp_path):
+def test_what_another_machine_has(new_run, tmp_path):
     """If one cannot go on, both end, and the main process says why."""
-    run = shared_run("run")
+    run = new_run(**SHARED)
     damaged = shutil.copytree(run.prepared, tmp_path / "damaged")
     next(damaged.glob("*.arrow")).write_bytes(b"no longer an arrow file")
     message = TwoLives(run, second={"train_data_dir": damaged}).refuse()
@@ -172,36 +146,17 @@ def test_what_another_machine_has(shared_run, tmp_path):
     assert snapshot(run.output_dir) == {}
 
 
-def test_a_full_disk_of_the_first_machine(shared_run):
-    run = shared_run("run")
-    both = TwoLives(run, largest_file=100_000)
-    assert both.end() == [2, 2]
-    assert both.processes[0].errors()[-1].startswith("error: could not write ")
-    assert not any("Traceback" in process.output() for process in both.processes)
+def test_a_full_disk_of_the_first_machine(new_run):
+    run = new_run(**SHARED)
+    assert TwoLives(run, largest_file=100_000).refuse().startswith("error: could not write ")
     assert run.checkpoint_names() == []
-
-
-@pytest.mark.soak
-def test_a_launcher_interrupted(shared_run):
-    """Ctrl-C, which the terminal sends to the launcher and its processes, and the launcher to its processes again."""
-    run = shared_run("run", max_train_steps=1000, checkpointing_steps=0)
-    launcher = launch(run.arguments(), run.folder)
-    try:
-        wait_until(lambda: len(run.metrics()) == 1)
-        os.killpg(launcher.pid, signal.SIGINT)
-        output = launcher.communicate(timeout=100)[0]
-    finally:
-        launcher.kill()
-    assert "stopped by SIGINT after step" in output
-    assert len(run.checkpoint_names()) == 1
 
 
 def test_fine_tuning_on_two_machines(undisturbed, prepared, tmp_path):
     """Each has the pipeline in a place of its own; where one lacks it, both end."""
     first = undisturbed.output_dir / "model"
     second = shutil.copytree(first, tmp_path / "copy")
-    options = {"pretrained_model_name_or_path": first, "max_train_steps": 1, "train_batch_size": 8}
-    options |= {"report_to": "none", "logging_steps": 1, "num_inference_steps": 2, "num_samples_per_class": 1}
+    options = {**QUIET, "pretrained_model_name_or_path": first, "max_train_steps": 1, "train_batch_size": 8}
     run = TrainingRun(tmp_path / "run", prepared, options)
     both = TwoLives(run, second={"pretrained_model_name_or_path": tmp_path / "nowhere"})
     assert both.refuse().startswith("error: process 1 of 2: ")

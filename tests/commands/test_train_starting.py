@@ -10,36 +10,17 @@ from safetensors.torch import load_file
 
 from imagenet64_diffusion.convert_checkpoints import main as convert
 from imagenet64_diffusion.tests.commands.runs import prepare_noise
-from imagenet64_diffusion.tests.commands.training_runs import TrainingRun
+from imagenet64_diffusion.tests.commands.training_runs import QUIET, TrainingRun
 from imagenet64_diffusion.tests.conversion.originals import small_weights, write_small
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
 
 
-LEARNT = {
-    "max_train_steps": 60,
-    "train_batch_size": 16,
-    "learning_rate": 5e-3,
-    "lr_warmup_steps": 0,
-    "beta_schedule": "linear",
-    "num_train_timesteps": 50,
-    "prediction_type": "epsilon",
-    "logging_steps": 1,
-    "num_inference_steps": 2,
-    "num_samples_per_class": 1,
-    "report_to": "none",
-    "use_ema": False,
-}
-TUNED = {
-    "max_train_steps": 1,
-    "train_batch_size": 64,
-    "learning_rate": 1e-12,
-    "lr_warmup_steps": 0,
-    "adam_weight_decay": 0,
-    "logging_steps": 1,
-    "num_inference_steps": 2,
-    "num_samples_per_class": 1,
-    "report_to": "none",
-}
+LEARNT = {**QUIET, "max_train_steps": 60, "train_batch_size": 16, "learning_rate": 5e-3, "lr_warmup_steps": 0}
+LEARNT |= {"beta_schedule": "linear", "num_train_timesteps": 50, "prediction_type": "epsilon"}
+LEARNT |= {"logging_steps": 1, "use_ema": False}
+# so small a rate leaves the weights as they are
+TUNED = {**QUIET, "max_train_steps": 1, "train_batch_size": 64, "logging_steps": 1, "lr_warmup_steps": 0}
+TUNED |= {"learning_rate": 1e-12, "adam_weight_decay": 0}
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +32,11 @@ def learnt(tmp_path_factory, prepared) -> TrainingRun:
 
 
 @pytest.fixture
-def tuned(tmp_path, prepared, learnt):
-    """Makes a run that begins with the pipeline of the one that has learnt."""
-
-    def make(**changes) -> TrainingRun:
-        options = {"pretrained_model_name_or_path": learnt.output_dir / "model", **TUNED, **changes}
-        return TrainingRun(tmp_path / "tuned", prepared, options)
-
-    return make
+def tuned(tmp_path, prepared, learnt) -> TrainingRun:
+    """A run that is to begin with the pipeline of the one that has learnt."""
+    return TrainingRun(
+        tmp_path / "tuned", prepared, {"pretrained_model_name_or_path": learnt.output_dir / "model", **TUNED}
+    )
 
 
 def unet_weights(run):
@@ -75,8 +53,7 @@ def with_classes(prepared, folder, names):
 
 def test_fine_tuning_begins_with_the_weights(tuned, learnt):
     """Weights, schedule and prediction are the pipeline's, and the first loss is one of a model that has learnt."""
-    run = tuned()
-    said = run.finish()
+    run, said = tuned, tuned.finish()
     assert f"training from {learnt.output_dir / 'model'}: " in said
     assert "predicting epsilon" in said
     before = unet_weights(learnt)
@@ -86,13 +63,10 @@ def test_fine_tuning_begins_with_the_weights(tuned, learnt):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     assert run.metrics()[0]["loss"] < 0.5 * losses[0]
     assert run.metrics()[0]["loss"] == pytest.approx(sum(losses[-20:]) / 20, rel=0.25)
-    configs = [
-        json.loads((one.output_dir / "model/scheduler/scheduler_config.json").read_text()) for one in (run, learnt)
-    ]
-    assert configs[0] == configs[1]
-    assert configs[0]["beta_schedule"] == "linear"
+    config, expected = (one.output_dir / "model/scheduler/scheduler_config.json" for one in (run, learnt))
+    assert config.read_bytes() == expected.read_bytes()
     # the same command resumes it, and says from what the whole began
-    assert "all 1 steps have been taken already" in run.finish()
+    assert "training from step 1 of" in run.finish()
     progress = load_checkpoint(run.checkpoints / "checkpoint-1").progress
     assert progress.began_from == str(learnt.output_dir / "model")
 
@@ -100,18 +74,15 @@ def test_fine_tuning_begins_with_the_weights(tuned, learnt):
 def test_fine_tuning_with_other_classes(tuned, learnt, prepared, tmp_path):
     """A table of another size begins anew, all else is kept."""
     data = with_classes(prepared, tmp_path / "data", ["dark", "grey", "light", "none"])
-    run = tuned(train_data_dir=data)
-    assert "has 3 classes and the images have 4: the class embedding begins anew" in run.finish()
-    before, after = unet_weights(learnt), unet_weights(run)
+    said = tuned.finish(train_data_dir=data)
+    assert "has 3 classes and the images have 4: the class embedding begins anew" in said
+    before, after = unet_weights(learnt), unet_weights(tuned)
     different = [name for name, weight in after.items() if weight.shape != before[name].shape]
     assert different == [name for name in after if "class" in name and "embed" in name and "weight" in name]
     for name in set(after) - set(different):
         torch.testing.assert_close(after[name], before[name], atol=1e-9, rtol=0)
-
-
-def test_fine_tuning_with_other_names(tuned, prepared, tmp_path):
-    data = with_classes(prepared, tmp_path / "data", ["dark", "gray", "light"])
-    output = tuned(train_data_dir=data).finish()
+    data = with_classes(prepared, tmp_path / "renamed", ["dark", "gray", "light"])
+    output = tuned.finish(train_data_dir=data, output_dir=tmp_path / "other", dry_run=True)
     assert "class 1 is 'grey' for the pretrained model and 'gray' for the images" in output
 
 
@@ -123,15 +94,12 @@ def test_fine_tuning_with_other_names(tuned, prepared, tmp_path):
         ({"prediction_type": "sample"}, "prediction_type is sample, but .* has epsilon"),
         ({"num_train_timesteps": 60}, "num_train_timesteps is 60, but .* has 50"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos_cap_v2, but .* has another"),
-        ({"stem_channels": 16}, "stem_channels is 16, but pretrained_model_name_or_path brings its own network"),
-        ({"pretrained_model_name_or_path": "nowhere"}, "nowhere"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_fine_tuning_that_does_not_fit(tuned, tmp_path, capsys, changes, message):
     if changes.get("train_data_dir"):
         changes = {"train_data_dir": prepare_noise(tmp_path, size=16, channels=3)}
-    last_line = tuned().refuse(capsys, **changes)
+    last_line = tuned.refuse(capsys, **changes)
     assert last_line.startswith("error: ")
     assert re.search(message, last_line), last_line
 
@@ -139,22 +107,20 @@ def test_fine_tuning_that_does_not_fit(tuned, tmp_path, capsys, changes, message
 def test_a_converted_checkpoint(tmp_path):
     """The original's weights and moments are resumed, and then the run's own."""
     write_small(tmp_path / "small")
-    shapes = {name: tensor.shape for name, tensor in small_weights().items()}
-    moments = {
+    shapes = [tensor.shape for tensor in small_weights().values()]
+    state = {
         index: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.full(shape, 100.0)}
-        for index, shape in enumerate(shapes.values())
+        for index, shape in enumerate(shapes)
     }
     group = {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.01, "amsgrad": False}
     group["params"] = list(range(len(shapes)))
-    torch.save({"state": moments, "param_groups": [group]}, tmp_path / "small" / "optim_1e_7s.pkl")
+    torch.save({"state": state, "param_groups": [group]}, tmp_path / "small" / "optim_1e_7s.pkl")
     assert convert(["--checkpoint", str(tmp_path / "small"), "--output_dir", str(tmp_path / "ours")]) == 0
     start = tmp_path / "ours" / "1e_7s" / "checkpoints" / "checkpoint-7"
 
-    options = {"resume_from_checkpoint": start, "max_train_steps": 9, "train_batch_size": 4, "use_ema": False}
-    options |= {"num_inference_steps": 2, "num_samples_per_class": 1, "report_to": "none", "logging_steps": 1}
-    options |= {"learning_rate": 1e-12, "adam_weight_decay": 0, "lr_scheduler": "constant"}
-    data = prepare_noise(tmp_path, size=64, channels=1)
-    run = TrainingRun(tmp_path / "run", data, {**options, "model_config_name_or_path": None})
+    options = {**TUNED, "resume_from_checkpoint": start, "max_train_steps": 9, "train_batch_size": 4}
+    options |= {"use_ema": False, "lr_scheduler": "constant", "model_config_name_or_path": None}
+    run = TrainingRun(tmp_path / "run", prepare_noise(tmp_path, size=64, channels=1), options)
     said = run.finish()
     for words in (f"training from step 7 of {start}", "predicting epsilon", "learning_rate was 0.0003 and is 1e-12"):
         assert words in said

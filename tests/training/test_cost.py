@@ -16,21 +16,12 @@ from imagenet64_diffusion.training.cost import count_flops, estimate_cost
 
 def saved_bytes(module, *inputs, dtype=None):
     """What a real forward pass keeps, told by the address and the size of its memory."""
-    own = {parameter.data_ptr() for parameter in module.parameters()}
-    saved, kept = {}, []
-
-    def pack(tensor):
-        kept.append(tensor)
-        if tensor.untyped_storage().data_ptr() not in own:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", dtype, enabled=dtype is not None),
-    ):
+    own, kept = {parameter.data_ptr() for parameter in module.parameters()}, []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value)
+    with hooks, torch.autocast("cpu", dtype, enabled=dtype is not None):
         module(*inputs)
-    return sum(saved.values())
+    saved = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in kept)}
+    return sum(size for address, size in saved.items() if address not in own)
 
 
 def batch_of(unet, images):
@@ -42,11 +33,7 @@ def batch_of(unet, images):
     ("recipe", "gigaflops", "millions"), [("res_res", 105.8, 197.6), ("res_res_atn", 118.9, 212.9)]
 )
 def test_the_published_figures_of_the_original(recipe, gigaflops, millions):
-    """Of the parameters some are without any effect.
-
-    They are queries and keys of the class attention, two linear layers for each, which the original's program
-    has and whose result it does not use; the faithful network leaves them out.
-    """
+    """The faithful network leaves out queries and keys of the class attention, whose result the original discards."""
     cost = estimate_cost(json.loads((CONFIG_DIR / "original" / f"{recipe}.json").read_text()))
     assert cost.forward_flops == pytest.approx(gigaflops * 1e9, rel=1e-3)
     # one attention on each of three ways down and up, two in the middle, one in each stack of the head
@@ -107,13 +94,6 @@ def test_gradient_checkpointing():
     assert plain.training_flops < cost.training_flops < plain.training_flops + plain.forward_flops
 
 
-def test_wrong_options():
-    with pytest.raises(ValueError, match="precision is 'fp8', but must be one of no, fp16, bf16"):
-        estimate_cost(TINY_UNET, precision="fp8")
-    with pytest.raises(ValueError, match="layer_types names 'pooling'"):
-        estimate_cost({**TINY_UNET, "layer_types": ("resnet", "pooling")})
-
-
 def test_dry_run(tmp_path, prepared, monkeypatch, capfd):
     """96 images of 16x16: what is said is worked out by hand, and nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -126,14 +106,8 @@ def test_dry_run(tmp_path, prepared, monkeypatch, capfd):
     # 10 epochs of 3 steps of 32 images
     assert "30 steps of 32 images (10.0 epochs) on 1 x cpu, precision no" in said
     assert "to come: 30 steps, 10.0 epochs" in said
-    for name, value in {
-        "layer_types": "resnet channel_attention",
-        "prediction_type": "v_prediction",
-        "num_train_timesteps": "1000",
-        "snr_gamma": "5.0",
-        "max_train_steps": "30",
-    }.items():
-        assert re.search(rf"^  {name} +{re.escape(value)}$", said, re.MULTILINE), name
+    for line in ("layer_types resnet channel_attention", "prediction_type v_prediction", "snr_gamma 5.0"):
+        assert re.search(rf"^  {line.replace(' ', ' +', 1)}$", said, re.MULTILINE), line
     parameters = int(re.search(r"random weights: ([\d,]+) parameters", said)[1].replace(",", ""))
     cost = dict(re.findall(r"^  +([a-zA-Z]+(?: [a-z]+)?) +([\d.]+ (?:k|MiB|M|G))", said, re.MULTILINE))
     assert cost["parameters"] == f"{parameters / 1e3:.2f} k"
@@ -141,8 +115,7 @@ def test_dry_run(tmp_path, prepared, monkeypatch, capfd):
     assert cost["optimizer"] == f"{8 * parameters / 2**20:.2f} MiB"
     parts = [float(cost[name].split()[0]) for name in ("weights", "EMA", "gradients", "optimizer", "activations")]
     assert float(cost["total"].split()[0]) == pytest.approx(sum(parts), abs=0.03)
-    for text in ("FLOP for 1 image\n", "FLOP for 32 image(s)", "16 image(s) at once"):
-        assert text in said
+    assert "FLOP for 32 image(s)" in said
     assert [path.name for path in tmp_path.iterdir()] == ["options.yaml"]
 
 
@@ -152,11 +125,13 @@ def test_dry_run(tmp_path, prepared, monkeypatch, capfd):
         (["--train_data_dir", "nowhere"], "train_data_dir is nowhere, but there is no such folder"),
         (["--train_data_dir", "."], "prepare"),
         (["--learning_rate", "-1"], "learning_rate is -1.0, but must be above 0"),
+        (["--layer_types", "resnet", "pooling"], "layer_types names 'pooling'"),
+        (["--stem_channels", "8", "--pretrained_model_name_or_path", "x"], "brings its own network"),
         (["--model_config_name_or_path", "rse"], "model_config_name_or_path is 'rse'"),
         (["--layer_types", "chnAtn"], "layer_types begins with 'channel_attention', which cannot change the width"),
         (["--block_out_channels", "8", "8", "8", "8", "8"], "16x16, which 5 levels cannot halve"),
         (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint is 'nowhere', but there is no such folder"),
-        (["--resume_from_checkpoint", "."], ". is not a whole checkpoint: there is no training_state.json"),
+        (["--resume_from_checkpoint", "."], ". is not a whole checkpoint: no readable training_state.json"),
         (["--pretrained_model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from diffusers.training_utils import compute_snr
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.conversion.original import map_original_weights, original_unet_config
@@ -16,9 +15,8 @@ from imagenet64_diffusion.training.randomness import StepRandomness
 
 
 def original_loss() -> HybridLoss:
-    return HybridLoss(
-        LearnedVarianceDDPMScheduler(trained_betas=original_cosine_betas(1000), set_alpha_to_one=False, max_beta=0.999)
-    )
+    options = {"trained_betas": original_cosine_betas(1000), "set_alpha_to_one": False, "max_beta": 0.999}
+    return HybridLoss(LearnedVarianceDDPMScheduler(**options))
 
 
 def test_original_answers(original_checkpoint):
@@ -66,16 +64,6 @@ def terms_of(loss, original, noise, prediction, variance, timesteps):
     return loss(torch.cat([prediction, variance], dim=1), original, noise, noisy, timesteps)
 
 
-def as_prediction(prediction_type, plan, original, noise, guess, timesteps):
-    """What a network that guesses an image predicts for one of noisy images, and the signal-to-noise ratio."""
-    abar = plan.alphas_cumprod[timesteps].to(original.dtype)[:, None, None, None]
-    noisy = abar.sqrt() * original + (1 - abar).sqrt() * noise
-    guessed_noise = (noisy - abar.sqrt() * guess) / (1 - abar).sqrt()
-    velocity = abar.sqrt() * guessed_noise - (1 - abar).sqrt() * guess
-    predicted = {"sample": guess, "epsilon": guessed_noise, "v_prediction": velocity}[prediction_type]
-    return predicted, (abar / (1 - abar)).flatten()
-
-
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear"])
 def test_divergence_of_gaussians(schedule):
     """Against torch's divergence of the two distributions, built from their definitions in float64."""
@@ -112,9 +100,14 @@ def test_prediction_types_say_the_same():
     divergences = []
     for prediction_type in PREDICTION_TYPES:
         plan = scheduler(prediction_type)
-        velocity = plan.get_velocity(original, noise, timesteps)
-        target = {"sample": original, "epsilon": noise, "v_prediction": velocity}[prediction_type]
-        prediction, _ = as_prediction(prediction_type, plan, original, noise, guess, timesteps)
+        abar = plan.alphas_cumprod[timesteps][:, None, None, None]
+        noisy = plan.add_noise(original, noise, timesteps)
+        guessed = ((noisy - abar.sqrt() * guess) / (1 - abar).sqrt()).float()
+        target, prediction = {
+            "sample": (original, guess),
+            "epsilon": (noise, guessed),
+            "v_prediction": (plan.get_velocity(x, e, timesteps) for x, e in ((original, noise), (guess, guessed))),
+        }[prediction_type]
         terms = terms_of(HybridLoss(plan), original, noise, prediction, variance, timesteps)
         torch.testing.assert_close(terms.simple, (prediction - target).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
         divergences.append(terms.vlb)
@@ -160,64 +153,45 @@ def simple_terms(plan, snr_gamma, timesteps):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("gamma", [0.5, 5.0, 1e30])
 def test_min_snr_weights(prediction_type, gamma):
-    """Against diffusers' signal-to-noise ratio of a stock scheduler, and in float64 against the paper's weights."""
-    timesteps = torch.arange(1000)
-    weighted, plain = simple_terms(scheduler(prediction_type), gamma, timesteps)
-    snr = compute_snr(DDPMScheduler(beta_schedule="squaredcos_cap_v2"), timesteps)
-    divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
-    torch.testing.assert_close(weighted, torch.minimum(snr, torch.tensor(gamma)) / divisor * plain, rtol=1e-3, atol=0)
-    alpha_prod = scheduler().alphas_cumprod.tolist()
-    for t in (0, 1, 250, 500, 750, 999):
-        snr = alpha_prod[t] / (1 - alpha_prod[t])
-        expected = min(snr, gamma) / {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[prediction_type]
-        assert weighted[t].item() == pytest.approx(expected * plain[t].item(), rel=1e-5), t
+    """In float64 against the paper's weights."""
+    weighted, plain = simple_terms(scheduler(prediction_type), gamma, torch.arange(1000))
+    alpha_prod = scheduler().alphas_cumprod.double()
+    snr = alpha_prod / (1 - alpha_prod)
+    divisor = {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[prediction_type]
+    torch.testing.assert_close(weighted.double(), snr.clamp(max=gamma) / divisor * plain, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_min_snr_without_a_bound_is_the_error_of_the_image(prediction_type):
-    """A weight of SNR makes any prediction's error that of the image, as the paper derives it, times SNR."""
-    original, noise, guess, variance, timesteps = (values.double() for values in batch())
-    plan, timesteps = scheduler(prediction_type), timesteps.long()
-    prediction, snr = as_prediction(prediction_type, plan, original, noise, guess, timesteps)
-    terms = terms_of(HybridLoss(plan, snr_gamma=1e30), original, noise, prediction, variance, timesteps)
-    expected = snr * (original - guess).square().mean((1, 2, 3))
-    # the tables are float32, whose rounding the division by a small abar enlarges
-    torch.testing.assert_close(terms.simple.double(), expected, rtol=2e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize(("prediction_type", "expected"), [("epsilon", 1.0), ("sample", 0.0), ("v_prediction", 0.0)])
-def test_min_snr_where_nothing_is_left_of_the_signal(prediction_type, expected):
+def test_min_snr_where_nothing_is_left_of_the_signal(prediction_type):
     plan = DDIMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    assert plan.alphas_cumprod[999] == 0
     weighted, plain = simple_terms(plan, 5.0, torch.tensor([999]))
-    assert weighted.item() == pytest.approx(expected * plain.item(), abs=1e-6)
+    assert weighted.item() == pytest.approx((prediction_type == "epsilon") * plain.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan])
-def test_wrong_options(gamma):
-    with pytest.raises(ValueError, match="but must be above 0"):
-        HybridLoss(scheduler(), snr_gamma=gamma)
-    with pytest.raises(ValueError, match="prediction_type is 'flow_prediction', but must be one of epsilon, sample"):
+def test_wrong_options():
+    for gamma in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="but must be above 0"):
+            HybridLoss(scheduler(), snr_gamma=gamma)
+    with pytest.raises(ValueError, match="prediction_type is flow_prediction, but must be epsilon, sample"):
         HybridLoss(DDPMScheduler(prediction_type="flow_prediction"))
 
 
-def make_objective(kind, **options):
-    return kind(scheduler(num_train_timesteps=20), **options)
-
-
-def warmed_up(kind):
-    """An objective that has seen losses which rise with the timestep."""
-    objective = make_objective(kind)
-    for _ in range(10):
-        objective.update(np.arange(20), np.arange(1.0, 21.0))
+def make_objective(kind, *updates, **options):
+    """An objective of 20 timesteps that has seen some losses of all of them."""
+    objective = kind(scheduler(num_train_timesteps=20), **options)
+    for losses in updates:
+        objective.update(np.arange(20), losses)
     return objective
+
+
+RISING = [np.arange(1.0, 21.0)] * 10
 
 
 @pytest.mark.parametrize("kind", [HybridLoss, ImportanceSampledLoss])
 def test_sampled_timesteps(kind):
     """Over the whole range, with weights that make the weighted mean the plain mean over all timesteps."""
     values = np.square(np.arange(20.0))
-    for objective in (make_objective(kind), warmed_up(kind)):
+    for objective in (make_objective(kind), make_objective(kind, *RISING)):
         timesteps, weights = objective.sample_noise_levels(np.array([0.0, 0.5, np.nextafter(1.0, 0.0)]))
         assert timesteps.dtype == np.int64
         assert (timesteps[0], timesteps[-1]) == (0, 19)
@@ -226,17 +200,6 @@ def test_sampled_timesteps(kind):
         assert np.mean(weights * values[timesteps]) == pytest.approx(values.mean(), rel=1e-3)
     if kind is HybridLoss:
         np.testing.assert_array_equal(np.bincount(timesteps), np.full(20, 10_000))
-
-
-def test_importance_sampling_resumes():
-    one, other = warmed_up(ImportanceSampledLoss), make_objective(ImportanceSampledLoss)
-    other.load_state_dict(one.state_dict())
-    for objective in (one, other):
-        objective.update(np.array([3, 3, 19]), np.array([50.0, 1.0, 2.0]))
-    np.testing.assert_array_equal(one.probabilities(), other.probabilities())
-    # of a run that sampled uniformly
-    other.load_state_dict({})
-    np.testing.assert_array_equal(one.probabilities(), other.probabilities())
 
 
 def test_importance_sampling_is_uniform_until_all_histories_are_full():
@@ -253,12 +216,15 @@ def test_importance_sampling_is_uniform_until_all_histories_are_full():
 def test_importance_sampling_formula():
     """p_t ~ sqrt(mean of the last ten squared losses), mixed with a uniform share of 0.001."""
     losses = np.random.default_rng(0).random((14, 20))
-    objective = make_objective(ImportanceSampledLoss)
-    for row in losses:
-        objective.update(np.arange(20), row)
+    objective = make_objective(ImportanceSampledLoss, *losses)
     moments = np.sqrt(np.mean(losses[-10:] ** 2, axis=0))
     expected = 0.999 * moments / moments.sum() + 0.001 / 20
     np.testing.assert_allclose(objective.probabilities(), expected, rtol=1e-12)
+    resumed = make_objective(ImportanceSampledLoss)
+    # the second is of a run that sampled uniformly
+    for state in (objective.state_dict(), {}):
+        resumed.load_state_dict(state)
+        np.testing.assert_array_equal(resumed.probabilities(), objective.probabilities())
     timesteps, weights = objective.sample_noise_levels((np.arange(100_000) + 0.5) / 100_000)
     np.testing.assert_allclose(np.bincount(timesteps) / 100_000, expected, atol=2e-5)
     np.testing.assert_allclose(weights, 1 / (20 * expected[timesteps]))
@@ -267,26 +233,25 @@ def test_importance_sampling_formula():
 def test_random_numbers_belong_to_the_place_in_the_batch():
     """Not to the rank or the pass that needs them; and each seed and step has its own."""
 
-    def numbers(images=slice(0, 64), seed=0, step=3, probability=0.25):
-        return StepRandomness.of_step(seed, step, images, 64, probability)
+    def numbers(images=slice(0, 10_000), seed=0, step=3, probability=0.25):
+        return StepRandomness(seed, step, images, 10_000, probability)
 
     cpu, whole = torch.device("cpu"), numbers()
-    pieces = [numbers(slice(start, start + 16)) for start in range(0, 64, 16)]
+    pieces = [numbers(slice(start, start + 2500)) for start in range(0, 10_000, 2500)]
     for name in ("uniforms", "drops_class", "flips", "noise_seeds"):
         together = np.concatenate([getattr(piece, name) for piece in pieces])
         np.testing.assert_array_equal(together, getattr(whole, name))
-    noise = torch.cat([piece.noise((1, 4, 4), cpu) for piece in pieces])
-    assert torch.equal(noise, whole.noise((1, 4, 4), cpu))
-    assert len({tuple(row) for row in noise.flatten(1).tolist()}) == 64
+    noise = torch.cat([piece.noise((1, 2, 2), cpu) for piece in pieces])
+    assert torch.equal(noise, whole.noise((1, 2, 2), cpu))
+    assert len({tuple(row) for row in noise.flatten(1).tolist()}) == 10_000
     for other in (numbers(seed=1), numbers(step=4)):
-        assert (other.noise((1, 4, 4), cpu) != noise).all()
+        assert (other.noise((1, 2, 2), cpu) != noise).any(dim=(1, 2, 3)).all()
         assert (other.uniforms != whole.uniforms).all()
     assert not numbers(probability=0.0).drops_class.any()
     assert numbers(probability=1.0).drops_class.all()
     # and they have the distributions that they should
-    steps = [StepRandomness.of_step(0, step, slice(0, 1000), 1000, 0.25) for step in range(20)]
-    assert all(each.uniforms.min() >= 0 and each.uniforms.max() < 1 for each in steps)
+    assert whole.uniforms.min() >= 0
+    assert whole.uniforms.max() < 1
     for name, mean in (("uniforms", 0.5), ("drops_class", 0.25), ("flips", 0.5)):
-        assert abs(np.mean([getattr(each, name) for each in steps]) - mean) < 0.02
-    noise = steps[0].noise((1, 16, 16), cpu)
-    assert max(abs(noise.mean()), abs(noise.std() - 1)) < 0.01
+        assert getattr(whole, name).mean() == pytest.approx(mean, abs=0.02)
+    assert max(abs(noise.mean()), abs(noise.std() - 1)) < 0.02
