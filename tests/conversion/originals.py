@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from imagenet64_diffusion.conversion.original import original_weight_shapes
+from imagenet64_diffusion.conversion.original import build_empty_unet, original_layout
 from imagenet64_diffusion.tests.components import FIXTURES
 
 
@@ -50,6 +50,10 @@ def unpack_optimizer(recipe: str, folder: Path) -> Path:
     file = folder / "optim_3e_2s.pkl"
     file.write_bytes(gzip.decompress((ORIGINALS / recipe / "optim_3e_2s.pkl.gz").read_bytes()))
     return file
+
+
+def original_weight_shapes(params: dict) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, _, shape in original_layout(build_empty_unet(params))}
 
 
 def small_weights(**params) -> dict[str, torch.Tensor]:

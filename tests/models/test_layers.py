@@ -170,7 +170,7 @@ class TestSelfAttention(LayerContract):
         torch.testing.assert_close(layer(sample, None, None), expected, atol=1e-9, rtol=1e-9)
 
     def test_a_map_that_patches_do_not_cover(self):
-        with pytest.raises(ValueError, match="attention_patch_size 4 does not divide a feature map of 6x6"):
+        with pytest.raises(ValueError, match="attention_patch_size 4 does not divide a map of 6x6"):
             self.make()(torch.zeros(1, 8, 6, 6), None, None)
 
 
