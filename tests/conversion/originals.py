@@ -21,20 +21,9 @@ RECIPES_WITH_OPTIMIZER = ("res", "res_res_atn")
 
 # A network that the original never trained: it begins with a ConvNeXt layer, on one channel.
 SMALL_PARAMS = {
-    "inCh": 1,
-    "embCh": 4,
-    "chMult": 1,
-    "num_blocks": 1,
-    "blk_types": ["conv", "res"],
-    "T": 20,
-    "beta_sched": "cosine",
-    "t_dim": 4,
-    "c_dim": 4,
-    "num_classes": 3,
-    "atn_resolution": 16,
-    "epoch": 1,
-    "step": 7,
-}
+    "inCh": 1, "embCh": 4, "chMult": 1, "num_blocks": 1, "blk_types": ["conv", "res"], "T": 20,
+    "beta_sched": "cosine", "t_dim": 4, "c_dim": 4, "num_classes": 3, "atn_resolution": 16, "epoch": 1, "step": 7,
+}  # fmt: skip
 
 
 def model_file(recipe: str) -> Path:

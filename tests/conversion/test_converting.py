@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, EtaDDIMScheduler
 from imagenet64_diffusion.conversion.converting import class_names, original_scheduler, write_original
+from imagenet64_diffusion.conversion.original import map_original_weights
 from imagenet64_diffusion.convert_checkpoints import convert_checkpoint
 from imagenet64_diffusion.data.class_names import imagenet64_names
 from imagenet64_diffusion.schedulers.original_schedule import original_timesteps
@@ -25,6 +26,12 @@ from imagenet64_diffusion.tests.conversion.originals import (
     small_weights,
     write_small,
 )
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A small checkpoint in a folder of its own: the model's file and its JSON."""
+    return write_small(tmp_path / "small")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -46,24 +53,16 @@ def refused(folder, message, function, *arguments, **options):
 
 
 def test_there_and_back(original_checkpoint, tmp_path):
-    """The original's answers from the converted network, and its files again."""
-    recipe, expected = original_checkpoint.recipe, original_checkpoint.expected
-    files = model_file(recipe), params_file(recipe)
-    pipeline = convert_checkpoint(*files, tmp_path / "ours", time_embedding="original_alternating")
-    with torch.no_grad():
-        labels = original_checkpoint.labels("forward")
-        output = pipeline.unet(expected["forward.sample"], expected["forward.timestep"] - 1, labels).sample
-    noise, variance = output.chunk(2, dim=1)
-    torch.testing.assert_close(noise, expected["forward.released.noise"], atol=1e-5, rtol=0)
-    torch.testing.assert_close((variance + 1) / 2, expected["forward.released.v"], atol=1e-5, rtol=0)
-
+    """The network whose answers tests/models compares with the original's, and the original's files again."""
+    recipe, params, state_dict = (getattr(original_checkpoint, name) for name in ("recipe", "params", "state_dict"))
+    unet = convert_checkpoint(model_file(recipe), params_file(recipe), tmp_path / "ours").unet
+    assert same(
+        unet.state_dict(), {name: map_original_weights(state_dict, params)[name] for name in unet.state_dict()}
+    )
     written = write_original(tmp_path / "ours", tmp_path / "new" / "theirs")
     assert tree(tmp_path / "new") == ["theirs", "theirs/model_3e_2s.pkl", "theirs/model_params_3e_2s.json"]
-    assert same(torch.load(written[0], weights_only=True), original_checkpoint.state_dict)
-    assert json.loads(written[1].read_text()) == original_checkpoint.params
-
-
-# ---------------------------------------------------------------------- whole sampling runs
+    assert same(torch.load(written[0], weights_only=True), state_dict)
+    assert json.loads(written[1].read_text()) == params
 
 
 def with_given_noise(scheduler: EtaDDIMScheduler, noises: torch.Tensor) -> EtaDDIMScheduler:
@@ -133,9 +132,6 @@ def test_schedules(kind, finish, last):
     expected = load_file(FIXTURES / "schedules.safetensors")[f"{kind}.T1000.step1.a_bar_t"].double()
     torch.testing.assert_close(scheduler.alphas_cumprod, expected.sort(descending=True).values, atol=5e-7, rtol=0)
     assert scheduler.final_alpha_cumprod == pytest.approx(last, abs=1e-9)
-
-
-# ---------------------------------------------------------------------- what is written
 
 
 def test_everything_it_writes(tmp_path, capsys):
@@ -210,9 +206,6 @@ def test_wrong_names(tmp_path):
     refused(tmp_path, "the network has none", class_names, ["cat"], None)
 
 
-# ---------------------------------------------------------------------- failures
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -228,7 +221,7 @@ def test_wrong_options_leave_nothing(small, tmp_path, options, message):
     refused(tmp_path, message, convert_checkpoint, **{**usual, **options})
 
 
-def test_weights_that_compute_nothing(tmp_path):
+def test_wrong_content_leaves_nothing(tmp_path):
     weights, out = small_weights(), tmp_path / "out"
     weights["unet.out.bias"][0] = 1e6
     files, message = (
@@ -239,11 +232,9 @@ def test_weights_that_compute_nothing(tmp_path):
     weights["unet.out.bias"][0] = 3e38
     weights["unet.out.weight"] *= 1e38
     refused(tmp_path, "is not finite", convert_checkpoint, *write_small(tmp_path / "small", weights), out)
-
-
-def test_an_optimizer_needs_to_know_the_step(small, tmp_path):
-    small[1].write_text(json.dumps({name: value for name, value in SMALL_PARAMS.items() if name != "step"}))
-    refused(tmp_path, "lacks epoch or step", convert_checkpoint, *small, tmp_path / "out", small[0])
+    # an optimizer needs to know the step
+    files[1].write_text(json.dumps({name: value for name, value in SMALL_PARAMS.items() if name != "step"}))
+    refused(tmp_path, "lacks epoch or step", convert_checkpoint, *files, out, files[0])
 
 
 def test_replaces_its_own_and_nothing_else(small, tmp_path):
@@ -258,9 +249,6 @@ def test_replaces_its_own_and_nothing_else(small, tmp_path):
     refused(tmp_path, "which holds thesis.tex, but must be new", convert_checkpoint, *small, out)
     refused(tmp_path, "but must be new", convert_checkpoint, *small, small[0].parent)
     refused(tmp_path, "but must be the name of a new folder", convert_checkpoint, *small, small[0])
-
-
-# ---------------------------------------------------------------------- the way back
 
 
 @pytest.mark.parametrize(
