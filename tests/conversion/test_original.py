@@ -162,17 +162,15 @@ def test_every_moment_has_its_place(tmp_path, recipe):
 def test_state_of_other_versions(tmp_path):
     """Parameters that never had a gradient, and options that torch has gained or lost."""
     shapes = original_weight_shapes(SMALL_PARAMS)
-    state = {
-        index: {"step": torch.tensor(5.0), "exp_avg": torch.ones(shape), "exp_avg_sq": torch.ones(shape)}
-        for index, shape in enumerate(shapes.values())
-        if index % 2
-    }
-    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0, "amsgrad": False, "former_option": 1}
-    content = {"state": state, "param_groups": [{**group, "params": list(range(len(shapes)))}]}
-    torch.save(content, tmp_path / "optim.pkl")
+    parameters = [torch.zeros(shape, requires_grad=True) for shape in shapes.values()]
+    theirs = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
+    sum(parameter.sum() for parameter in parameters[::2]).backward()
+    theirs.step()
+    theirs.param_groups[0]["former_option"] = 1
+    torch.save(theirs.state_dict(), tmp_path / "optim.pkl", _use_new_zipfile_serialization=False)
     convert_checkpoint(*write_small(tmp_path / "small"), tmp_path / "out", tmp_path / "optim.pkl")
     stored = load_checkpoint(tmp_path / "out" / "checkpoints" / "checkpoint-7").optimizer
-    assert [entry["step"] for entry in stored["state"].values()] == [5] * len(state)
+    assert [entry["step"] for entry in stored["state"].values()] == [1] * len(parameters[::2])
     unet = ClassConditionalUNet2DModel(**original.original_unet_config(SMALL_PARAMS))
     optimizer = torch.optim.AdamW(unet.parameters())
     optimizer.load_state_dict(stored)

@@ -1,4 +1,4 @@
-"""The class-conditional U-Net as a diffusers model."""
+"""The class-conditional U-Net: a diffusers model that gives the original's answers with the original's weights."""
 
 import inspect
 import itertools
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.configs import CONFIG_DIR
+from imagenet64_diffusion.conversion.original import map_original_weights, original_unet_config
 from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES
 from imagenet64_diffusion.tests.components import TINY_UNET, make_unet
 
@@ -158,26 +159,20 @@ def test_wrong_options(options, message):
         ClassConditionalUNet2DModel(**{**TINY_UNET, **options})
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.zeros(1, 3, 16, 16), 0), r"sample has shape \(1, 3, 16, 16\), but must be \(batch, 1, height"),
-        ((torch.zeros(1, 1, 18, 16), 0), "sample is 18x16, which 2 levels cannot halve"),
-        ((torch.zeros(3, 1, 16, 16), torch.tensor([1, 2])), "timestep has 2 entries, but must have 1 or 3"),
-        ((torch.zeros(3, 1, 16, 16), 0, torch.tensor([1])), r"class_labels has shape \(1,\), but must be \(3,\)"),
-    ],
-)
-def test_wrong_input(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make_unet()(*arguments)
-
-
-def test_wrong_labels():
-    sample, label = torch.zeros(1, 1, 16, 16), torch.tensor([4])
-    with pytest.raises(ValueError, match="class_labels were given, but num_class_embeds is None"):
-        make_unet(layer_types=("resnet",), num_class_embeds=None)(sample, 0, label)
+def test_wrong_input():
+    unet, unconditional = make_unet(), make_unet(layer_types=("resnet",), num_class_embeds=None)
+    sample, label = torch.zeros(3, 1, 16, 16), torch.tensor([4])
+    for message, network, *arguments in (
+        (r"sample has shape \(3, 3, 16, 16\), but must be \(batch, 1, height", unet, sample.expand(3, 3, 16, 16), 0),
+        ("sample is 18x16, which 2 levels cannot halve", unet, torch.zeros(1, 1, 18, 16), 0),
+        ("timestep has 2 entries, but must have 1 or 3", unet, sample, torch.tensor([1, 2])),
+        (r"class_labels has shape \(1,\), but must be \(3,\)", unet, sample, 0, label),
+        ("class_labels were given, but num_class_embeds is None", unconditional, sample[:1], 0, label),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network(*arguments)
     with pytest.raises(IndexError):
-        make_unet()(sample, 0, label)
+        unet(sample[:1], 0, label)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
@@ -196,3 +191,59 @@ def test_half_precision(dtype, bound, layers):
         output = unet.to(dtype)(sample.to(dtype), *others).sample
     for part, reference in zip(output.chunk(2, dim=1), expected.chunk(2, dim=1), strict=True):
         assert (part.double() - reference).norm() / reference.norm() < bound
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "rows"),
+    [
+        ("fixed", "interleaved", slice(None)),
+        ("released", "alternating", slice(None)),
+        # the original samples one image at a time, whose row is even: original_sine stands for that
+        ("released", "sine", slice(0, None, 2)),
+    ],
+)
+def test_the_originals_answers(original_checkpoint, answers, kind, rows):
+    params, expected, state_dict = (
+        getattr(original_checkpoint, name) for name in ("params", "expected", "state_dict")
+    )
+    unet = ClassConditionalUNet2DModel(**original_unet_config(params, f"original_{kind}")).eval()
+    mapped = map_original_weights(state_dict, params)
+    assert len(mapped) == len([name for name in state_dict if "Q_emb" not in name and "K_emb" not in name])
+    # strict: every weight of ours comes from the checkpoint
+    unet.load_state_dict(mapped)
+    with torch.no_grad():
+        labels = original_checkpoint.labels("forward")
+        output = unet(expected["forward.sample"], expected["forward.timestep"] - 1, labels).sample
+    noise, variance = output[rows].chunk(2, dim=1)
+    torch.testing.assert_close(noise, expected[f"forward.{answers}.noise"][rows], atol=1e-5, rtol=0)
+    torch.testing.assert_close((variance + 1) / 2, expected[f"forward.{answers}.v"][rows], atol=1e-5, rtol=0)
+
+
+def test_without_classes_and_with_older_files():
+    params = {"inCh": 1, "embCh": 8, "chMult": 0, "num_blocks": 1, "blk_types": ["res", "conv"], "T": 50}
+    params |= {"beta_sched": "cosine", "t_dim": 8, "c_dim": None, "num_classes": 10}
+    config = original_unet_config(params)
+    assert config["num_class_embeds"] is None
+    assert (config["attention_patch_size"], config["block_out_channels"]) == (16, (8,))
+    unet = ClassConditionalUNet2DModel(**config)
+    assert unet(torch.zeros(1, 1, 8, 8), 49).sample.shape == (1, 2, 8, 8)
+    with pytest.raises(KeyError):
+        map_original_weights({"unet.downBlocks.0.block.0.block3.proj.weight": torch.zeros(1)}, params)
+
+
+def test_time_encodings_follow_their_formula():
+    """Against float64 sines of the float32 phases: the phases are rounded as the original rounds them."""
+    dim, timesteps = 32, torch.tensor([0, 12, 499, 999])
+    frequencies = 10000.0 ** (2 * torch.arange(dim, dtype=torch.float32) / dim)
+    phases = ((timesteps + 1).float()[:, None] * frequencies).double()
+    expected = {
+        "original_sine": phases.sin(),
+        "original_interleaved": torch.where(torch.arange(dim) % 2 == 0, phases.sin(), phases.cos()),
+        "original_alternating": torch.where(torch.arange(4)[:, None] % 2 == 0, phases.sin(), phases.cos()),
+    }
+    for kind, values in expected.items():
+        unet = make_unet(time_embed_dim=dim, time_embedding_type=kind)
+        torch.testing.assert_close(unet.time_encoding(timesteps).double(), values, atol=1e-6, rtol=0)
+        # fractions round to the nearest, and a trip through half precision changes nothing
+        unet = unet.half().float()
+        torch.testing.assert_close(unet.time_encoding(timesteps + 0.4).double(), values, atol=1e-6, rtol=0)
