@@ -94,19 +94,6 @@ def test_wrong_files(tmp_path, content, message):
     assert len(str(caught.value)) < 400
 
 
-def take_a_step(unet: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: OriginalCheckpoint) -> None:
-    """One AdamW step on the batch of which the original's result is stored."""
-    expected = checkpoint.expected
-    scheduler = {"trained_betas": original_cosine_betas(1000), "set_alpha_to_one": False, "max_beta": 0.999}
-    loss = HybridLoss(LearnedVarianceDDPMScheduler(**scheduler))
-    timesteps = expected["loss.timestep"] - 1
-    output = unet(expected["loss.x_t"], timesteps, checkpoint.labels("loss")).sample
-    terms = loss(output, expected["loss.x0"], expected["loss.noise"], expected["loss.x_t"], timesteps)
-    optimizer.zero_grad()
-    terms.total.mean().backward()
-    optimizer.step()
-
-
 @pytest.mark.parametrize("recipe", RECIPES_WITH_OPTIMIZER)
 def test_the_next_step_is_the_originals(tmp_path, recipe):
     """From the checkpoint that the conversion writes, which has the options of the original's training too."""
@@ -127,7 +114,15 @@ def test_the_next_step_is_the_originals(tmp_path, recipe):
     optimizer.load_state_dict(stored.optimizer)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.9, 0.999), 1e-4, 0.01)
-    take_a_step(unet, optimizer, checkpoint)
+
+    # a step on the batch of which the original's result is stored
+    given = checkpoint.expected
+    scheduler = {"trained_betas": original_cosine_betas(1000), "set_alpha_to_one": False, "max_beta": 0.999}
+    timesteps = given["loss.timestep"] - 1
+    output = unet(given["loss.x_t"], timesteps, checkpoint.labels("loss")).sample
+    loss = HybridLoss(LearnedVarianceDDPMScheduler(**scheduler))
+    loss(output, given["loss.x0"], given["loss.noise"], given["loss.x_t"], timesteps).total.mean().backward()
+    optimizer.step()
 
     weights = original.map_to_original_weights(unet, {})
     stepped = load_file(ORIGINALS / recipe / "resume.safetensors")

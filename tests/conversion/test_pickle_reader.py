@@ -35,7 +35,6 @@ from imagenet64_diffusion.tests.conversion.originals import (
 
 SHAPES, WEIGHTS = original_weight_shapes(SMALL_PARAMS), small_weights()
 BROKEN = "download or copy it again"
-CONTAINERS = {"zip": as_archive, "legacy": as_legacy, "bare": bytes}
 
 
 def refused(folder: Path, content: bytes, message: str, load=load_state_dict) -> None:
@@ -114,7 +113,7 @@ def test_nothing_runs(tmp_path, registered_extension, name):
         unpickler = type("Unpickler", (pickle.Unpickler,), {"persistent_load": lambda self, _: torch.FloatStorage(1)})
         unpickler(io.BytesIO(pickled)).load()
         marker.unlink()
-    for container in CONTAINERS.values():
+    for container in (as_archive, as_legacy, bytes):
         refused(tmp_path, container(pickled), named)
     # and in the pickles around that of the older format
     for position in range(3):
@@ -149,7 +148,6 @@ NESTED = b"K\x01\x85q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(
         (json.dumps(SMALL_PARAMS).encode(), "is a JSON file"),
         (safetensors.torch.save({"a": torch.zeros(2)}), "is a safetensors file"),
         (b"\x1f\x8b\x08\x00" + bytes(30), "is no file of torch.save"),
-        (b"\x93NUMPY" + bytes(30), "is no file of torch.save"),
         (pickle.dumps([1, 2], 0), "is no file of torch.save"),
         (pickle.dumps([1, 2], 2), "not as torch.save writes it"),
         (b"\x80\x02\xff.", "opcode 0xff"),
@@ -258,7 +256,6 @@ def test_more_than_is_stored(tmp_path):
 
 NAME = "unet.downBlocks.0.block.0.block.0.weight"
 WITHOUT = {key: value for key, value in WEIGHTS.items() if key != NAME}
-ADAMW = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -275,11 +272,10 @@ ADAMW = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
         ({**WEIGHTS, "unet.out.bias": torch.tensor([0.0, -torch.inf])}, "unet.out.bias holds NaN or infinite"),
         ({key: value.to(torch.int64) for key, value in WEIGHTS.items()}, r"wants torch\.LongStorage, which weights"),
         ({"model": WEIGHTS, "epoch": 3}, "model is a StateDict"),
-        ({**WEIGHTS, "step": 3}, "step is a int"),
         ({0: WEIGHTS[NAME]}, "lacks"),
         (list(WEIGHTS.values()), "holds a list"),
         (WEIGHTS[NAME], "holds a StoredTensor"),
-        (ADAMW.state_dict(), "state is a StateDict"),
+        (torch.optim.AdamW([torch.zeros(1)]).state_dict(), "state is a StateDict"),
     ],
 )
 def test_other_weights(tmp_path, weights, message, new_format):
