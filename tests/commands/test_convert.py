@@ -11,15 +11,8 @@ import torch
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.convert_checkpoints import main
 from imagenet64_diffusion.tests.commands.runs import prepare_noise
-from imagenet64_diffusion.tests.conversion.originals import (
-    SMALL_PARAMS,
-    model_file,
-    params_file,
-    small_weights,
-    text,
-    unpack_optimizer,
-    write_small,
-)
+from imagenet64_diffusion.tests.conversion import originals
+from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS, small_weights, write_small
 from imagenet64_diffusion.train_imagenet64 import main as train_main
 
 
@@ -29,9 +22,9 @@ def names(folder):
 
 def test_one_checkpoint_there_and_back(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for file in (model_file("res"), params_file("res")):
+    for file in (originals.model_file("res"), originals.params_file("res")):
         shutil.copy(file, tmp_path)
-    unpack_optimizer("res", tmp_path)
+    originals.unpack_optimizer("res", tmp_path)
     Path("names.txt").write_text("\n".join("abcdefghij"))
     arguments = ["--optimizer", "optim_3e_2s.pkl", "--time_embedding", "original_alternating"]
     arguments += ["--id2label", "names.txt", "--variant", "x", "--finish_denoising", "true"]
@@ -50,12 +43,12 @@ def test_a_folder_of_checkpoints(tmp_path, capsys):
     models, out = tmp_path / "models", tmp_path / "out"
     for recipe in ("res", "res_conv"):
         (models / recipe).mkdir(parents=True)
-        for file in (model_file(recipe), params_file(recipe)):
+        for file in (originals.model_file(recipe), originals.params_file(recipe)):
             shutil.copy(file, models / recipe)
-    unpack_optimizer("res", models / "res")
+    originals.unpack_optimizer("res", models / "res")
     write_small(models / "res_bad")[0].write_bytes(b"<!DOCTYPE html>")
     for name in ("model_4e_9s.pkl", "best.pkl"):
-        shutil.copy(model_file("res"), models / name)
+        shutil.copy(originals.model_file("res"), models / name)
 
     assert main(["--checkpoint", str(models), "--output_dir", str(out)]) == 2
     printed = capsys.readouterr()
@@ -77,7 +70,7 @@ def test_a_folder_of_checkpoints(tmp_path, capsys):
 
 def test_an_attack(tmp_path, capsys):
     small, marker = write_small(tmp_path / "small"), tmp_path / "marker"
-    attack = b"\x80\x02cposix\nsystem\n" + text(f"touch {marker}") + b"\x85R."
+    attack = b"\x80\x02cposix\nsystem\n" + originals.text(f"touch {marker}") + b"\x85R."
     pickle.loads(attack)
     marker.unlink()
     small[0].write_bytes(attack)
@@ -93,14 +86,12 @@ def test_an_attack(tmp_path, capsys):
         (["--checkpoint", "small/model_1e_8s.pkl"], "there is no small/model_params_1e_8s"),
         (["--checkpoint", "nothing.pkl", "--params", "small/model_params_1e_7s.json"], "there is no file nothing.pkl"),
         (["--checkpoint", "empty"], "error: checkpoint is empty, which holds no model_...e_...s.pkl"),
-        (["--checkpoint", "small", "--params", "x.json"], "does not go with a folder as checkpoint"),
         (["--checkpoint", "small", "--push_to_hub", "me/x"], "push_to_hub is me/x, but does not go with a folder"),
         (["--epoch", "3"], "error: epoch is 3, but does not go with a checkpoint"),
         (["--to_original", "--optimizer", "x.pkl"], "optimizer is x.pkl, but does not go with to_original"),
         (["--to_original", "--dtype", "float16"], "dtype is float16, but does not go with to_original"),
         (["--to_original"], "must be a pipeline folder for to_original"),
         (["--optimizer", "small/model_1e_7s.pkl"], "does not hold an optimizer's state"),
-        (["--dtype", "int8"], "dtype is 'int8', but must be one of float32"),
     ],
 )
 def test_wrong_options(tmp_path, monkeypatch, capsys, arguments, message):
