@@ -205,9 +205,7 @@ def test_wrong_content_leaves_nothing(tmp_path):
     weights, out = small_weights(), tmp_path / "out"
     weights["unet.out.bias"][0] = 1e6
     files = write_small(tmp_path / "small", weights)
-    refused(
-        tmp_path, "bias holds numbers too large for torch.float16", convert_checkpoint, *files, out, dtype="float16"
-    )
+    refused(tmp_path, "bias holds numbers too large", convert_checkpoint, *files, out, dtype="float16")
     weights["unet.out.bias"][0] = 3e38
     weights["unet.out.weight"] *= 1e38
     refused(tmp_path, "is not finite", convert_checkpoint, *write_small(tmp_path / "small", weights), out)

@@ -322,7 +322,7 @@ def optimizer_state(entry=None, **group) -> dict:
     ("state", "message"),
     [
         (WEIGHTS, "does not hold an optimizer's state"),
-        ({**optimizer_state(), "param_groups": []}, "one group of parameters"),
+        ({**optimizer_state(), "param_groups": []}, "an AdamW.s with one group"),
         (optimizer_state(params=[0, 1]), "another network: the model has"),
         (optimizer_state(amsgrad=True), "amsgrad"),
         (optimizer_state(lr="fast"), "hyper-parameters of its group"),
