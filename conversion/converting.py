@@ -84,8 +84,9 @@ def convert_checkpoint(
     mapped = original.map_original_weights(weights, content)
     unet.load_state_dict({name: tensor.float() for name, tensor in mapped.items()}, assign=True)
     unused = {name: weights[name].contiguous() for name, our_name, _ in layout if our_name is None}
-    scheduler = original_scheduler(content, finish_denoising)
-    pipeline = ClassConditionalPipeline(unet, scheduler, labels, guide_variance=True)
+    pipeline = ClassConditionalPipeline(
+        unet, original_scheduler(content, finish_denoising), labels, guide_variance=True
+    )
     training = Path("checkpoints", f"checkpoint-{content.get('step')}")
     with atomic_folder(output_dir) as writing:
         if optimizer is not None:
@@ -101,7 +102,6 @@ def convert_checkpoint(
         (writing / PARAMS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if unused:
             save_file(unused, writing / UNUSED_WEIGHTS_NAME)
-
     print(f"converted {checkpoint} to {output_dir}")
     _print_report(pipeline, labels, content)
     print(f"  checked    all {len(layout)} weights accounted for, shapes right, one forward pass finite")
