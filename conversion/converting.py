@@ -84,9 +84,8 @@ def convert_checkpoint(
     mapped = original.map_original_weights(weights, content)
     unet.load_state_dict({name: tensor.float() for name, tensor in mapped.items()}, assign=True)
     unused = {name: weights[name].contiguous() for name, our_name, _ in layout if our_name is None}
-    pipeline = ClassConditionalPipeline(
-        unet, original_scheduler(content, finish_denoising), labels, guide_variance=True
-    )
+    scheduler = original_scheduler(content, finish_denoising)
+    pipeline = ClassConditionalPipeline(unet, scheduler, labels, guide_variance=True)
     training = Path("checkpoints", f"checkpoint-{content.get('step')}")
     with atomic_folder(output_dir) as writing:
         if optimizer is not None:
