@@ -2,20 +2,22 @@
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imagenet64_diffusion.utils.command_line import CheckedOptions, option, run_command
+from imagenet64_diffusion.utils.lazy_exports import lazy_exports
 
 
 if TYPE_CHECKING:
-    from imagenet64_diffusion.pipelines.pipeline_class_conditional import ClassConditionalPipeline
+    from imagenet64_diffusion.conversion.converting import convert_checkpoint as convert_checkpoint
 
+# torch and diffusers take seconds to import, which --help should not
+__getattr__, _ = lazy_exports("imagenet64_diffusion", {"convert_checkpoint": "conversion.converting"})
 
 EXAMPLE = "--checkpoint model_469e_600000s.pkl\n--output_dir outputs/res_res_atn"
-
 
 _file = functools.partial(option, group="files", metavar="FILE")
 _pipeline = functools.partial(option, group="pipeline")
@@ -26,15 +28,8 @@ _back = functools.partial(option, group="back to the original")
 class ConvertOptions(CheckedOptions):
     """Options of `convert`. The help texts say what each one is."""
 
-    checkpoint: str = _file(
-        help="model_...e_...s.pkl, or a folder: every checkpoint in it and in the folders in it is converted."
-        " For to_original a pipeline folder."
-    )
-    output_dir: str = option(
-        help="The pipeline folder to write, or the folder for several; it must be new, empty or its own.",
-        group="files",
-        metavar="FOLDER",
-    )
+    checkpoint: str = _file(help="model_...e_...s.pkl, or a folder of them; a pipeline folder for to_original.")
+    output_dir: str = _file(help="Folder to write, one for several: new, empty or its own.", metavar="FOLDER")
     params: str | None = _file(None, "model_params_...e_...s.json (default: the one beside it, by its name).")
     optimizer: str | None = _file(None, "optim_...e_...s.pkl, to resume the training; a folder's are found by name.")
 
@@ -47,13 +42,10 @@ class ConvertOptions(CheckedOptions):
     )
     id2label: str = _pipeline(
         "imagenet64",
-        "Class names: imagenet64 (of networks with 1000 classes; others are numbered), numbers, or a file, a JSON list"
-        " or object or text with one name a line.",
+        "Class names: imagenet64 (for 1000 classes, else numbers), numbers, or a file, JSON or text, a name a line.",
         metavar="NAMES",
     )
-    finish_denoising: bool = _pipeline(
-        False, "End the last step at the predicted image; the original leaves noise of 0.03 in it."
-    )
+    finish_denoising: bool = _pipeline(False, "End at the predicted image; the original leaves noise of 0.03 in it.")
     dtype: str = _pipeline("float32", "What the weights are stored in.", choices=["float32", "float16", "bfloat16"])
     variant: str | None = _pipeline(None, "Name of the file of weights, such as fp16, for loading.", metavar="NAME")
 
@@ -64,12 +56,11 @@ class ConvertOptions(CheckedOptions):
     push_to_hub: str | None = option(None, "Hub id to upload the pipeline to.", group="Hub", metavar="ID")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for options that do not go together."""
         super().__post_init__()
         what, others = "a checkpoint, whose JSON says its own", ["epoch", "step"]
         if self.to_original:
-            what, others = "to_original", ["params", "optimizer", "push_to_hub"]
-            others += ["finish_denoising", "time_embedding", "dtype"]
+            what = "to_original"
+            others = ["params", "optimizer", "push_to_hub", "finish_denoising", "time_embedding", "dtype"]
         elif Path(self.checkpoint).is_dir():
             what, others = "a folder as checkpoint", [*others, "params", "optimizer", "push_to_hub"]
         for name in others:
@@ -78,73 +69,21 @@ class ConvertOptions(CheckedOptions):
                 raise ValueError(f"{name} is {value}, but does not go with {what}: leave it out")
 
 
-def convert_checkpoint(
-    checkpoint: str | Path,
-    params: str | Path,
-    output_dir: str | Path,
-    optimizer: str | Path | None = None,
-    time_embedding: str = "original_sine",
-    id2label: str | Path | Mapping[Any, str] | Sequence[str] | None = "imagenet64",
-    *,
-    dtype: str = "float32",
-    variant: str | None = None,
-    finish_denoising: bool = False,
-    push_to_hub: str | None = None,
-) -> "ClassConditionalPipeline":
-    """Converts one checkpoint of the original program and prints what there is to know about it.
-
-    The files are read without running anything in them. The folder appears whole or not at all; an earlier conversion
-    in its place is replaced, anything else is left alone.
-
-    Args:
-        checkpoint: The ``model_*.pkl`` file, in either format of torch.save.
-        params: The ``model_params_*.json`` file.
-        output_dir: The pipeline folder to write.
-        optimizer: The ``optim_*.pkl`` file; the folder then has a checkpoint from which the training resumes.
-        time_embedding: ``"original_sine"`` samples as the original does, one image at a time;
-            ``"original_alternating"`` is what the released checkpoints were trained with; checkpoints of its
-            corrected code need ``"original_interleaved"``.
-        id2label: ``"imagenet64"``, or ``"numbers"`` or None, a file of names, or the names themselves.
-        dtype: What the weights are stored in, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        variant: Name of the file of weights, such as ``"fp16"``.
-        finish_denoising: Whether the last step ends at the predicted image. The original leaves noise of 0.03.
-        push_to_hub: Hub id to upload the pipeline to, after the folder is complete.
-
-    Returns:
-        The pipeline, loaded from the folder.
-
-    Raises:
-        CheckpointError: A ValueError: a file or an option is not what it should be. Nothing has been written then.
-    """
-    # torch and diffusers take seconds to import, which --help should not
-    from imagenet64_diffusion.conversion.converting import convert_files
-    from imagenet64_diffusion.pipelines.model_card import push_folder
-
-    pipeline = convert_files(
-        checkpoint, params, output_dir, optimizer, time_embedding, id2label, dtype, variant, finish_denoising
-    )
-    if push_to_hub is not None:
-        # all of it but the optimizer's state, which is twice the size of the model and of use to one person
-        push_folder(pipeline, output_dir, push_to_hub, leave_out=("checkpoints",))
-        print(f"  uploaded   {push_to_hub}")
-    return pipeline
-
-
 def convert(options: ConvertOptions) -> None:
     """Converts a checkpoint, a folder of checkpoints, or a pipeline folder back; errors as `convert_checkpoint`."""
-    from imagenet64_diffusion.conversion.converting import convert_folder, params_beside, write_original
+    from imagenet64_diffusion.conversion import converting
 
     checkpoint, output_dir = Path(options.checkpoint), Path(options.output_dir)
     names = ("time_embedding", "id2label", "dtype", "variant", "finish_denoising")
     choices = {name: getattr(options, name) for name in names}
     if options.to_original:
-        files = write_original(checkpoint, output_dir, options.epoch, options.step, options.variant)
+        files = converting.write_original(checkpoint, output_dir, options.epoch, options.step, options.variant)
         print(f"wrote {files[0]} and {files[1]}")
     elif checkpoint.is_dir():
-        convert_folder(checkpoint, output_dir, **choices)
+        converting.convert_folder(checkpoint, output_dir, **choices)
     else:
-        params, hub_id = options.params or params_beside(checkpoint), options.push_to_hub
-        convert_checkpoint(checkpoint, params, output_dir, options.optimizer, push_to_hub=hub_id, **choices)
+        params, hub_id = options.params or converting.params_beside(checkpoint), options.push_to_hub
+        converting.convert_checkpoint(checkpoint, params, output_dir, options.optimizer, push_to_hub=hub_id, **choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from ..data.class_names import NUM_CLASSES, imagenet64_id2label
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..pipelines.model_card import CARD_NAME, write_model_card
+from ..pipelines.model_card import CARD_NAME, push_folder, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..training.checkpoints import Progress, save_checkpoint
 from ..utils.atomic_write import atomic_file, atomic_folder
-from ..utils.nearest_names import perhaps
 from . import original
 from .pickle_reader import CheckpointError, is_finite, load_optimizer, load_state_dict, require
 
@@ -35,48 +33,66 @@ _OWN_NAMES = {"model_index.json", CARD_NAME, PARAMS_NAME, UNUSED_WEIGHTS_NAME, "
 _MODEL_NAME = re.compile(r"model_(\d+e_\d+s)\.pkl")
 
 
-def convert_files(
+def convert_checkpoint(
     checkpoint: str | Path,
     params: str | Path,
     output_dir: str | Path,
     optimizer: str | Path | None = None,
     time_embedding: str = "original_sine",
     id2label: str | Path | Mapping[Any, str] | Sequence[str] | None = "imagenet64",
+    *,
     dtype: str = "float32",
     variant: str | None = None,
     finish_denoising: bool = False,
+    push_to_hub: str | None = None,
 ) -> ClassConditionalPipeline:
-    """Converts one checkpoint and prints what there is to know about it; all is as for `convert_checkpoint`."""
-    start = time.perf_counter()
-    checkpoint, params_name, output_dir = Path(checkpoint), Path(params).name, Path(output_dir)
-    known = f"one of {', '.join(DTYPES)}{perhaps(dtype, DTYPES)}"
-    require(dtype in DTYPES, f"dtype is {dtype!r}, but must be {known}")
+    """Converts one checkpoint of the original program and prints what there is to know about it.
+
+    Nothing in the files is run. The folder is written atomically and replaces an earlier conversion, nothing else.
+
+    Args:
+        checkpoint: The ``model_*.pkl`` file, in either format of torch.save.
+        params: The ``model_params_*.json`` file.
+        output_dir: The pipeline folder to write.
+        optimizer: The ``optim_*.pkl`` file; the folder then has a checkpoint from which the training resumes.
+        time_embedding: ``"original_sine"`` samples as the original does, one image at a time; released checkpoints
+            were trained with ``"original_alternating"``, those of its corrected code with ``"original_interleaved"``.
+        id2label: ``"imagenet64"``, or ``"numbers"`` or None, a file of names, or the names themselves.
+        dtype: What the weights are stored in, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        variant: Name of the file of weights, such as ``"fp16"``.
+        finish_denoising: Whether the last step ends at the predicted image. The original leaves noise of 0.03.
+        push_to_hub: Hub id to upload the pipeline to, after the folder is complete.
+
+    Returns:
+        The pipeline, loaded from the folder.
+
+    Raises:
+        CheckpointError: A ValueError: a file or an option is not what it should be. Nothing has been written then.
+    """
+    checkpoint, params, output_dir = Path(checkpoint), Path(params), Path(output_dir)
+    require(dtype in DTYPES, f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
     plain = variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", variant)
     require(plain, f"variant is {variant!r}, but must be made of letters and digits, such as fp16")
     _check_replaceable(output_dir)
 
     content = original.read_params(params)
-    unet = original.build_empty_unet(content, time_embedding, params_name)
+    unet = original.build_empty_unet(content, time_embedding, params.name)
     labels = class_names(id2label, unet.config.num_class_embeds)
     layout = list(original.original_layout(unet))
     shapes = {name: shape for name, _, shape in layout}
-    # the weights stay in the checkpoint's file where they need no change
-    weights = load_state_dict(checkpoint, shapes, params_name)
+    weights = load_state_dict(checkpoint, shapes, params.name)
     mapped = original.map_original_weights(weights, content)
     unet.load_state_dict({name: tensor.float() for name, tensor in mapped.items()}, assign=True)
     unused = {name: weights[name].contiguous() for name, our_name, _ in layout if our_name is None}
     scheduler = original_scheduler(content, finish_denoising)
-    if optimizer is not None:
-        counted = "step" in content and "epoch" in content
-        require(counted, f"{params_name} lacks epoch or step, which resuming the training needs")
-        moments = original.map_original_optimizer(load_optimizer(optimizer, shapes), unet)
-
+    pipeline = ClassConditionalPipeline(unet, scheduler, labels, guide_variance=True)
     training = Path("checkpoints", f"checkpoint-{content.get('step')}")
     with atomic_folder(output_dir) as writing:
         if optimizer is not None:
-            _save_training_state(writing / training, content, unet, scheduler, moments)
+            counted = "step" in content and "epoch" in content
+            require(counted, f"{params.name} lacks epoch or step, which resuming the training needs")
+            _save_training_state(writing / training, content, pipeline, load_optimizer(Path(optimizer), shapes))
         _cast_and_check(unet, DTYPES[dtype], checkpoint.name)
-        pipeline = ClassConditionalPipeline(unet, scheduler, labels, guide_variance=True)
         pipeline.save_pretrained(writing, variant=variant)
         facts = {"converted from": f"{checkpoint.name} of the original program"}
         facts |= {"epochs": content.get("epoch", "unknown"), "steps": content.get("step", "unknown")}
@@ -85,39 +101,46 @@ def convert_files(
         (writing / PARAMS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if unused:
             save_file(unused, writing / UNUSED_WEIGHTS_NAME)
-
-    noise = float(1 - scheduler.final_alpha_cumprod) ** 0.5
-    ending = f"leaves noise of {noise:.2f}, as the original's does" if noise else "fully denoised"
-    widths = f"stem {unet.config.stem_channels}, levels {', '.join(map(str, unet.config.block_out_channels))}"
-    report = {
-        "network": f"{unet.num_parameters():,} parameters, layers {', '.join(content['blk_types'])} ({widths})",
-        "trained": ", ".join(f"{name} {content[name]:,}" for name in ("epoch", "step") if name in content),
-        "classes": f"{len(labels)}, named {labels[0]}, ..., {labels[len(labels) - 1]}" if labels else "none",
-        "stored": f"{dtype}, {time_embedding}",
-        "schedule": f"the original's {content['beta_sched']}, {content['T']} timesteps, last step {ending}",
-        "checked": f"all {len(layout)} weights accounted for, shapes right, one forward pass finite",
-        "kept": unused and f"{len(unused)} weights without effect, in {UNUSED_WEIGHTS_NAME}",
-        "optimizer": optimizer and f"{output_dir / training}, to resume the training",
-        "not used": ", ".join(content.keys() - original.KNOWN_PARAMS),
-    }
-    print(f"converted {checkpoint} to {output_dir} in {time.perf_counter() - start:.1f} s")
-    print("\n".join(f"  {name:10} {words}" for name, words in report.items() if words), flush=True)
+    print(f"converted {checkpoint} to {output_dir}")
+    _print_report(pipeline, labels, content)
+    print(f"  checked    all {len(layout)} weights accounted for, shapes right, one forward pass finite")
+    if optimizer is not None:
+        print(f"  optimizer  {output_dir / training}, to resume the training")
     # a pipeline of which nothing lies in the checkpoint's file
-    return ClassConditionalPipeline.from_pretrained(output_dir, variant=variant, dtype=DTYPES[dtype])
+    converted = ClassConditionalPipeline.from_pretrained(output_dir, variant=variant, dtype=DTYPES[dtype])
+    if push_to_hub is not None:
+        # without the optimizer's state, twice the size of the model and of use to one person
+        push_folder(converted, output_dir, push_to_hub, leave_out=("checkpoints",))
+        print(f"  uploaded   {push_to_hub}")
+    return converted
+
+
+def _print_report(pipeline: ClassConditionalPipeline, labels: dict | None, params: Mapping[str, Any]) -> None:
+    unet, config = pipeline.unet, pipeline.unet.config
+    noise = float(1 - pipeline.scheduler.final_alpha_cumprod) ** 0.5
+    ending = f"leaves noise of {noise:.2f}, as the original's does" if noise else "fully denoised"
+    widths = f"stem {config.stem_channels}, levels {', '.join(map(str, config.block_out_channels))}"
+    report = {
+        "network": f"{unet.num_parameters():,} parameters, layers {', '.join(params['blk_types'])} ({widths})",
+        "trained": ", ".join(f"{name} {params[name]:,}" for name in ("epoch", "step") if name in params),
+        "classes": f"{len(labels)}, named {labels[0]}, ..., {labels[len(labels) - 1]}" if labels else "none",
+        "schedule": f"the original's {params['beta_sched']}, {params['T']} timesteps, last step {ending}",
+        "not used": ", ".join(params.keys() - original.KNOWN_PARAMS),
+    }
+    print("\n".join(f"  {name:10} {words}" for name, words in report.items() if words), flush=True)
 
 
 def _check_replaceable(output_dir: Path) -> None:
     """Refuses a folder that holds anything but an earlier conversion."""
     usual = output_dir.name not in ("", "..") and not output_dir.is_file()
     require(usual, f"output_dir is {output_dir}, but must be the name of a new folder")
-    strangers = names = {path.name for path in output_dir.glob("*") if path.suffix != ".py"}
-    if PARAMS_NAME in names:
+    held = {path.name for path in output_dir.glob("*") if path.suffix != ".py"}
+    if PARAMS_NAME in held:
         # training may have resumed there
         own = f"checkpoint-{original.read_params(output_dir / PARAMS_NAME).get('step')}"
-        others = {path.name for path in output_dir.glob("checkpoints/*")} - {own}
-        strangers = names - _OWN_NAMES | {f"checkpoints/{name}" for name in others}
-    held = ", ".join(sorted(strangers)[:1])
-    require(not held, f"output_dir is {output_dir}, which holds {held}, but must be new, empty or its own")
+        held -= _OWN_NAMES
+        held |= {f"checkpoints/{path.name}" for path in output_dir.glob("checkpoints/*") if path.name != own}
+    require(not held, f"output_dir is {output_dir}, which holds {min(held, default='')}, but must be new or its own")
 
 
 def _cast_and_check(unet: ClassConditionalUNet2DModel, dtype: torch.dtype, name: str) -> None:
@@ -131,35 +154,26 @@ def _cast_and_check(unet: ClassConditionalUNet2DModel, dtype: torch.dtype, name:
     require(is_finite(output), f"the prediction of {name} is not finite: its weights are no trained model's")
 
 
-def _save_training_state(
-    folder: Path, params: dict, unet: ClassConditionalUNet2DModel, scheduler: EtaDDIMScheduler, state: dict
-) -> None:
+def _save_training_state(folder: Path, params: dict, pipeline: ClassConditionalPipeline, state: dict) -> None:
     """Writes the checkpoint from which the training resumes, with the options of the original's training."""
-    optimizer = torch.optim.AdamW(unet.parameters())
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    optimizer, state = torch.optim.AdamW(unet.parameters()), original.map_original_optimizer(state, unet)
     # load_optimizer keeps the hyper-parameters that it checks; those of other versions of torch are torch's own
     group = {**optimizer.state_dict()["param_groups"][0], **state["param_groups"][0]}
     optimizer.load_state_dict({**state, "param_groups": [group]})
-    schedule = "linear" if params["beta_sched"] == "linear" else "original_cosine"
-    options: dict[str, Any] = {
-        "prediction_type": "epsilon",
-        "beta_schedule": schedule,
-        "num_train_timesteps": params["T"],
-    }
-    options |= {"unconditional": unet.config.num_class_embeds is None, "class_dropout_prob": 0.2, "vlb_weight": 0.001}
-    options |= {"timestep_sampling": "uniform", "learning_rate": group["lr"], "adam_epsilon": group["eps"]}
-    options |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "adam_weight_decay": group["weight_decay"]}
-    options |= {"adam_beta1": group["betas"][0], "adam_beta2": group["betas"][1]}
-    options |= {"max_grad_norm": 0.0, "use_ema": False}
+    schedule = {"linear": "linear", "cosine": "original_cosine"}[params["beta_sched"]]
+    options: dict[str, Any] = {"prediction_type": "epsilon", "beta_schedule": schedule}
+    options |= {"num_train_timesteps": params["T"], "unconditional": unet.config.num_class_embeds is None}
+    options |= {"class_dropout_prob": 0.2, "vlb_weight": 0.001, "timestep_sampling": "uniform", "use_ema": False}
+    options |= {"learning_rate": group["lr"], "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_grad_norm": 0.0}
+    options |= {"adam_beta1": group["betas"][0], "adam_beta2": group["betas"][1], "adam_epsilon": group["eps"]}
+    options["adam_weight_decay"] = group["weight_decay"]
     progress = Progress(step=params["step"], epoch=params["epoch"])
     save_checkpoint(folder, unet=unet, scheduler=scheduler, optimizer=optimizer, progress=progress, options=options)
 
 
 def original_scheduler(params: Mapping[str, Any], finish_denoising: bool = False) -> EtaDDIMScheduler:
-    """The original's sampler on its noise schedule; ``eta`` is sqrt(DDIM_scale).
-
-    Its cosine schedule ends at abar 0.999, which leaves noise of 0.03, unless the denoising shall be finished. Its
-    linear schedule ends at the image in any case.
-    """
+    """The original's sampler, whose cosine schedule ends at abar 0.999 if not finished, and the linear one at 1."""
     options = original_cosine_options(params["T"]) | {"set_alpha_to_one": finish_denoising}
     if params["beta_sched"] == "linear":
         options |= {"trained_betas": None, "beta_start": 1e-4, "beta_end": 0.02, "set_alpha_to_one": True}
@@ -194,31 +208,25 @@ def class_names(id2label: Any, num_classes: int | None) -> dict[int, str] | None
 
 def params_beside(checkpoint: Path) -> Path:
     """The JSON file that belongs to a checkpoint by its name."""
-    match = _MODEL_NAME.fullmatch(checkpoint.name)
-    if match is None:
-        raise CheckpointError(f"params is not given, and {checkpoint.name} is not named model_...e_...s.pkl: give it")
+    match: Any = _MODEL_NAME.fullmatch(checkpoint.name)
+    require(match, f"params is not given, and {checkpoint.name} is not named model_...e_...s.pkl: give it")
     file = checkpoint.with_name(f"model_params_{match[1]}.json")
     require(file.is_file(), f"params is not given, and there is no {file}: give it")
     return file
 
 
 def convert_folder(folder: Path, output_dir: Path, **options: Any) -> None:
-    """Converts every ``model_*e_*s.pkl`` in a folder and the folders in it, and prints what became of each.
-
-    The JSON and, where there is one, the optimizer beside each are found by their names; ``options`` are those of
-    `convert_files`. One that fails does not keep the others from being converted; CheckpointError counts them.
-    """
-    found = {path: _MODEL_NAME.fullmatch(path.name) for path in sorted(folder.rglob("model_*.pkl"))}
-    checkpoints = {path: match[1] for path, match in found.items() if match}
+    """Converts every ``model_*e_*s.pkl`` below a folder with the files beside it; an error counts what failed."""
+    checkpoints = [path for path in sorted(folder.rglob("model_*.pkl")) if _MODEL_NAME.fullmatch(path.name)]
     require(checkpoints, f"checkpoint is {folder}, which holds no model_...e_...s.pkl")
     rows: list[str] = []
     num_failed = 0
-    for checkpoint, name in checkpoints.items():
-        source = checkpoint.relative_to(folder)
+    for checkpoint in checkpoints:
+        name, source = checkpoint.stem.removeprefix("model_"), checkpoint.relative_to(folder)
         target, optimizer = output_dir / source.parent / name, checkpoint.with_name(f"optim_{name}.pkl")
         given = optimizer if optimizer.is_file() else None
         try:
-            unet = convert_files(checkpoint, params_beside(checkpoint), target, given, **options).unet
+            unet = convert_checkpoint(checkpoint, params_beside(checkpoint), target, given, **options).unet
             rows.append(f"{source!s:40} converted  {unet.num_parameters() / 1e6:7.1f} M  {target}")
         except (ValueError, OSError) as error:
             rows.append(f"{source!s:40} failed     {error}")
@@ -230,24 +238,7 @@ def convert_folder(folder: Path, output_dir: Path, **options: Any) -> None:
 def write_original(
     model: Path, output_dir: Path, epoch: int | None = None, step: int | None = None, variant: str | None = None
 ) -> tuple[Path, Path]:
-    """Writes ``model_{epoch}e_{step}s.pkl`` and ``model_params_{epoch}e_{step}s.json`` for a pipeline.
-
-    A converted checkpoint comes back bit for bit. The weights that have no effect on the original's output are those
-    that the conversion kept, or zeros for a network that was trained here.
-
-    Args:
-        model: Pipeline folder whose network has the original's form.
-        output_dir: Gets the two files.
-        epoch: Epochs trained; by default what the original's JSON said.
-        step: Optimizer steps trained; likewise.
-        variant: Which of several files of weights, such as ``"fp16"``.
-
-    Returns:
-        The two files.
-
-    Raises:
-        CheckpointError: If the original has no such network.
-    """
+    """Writes the two files that the original program loads; weights without effect that were not kept are zeros."""
     kept, unused_file = model / PARAMS_NAME, model / UNUSED_WEIGHTS_NAME
     require(model.is_dir(), f"checkpoint is {model}, but must be a pipeline folder for to_original")
     try:
@@ -261,22 +252,19 @@ def write_original(
     for name, given in (("epoch", epoch), ("step", step)):
         number: Any = params.get(name) if given is None else given
         params[name] = number
-        require(number is not None, f"{name} is not given, and there is no {PARAMS_NAME} that says it: give it")
-        require(number >= 0, f"{name} is {number}, but must be at least 0")
+        require(number is not None and number >= 0, f"{name} is {number}, but must be given, and be at least 0")
     shapes = {name: shape for name, our_name, shape in original.original_layout(pipeline.unet) if our_name is None}
-    for name, tensor in unused.items():
-        fits = tensor.shape == shapes.get(name)
-        require(fits, f"{unused_file} holds {name!r:.80}, which is no weight without effect of this network")
+    fits = all(tensor.shape == shapes.get(name) for name, tensor in unused.items())
+    require(fits, f"{unused_file} holds weights that are not those without effect of this network")
     classes = pipeline.unet.class_embedding
     zero = classes is None or not classes.weight[-1].any()
     require(zero, f"the null class of {model} is not zero, but the original has no place for it")
-    state_dict = OrderedDict(original.map_to_original_weights(pipeline.unet, unused))
 
     name = f"{params['epoch']}e_{params['step']}s"
     files = output_dir / f"model_{name}.pkl", output_dir / f"model_params_{name}.json"
     with atomic_file(files[0]) as model_file, atomic_file(files[1]) as params_file:
         with model_file.open("wb") as opened:
-            torch.save(state_dict, opened)
+            torch.save(OrderedDict(original.map_to_original_weights(pipeline.unet, unused)), opened)
         params_file.write_text(json.dumps(params), encoding="utf-8")
     return files
 
@@ -284,15 +272,12 @@ def write_original(
 def _check_form(pipeline: ClassConditionalPipeline, params: dict[str, Any], model: Path) -> str:
     """Refuses a pipeline that the original's code does not compute; returns the name of its noise schedule."""
     config, scheduler = pipeline.unet.config, pipeline.scheduler
-    known = config.time_embedding_type in original.TIME_EMBEDDINGS
-    wanted = original.original_unet_config(params, config.time_embedding_type if known else "original_sine")
-    # what has no effect
-    without_effect = set() if "class_attention" in config.layer_types else {"class_attention_type"}
-    without_effect |= {"class_embed_dim"} if config.num_class_embeds is None else set()
-    for option in wanted.keys() - without_effect:
-        found, needed = config[option], wanted[option]
-        place = f"{PARAMS_NAME} or the original has {needed}: only networks of configs/original go back"
-        require(found == needed, f"{model} has {option} {found}, but {place}")
+    free = {"time_embedding_type"} if config.time_embedding_type in original.TIME_EMBEDDINGS else set()
+    free |= set() if "class_attention" in config.layer_types else {"class_attention_type"}
+    free |= {"class_embed_dim"} if config.num_class_embeds is None else set()
+    for option, needed in original.original_unet_config(params).items():
+        fits, found = option in free or config[option] == needed, f"{model} has {option} {config[option]}"
+        require(fits, f"{found}, but {PARAMS_NAME} or the original has {needed}: only configs/original go back")
     prediction_type = scheduler.config.get("prediction_type")
     require(prediction_type == "epsilon", f"{model} has prediction_type {prediction_type}, but must have epsilon")
     abar = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..models import unet_class_conditional as unets
 from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, ClassConditionalUNet2DModel
@@ -15,8 +16,7 @@ from .pickle_reader import CheckpointError, require
 
 
 # fmt: off
-# Numbers of the JSON file. The bounds are far beyond any network of this kind; they keep a wrong file from asking for
-# tables and loops without end.
+# Numbers of the JSON file, within bounds that keep a wrong one from asking for tables and loops without end.
 _NUMBERS = {
     "inCh": range(1, 65), "embCh": range(1, 16_385), "chMult": range(5), "num_blocks": range(1, 7),
     "T": range(1, 10_001), "t_dim": range(1, 65_537), "c_dim": range(1, 65_537), "num_classes": range(1, 1_000_001),
@@ -49,13 +49,17 @@ _LAYER_WEIGHTS: dict[type, dict[str, str | None]] = {
     unets.SelfAttentionLayer: {"KQV_weight": "key_query_value", "O_conv": "out_conv", "LN": "norm"},
     unets.ChannelAttentionLayer: {"conv": "conv"},
 }
+# What comes last in its network, behind its lists of layers.
+_LAST_MODULES = {
+    "unet.out": "head.conv", "unet.t_emb.0": "time_embedding.linear_1", "unet.t_emb.2": "time_embedding.linear_2",
+    "c_emb": "class_embedding", "out_mean": "head.noise_layer", "out_var": "head.variance_layer",
+}
 # fmt: on
 _CLASS_TABLE = "class_embedding.weight"
 
 
-def read_params(file: str | Path) -> dict[str, Any]:
-    """Reads a ``model_params_*.json`` file; as `check_params`."""
-    file = Path(file)
+def read_params(file: Path) -> dict[str, Any]:
+    """The content of a ``model_params_*.json`` file, checked."""
     require(file.is_file(), f"params is {file}, but there is no such file")
     size = file.stat().st_size
     require(size <= _LARGEST_FILE, f"{file.name} has {size:,} bytes, far too many for the JSON of a checkpoint")
@@ -67,13 +71,7 @@ def read_params(file: str | Path) -> dict[str, Any]:
 
 
 def check_params(params: Any, name: str) -> dict[str, Any]:
-    """The content of a JSON file of that name, with a ``c_dim`` of none written as None.
-
-    Types and ranges are checked here; the network's constructor sees whether the values fit together.
-
-    Raises:
-        CheckpointError: If a value is missing, of the wrong type or out of range.
-    """
+    """The content of a JSON file of that name, its types and ranges checked, ``c_dim`` None without classes."""
     require(isinstance(params, dict), f"{name} holds a {type(params).__name__}, but must hold an object of parameters")
     missing = [key for key in KNOWN_PARAMS if key not in params and key not in _OPTIONAL]
     require(not missing, f"{name} lacks {', '.join(missing)}: it is not the JSON of an original checkpoint")
@@ -97,15 +95,8 @@ def check_params(params: Any, name: str) -> dict[str, Any]:
 
 
 def original_unet_config(params: Mapping[str, Any], time_embedding_type: str = "original_sine") -> dict[str, Any]:
-    """The options of `ClassConditionalUNet2DModel` for a network with the parameters of an original JSON file.
-
-    Args:
-        params: The content of a ``model_params_*.json`` file.
-        time_embedding_type: One of `TIME_EMBEDDINGS`. The released checkpoints were trained with
-            ``"original_alternating"`` and sampled from, one image at a time, with ``"original_sine"``; checkpoints of
-            the corrected code need ``"original_interleaved"``.
-    """
-    has_classes = params["c_dim"] is not None and params["c_dim"] > 0
+    """The options of `ClassConditionalUNet2DModel` for a network with the parameters of an original JSON file."""
+    has_classes = params["c_dim"] is not None
     levels = range(1, params["num_blocks"] + 1)
     return {
         **{option: params[key] for option, key in _OPTIONS.items()},
@@ -140,7 +131,7 @@ def nearest_original_params(config: Mapping[str, Any]) -> dict[str, Any]:
 def build_empty_unet(
     params: Mapping[str, Any], time_embedding: str = "original_sine", params_name: str = "the JSON file"
 ) -> ClassConditionalUNet2DModel:
-    """The network without weights: its parameters take no memory, ``load_state_dict(assign=True)`` gives them some."""
+    """The network on the meta device, for ``load_state_dict(assign=True)``."""
     wanted = f"one of {', '.join(TIME_EMBEDDINGS)}{perhaps(time_embedding, TIME_EMBEDDINGS)}"
     require(time_embedding in TIME_EMBEDDINGS, f"time_embedding is {time_embedding!r}, but must be {wanted}")
     try:
@@ -154,23 +145,32 @@ def build_empty_unet(
 
 
 def original_layout(unet: ClassConditionalUNet2DModel) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:
-    """Name, our name (None for a weight without effect) and shape of every weight of the original's network.
-
-    They come in the order of its state dict and of its optimizer's parameters; the network may be on the meta device.
-    """
-    modules: dict[str, Any] = dict(unet.named_modules())
+    """Name, our name (None if without effect) and shape of the original's weights, in the order of its state dict."""
+    config = unet.config
     shapes: dict[str, tuple[int, ...]] = {name: tuple(weight.shape) for name, weight in unet.named_parameters()}
     if unet.class_embedding is not None:
         # a linear map of one-hot vectors; ours is a table whose last row is the null class
-        shapes[_CLASS_TABLE] = (unet.config.class_embed_dim, unet.config.num_class_embeds)
-    for name, our_name in _blocks(modules, len(unet.config.block_out_channels)):
+        shapes[_CLASS_TABLE] = (config.class_embed_dim, config.num_class_embeds)
+    levels = range(len(config.block_out_channels))
+    down = [f"down_blocks.{level}.{part}" for level in levels for part in ("stack", "downsample")]
+    middle = ["mid_block.stack1", "mid_block.channel_attention", "mid_block.stack2"]
+    up = [f"up_blocks.{level}.{part}" for level in levels for part in ("upsample", "stack")]
+    lists = {"downBlocks": down, "intermediate": middle, "upBlocks": [*up, "head.stack1", "head.stack2"]}
+    names = {"unet.inConv": "conv_in"}
+    names |= {f"unet.{name}.{i}": part for name, parts in lists.items() for i, part in enumerate(parts)}
+    modules: dict[str, Any] = dict(unet.named_modules())
+    places: list[tuple[str, str]] = []
+    for name, our_name in (names | _LAST_MODULES).items():
+        stacked = range(len(getattr(modules.get(our_name), "layers", ())))
+        places += [(f"{name}.block.{i}", f"{our_name}.layers.{i}") for i in stacked] or [(name, our_name)]
+    for name, our_name in places:
         layer: Any = modules.get(our_name)
         for inner, our_inner in _LAYER_WEIGHTS.get(type(layer), {"": ""}).items():
             for kind in ("weight", "bias"):
                 full_name = f"{name}.{inner}.{kind}".replace("..", ".")
                 our_full_name = f"{our_name}.{our_inner}.{kind}".replace("..", ".")
                 if our_inner is None:
-                    widths = (layer.norm.num_channels, unet.config.class_embed_dim)
+                    widths = (layer.norm.num_channels, config.class_embed_dim)
                     yield full_name, None, widths if kind == "weight" else widths[:1]
                 elif our_full_name in shapes:
                     shape = shapes[our_full_name]
@@ -178,81 +178,38 @@ def original_layout(unet: ClassConditionalUNet2DModel) -> Iterator[tuple[str, st
                     yield full_name, our_full_name, (1, *shape) if len(shape) == 3 else shape
 
 
-def _blocks(modules: Mapping[str, Any], num_levels: int) -> Iterator[tuple[str, str]]:
-    """The original's layers and ours; its lists hold stacks of layers and resampling in turn."""
-    pairs = [("unet.inConv", "conv_in")]
-    for level in range(num_levels):
-        pairs.append((f"unet.downBlocks.{2 * level}", f"down_blocks.{level}.stack"))
-        pairs.append((f"unet.downBlocks.{2 * level + 1}", f"down_blocks.{level}.downsample"))
-    for index, module in enumerate(("stack1", "channel_attention", "stack2")):
-        pairs.append((f"unet.intermediate.{index}", f"mid_block.{module}"))
-    for level in range(num_levels):
-        pairs.append((f"unet.upBlocks.{2 * level}", f"up_blocks.{level}.upsample"))
-        pairs.append((f"unet.upBlocks.{2 * level + 1}", f"up_blocks.{level}.stack"))
-    pairs += [(f"unet.upBlocks.{2 * num_levels + index}", f"head.stack{index + 1}") for index in (0, 1)]
-    pairs += [("unet.out", "head.conv"), ("unet.t_emb.0", "time_embedding.linear_1")]
-    pairs += [("unet.t_emb.2", "time_embedding.linear_2"), ("c_emb", "class_embedding")]
-    pairs += [("out_mean", "head.noise_layer"), ("out_var", "head.variance_layer")]
-    for name, our_name in pairs:
-        if isinstance(stack := modules.get(our_name), unets.LayerStack):
-            yield from ((f"{name}.block.{i}", f"{our_name}.layers.{i}") for i in range(len(stack.layers)))
-        else:
-            yield name, our_name
-
-
-def original_weight_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of the original's network with the parameters of its JSON file, in its order."""
-    return {name: shape for name, _, shape in original_layout(build_empty_unet(params))}
-
-
-def _to_ours(our_name: str, tensor: torch.Tensor, unet: ClassConditionalUNet2DModel) -> torch.Tensor:
+def _to_ours(our_name: str, tensor: Tensor, unet: ClassConditionalUNet2DModel) -> Tensor:
     """One of the original's weights, or one of its optimizer's moments, in the shape of ours."""
     if our_name == _CLASS_TABLE:
         return torch.cat([tensor.T, tensor.new_zeros(1, tensor.shape[0])])
     return tensor.reshape(unet.get_parameter(our_name).shape)
 
 
-def map_original_weights(state_dict: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The state dict of `ClassConditionalUNet2DModel` with the weights of an original checkpoint.
-
-    Args:
-        state_dict: The original's state dict, without prefixes such as ``"module."``.
-        params: The content of the ``model_params_*.json`` file that belongs to it.
-
-    Raises:
-        KeyError: If the checkpoint holds a weight that the original does not have.
-    """
+def map_original_weights(state_dict: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of our network with the weights of an original one; KeyError for a name that it does not have."""
     unet = build_empty_unet(params)
     our_names = {name: our_name for name, our_name, _ in original_layout(unet)}
     renamed = ((our_names[name], tensor) for name, tensor in state_dict.items())
     return {our_name: _to_ours(our_name, tensor, unet) for our_name, tensor in renamed if our_name is not None}
 
 
-def map_to_original_weights(
-    unet: ClassConditionalUNet2DModel, unused: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The original's state dict for the weights of our network, in its order: inverts `map_original_weights`.
-
-    ``unused`` has the original's weights without effect, by its names; those that are missing become zeros.
-    """
+def map_to_original_weights(unet: ClassConditionalUNet2DModel, unused: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's state dict; weights without effect that are not in ``unused`` become zeros."""
     weights = unet.state_dict()
-    state_dict = {}
-    for name, our_name, shape in original_layout(unet):
-        if our_name is None:
-            state_dict[name] = unused.get(name, torch.zeros(shape))
-        else:
-            weight = weights[our_name][:-1].T if our_name == _CLASS_TABLE else weights[our_name]
-            state_dict[name] = weight.float().reshape(shape).contiguous()
-    return state_dict
+    if unet.class_embedding is not None:
+        weights[_CLASS_TABLE] = weights[_CLASS_TABLE][:-1].T
+    return {
+        name: weights[our_name].float().reshape(shape).contiguous()
+        if our_name
+        else unused.get(name, torch.zeros(shape))
+        for name, our_name, shape in original_layout(unet)
+    }
 
 
 def map_original_optimizer(optimizer_state: Mapping[str, Any], unet: ClassConditionalUNet2DModel) -> dict[str, Any]:
-    """A state dict for ``torch.optim.AdamW(unet.parameters())`` with the moments of the original's.
-
-    The null class gets moments of zero, as it never has a gradient. Those of weights without effect are left out.
-    """
+    """The state of ``torch.optim.AdamW(unet.parameters())`` with the original's moments, zero for the null class."""
     original_index = {our_name: index for index, (_, our_name, _) in enumerate(original_layout(unet))}
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for index, (our_name, _) in enumerate(unet.named_parameters()):
         if entry := optimizer_state["state"].get(original_index[our_name]):
             # a step of its own for each parameter, as AdamW keeps it

@@ -1,8 +1,6 @@
 """Files of torch.save read as data: nothing in them is imported or called, and no size in them is believed.
 
-The pickle goes through Python's own machine with only the opcodes below, and every name in it must be in `GLOBALS`,
-where it stands for a function of this file. Tensors come out as `StoredTensor`, whose shapes are compared with those
-that are wanted before a byte of them is read. Their elements stay in the file, which is mapped into memory.
+Every name in a pickle must be in `GLOBALS`. Elements stay in the file, mapped, until the shapes have been compared.
 """
 
 import io
@@ -25,10 +23,8 @@ import torch
 # The pickle of a checkpoint holds names and shapes, less than 1 kB for each tensor; the weights lie beside it.
 LARGEST_PICKLE = 8 << 20
 _LARGEST_KEY, _LARGEST_LENGTH = 1 << 20, 1 << 48
-# The first pickle of the format that torch.save wrote before version 1.6.
-_LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 
-# How files of other kinds begin, and what they are.
+# How files of other kinds begin.
 _OTHER_KINDS = {
     rb"(\xef\xbb\xbf)?\s*<(!doctype )?html": "is a web page, maybe of a file host: download the file itself",
     rb"version https://git-lfs": "is a Git LFS pointer, not the file: fetch it with git lfs pull",
@@ -40,11 +36,7 @@ _DAMAGED = "it is damaged or cut off, download or copy it again"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint, its parameters or its optimizer are not what they should be.
-
-    The message names the file, what was found and what would be right. Nothing of the file has been executed, and
-    nothing has been written.
-    """
+    """A checkpoint, its parameters or its optimizer are not what they should be; nothing in them was run."""
 
 
 def require(fits: object, problem: str) -> None:
@@ -55,15 +47,9 @@ def require(fits: object, problem: str) -> None:
 
 @dataclass
 class Storage:
-    """A run of elements in the file."""
-
     dtype: torch.dtype
     length: int
     data: memoryview = field(default=memoryview(b""), compare=False)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.length * self.dtype.itemsize
 
 
 class StoredTensor(NamedTuple):
@@ -90,14 +76,12 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, _: Any, 
     usual = isinstance(storage, Storage) and not hooks and len(shape) == len(stride) <= 16 and whole
     require(usual, "describes a tensor in a way that torch.save does not")
     last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
-    require(
-        last < storage.length or not math.prod(shape), f"stores {storage.length:,} elements for a shape of {shape}"
-    )
+    stored = last < storage.length or not math.prod(shape)
+    require(stored, f"stores {storage.length:,} elements for a shape of {shape}")
     return StoredTensor(storage, offset, shape, stride)
 
 
-# Everything that a file may name, and what stands for it: data, or a function that makes data of what is pickled with
-# it. Nothing else is looked up, so that a family of files which needs more adds its names here.
+# All that a file may name, and what stands for it: data, or a function that makes data of what is pickled with it.
 GLOBALS: dict[tuple[str, str], Any] = {
     # without arguments, which would take keys past StateDict's check
     ("collections", "OrderedDict"): lambda: StateDict(),
@@ -108,14 +92,10 @@ _STORAGES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.floa
 for _name, _dtype in _STORAGES.items():
     GLOBALS["torch", f"{_name}Storage"] = GLOBALS["torch.storage", f"{_name}Storage"] = _dtype
 
-# Python's handlers for what describes data. Missing are those that import by number (EXT1), make values of other
-# classes (INST, OBJ, NEWOBJ) or copy at will (DUP).
-_OPCODES = re.findall(
-    r"\w+",
-    """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
-    SHORT_BINSTRING EMPTY_TUPLE EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS BINGET
-    LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BINPERSID""",
-)
+# What describes data; not what imports by number (EXT1), makes other objects (INST, OBJ, NEWOBJ) or copies (DUP).
+_OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
+    SHORT_BINUNICODE SHORT_BINSTRING EMPTY_TUPLE EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS
+    BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BINPERSID"""
 
 
 class _Handlers(dict):
@@ -130,15 +110,14 @@ class _Reader(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
 
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
+    def __init__(self, data: bytes) -> None:
+        self.file = io.BytesIO(data)
+        super().__init__(self.file)
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        refused = (
-            f"wants {module}.{name}"[:200] + ", which weights do not need: nothing of it was run. A checkpoint is"
-        )
-        require((module, name) in GLOBALS, f"{refused} the state dict alone: save model.state_dict(), not the model")
+        refused = f"wants {module}.{name}"[:200] + ", which weights do not need: nothing of it was run."
+        require((module, name) in GLOBALS, f"{refused} Save the state dict alone, model.state_dict(), not the model")
         return GLOBALS[module, name]
 
     def persistent_load(self, saved_id: Any) -> Storage:
@@ -160,28 +139,13 @@ class _Reader(pickle._Unpickler):
         require(type(self.stack[-1]) is StateDict, "sets the state of something that is no state dict")
 
     dispatch = _Handlers(
-        {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES}
+        {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()}
         | {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.BUILD[0]: load_build}
     )
 
 
-def _read_pickle(data: bytes) -> tuple[Any, dict[str, Storage], int]:
-    """The value of the pickle at the beginning of some bytes, its storages by their keys, its length in bytes."""
-    file = io.BytesIO(data)
-    reader = _Reader(file)
-    return reader.load(), reader.storages, file.tell()
-
-
-def read_checkpoint(file: str | Path) -> Any:
-    """Reads a file of torch.save, in either of its formats.
-
-    Returns:
-        What its pickle describes: `StateDict`, lists, tuples, numbers, texts, and `StoredTensor` where tensors are.
-
-    Raises:
-        CheckpointError: If it is of another kind, damaged, or not what torch.save writes for such values.
-    """
-    file = Path(file)
+def read_checkpoint(file: Path) -> Any:
+    """What a file of torch.save, in either format, describes: its containers, with `StoredTensor` for tensors."""
     require(file.is_file(), f"{file} is a folder" if file.is_dir() else f"there is no file {file}")
     with file.open("rb") as opened:
         try:
@@ -209,9 +173,7 @@ def _read_zip(file: BinaryIO, memory: memoryview) -> Any:
     require(whole, "is a zip file, but no checkpoint: it must hold data.pkl once, as torch.save writes it")
     for info in members:
         stored = not info.compress_type and info.compress_size == info.file_size and not info.flag_bits & 1
-        require(
-            stored, f"holds {info.filename:.80} compressed or encrypted, as torch.save never does: maybe a zip bomb"
-        )
+        require(stored, f"holds {info.filename:.80} compressed or encrypted, unlike torch.save: maybe a zip bomb")
     require(sum(info.file_size for info in members) <= len(memory), "holds members that overlap or reach past its end")
     size = records["data.pkl"].file_size
     require(size <= LARGEST_PICKLE, f"holds a pickle of {size:,} bytes, far more than a checkpoint's")
@@ -219,14 +181,15 @@ def _read_zip(file: BinaryIO, memory: memoryview) -> Any:
     require(not damaged, f"has a wrong checksum of {damaged!s:.80}: {_DAMAGED}")
     little = "byteorder" not in records or archive.read(records["byteorder"]) == b"little"
     require(little, "was written on a big-endian machine: save it again on a little-endian one")
-    value, storages, _ = _read_pickle(archive.read(records["data.pkl"]))
-    for key, storage in storages.items():
-        says = f"says that storage {key!r:.80} has {storage.num_bytes:,} bytes, but it"
-        require(f"data/{key}" in records, f"{says} is missing")
-        member = records[f"data/{key}"]
-        require(member.file_size == storage.num_bytes, f"{says} holds {member.file_size:,}")
+    reader = _Reader(archive.read(records["data.pkl"]))
+    value = reader.load()
+    for key, storage in reader.storages.items():
+        member, size = records.get(f"data/{key}"), storage.length * storage.dtype.itemsize
+        if member is None or member.file_size != size:
+            held = "is missing" if member is None else f"holds {member.file_size:,}"
+            raise CheckpointError(f"says that storage {key!r:.80} has {size:,} bytes, but it {held}")
         start = member.header_offset + 30 + sum(struct.unpack_from("<HH", memory, member.header_offset + 26))
-        storage.data = memory[start : start + storage.num_bytes]
+        storage.data = memory[start : start + size]
     return value
 
 
@@ -235,26 +198,23 @@ def _read_legacy(memory: memoryview) -> Any:
     found: list[Any] = []
     position = 0
     # a magic number, the version, the writer's system, what was saved, and the keys of its storages
-    for expected in (_LEGACY_MAGIC_NUMBER, 1001, None, None, None):
-        value, storages, length = _read_pickle(bytes(memory[position : position + LARGEST_PICKLE]))
-        usual = expected is None or value == expected
+    for expected in (0x1950A86A20F9469CFC6C, 1001, None, None, None):
+        reader = _Reader(bytes(memory[position : position + LARGEST_PICKLE]))
+        found.append((reader.load(), reader.storages))
+        usual = expected is None or found[-1][0] == expected
         require(usual, "is a pickle, but not as torch.save writes it: save the state dict with torch.save")
-        found.append((value, storages))
-        position += length
+        position += reader.file.tell()
     (system, _), (value, storages), (keys, _) = found[2:]
     little = type(system) is StateDict and system.get("little_endian") is True
     named = type(keys) is list and all(type(key) is str for key in keys) and sorted(keys) == sorted(storages)
     require(little and named, "was written on a big-endian machine, or lists other storages than its tensors need")
     for key in keys:
         storage, start = storages[key], position + 8
-        position = start + storage.num_bytes
+        position = start + storage.length * storage.dtype.itemsize
         whole = position <= len(memory) and struct.unpack_from("<q", memory, start - 8)[0] == storage.length
-        require(whole, f"does not hold the {storage.num_bytes:,} bytes of storage {key!r:.80}: {_DAMAGED}")
+        require(whole, f"does not hold the {position - start:,} bytes of storage {key!r:.80}: {_DAMAGED}")
         storage.data = memory[start:position]
     return value
-
-
-# ---------------------------------------------------------------------- what is read, compared with what is wanted
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -262,33 +222,26 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def load_tensors(
+def _load_tensors(
     name: str, described: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], whose: str
 ) -> dict[str, torch.Tensor]:
-    """Makes tensors of what a file describes by name, which must be finite and have exactly these names and shapes.
-
-    They lie in the file, which must stay as it is while they are used. Errors say ``name`` for the file, ``whose`` for
-    what has the shapes.
-    """
+    """Finite tensors of exactly these names and shapes, which lie in the file; errors say ``name`` and ``whose``."""
     for key, value in described.items():
-        require(
-            isinstance(value, StoredTensor), f"{name}: {key:.80} is a {type(value).__name__}, but must be a tensor"
-        )
+        known = isinstance(value, StoredTensor)
+        require(known, f"{name}: {key:.80} is a {type(value).__name__}, but must be a tensor")
     missing, unknown = [key for key in shapes if key not in described], [key for key in described if key not in shapes]
     for keys, what in ((missing, "lacks"), (unknown, "has the unknown")):
         words = f"{what} {''.join(keys[:1]):.80}{f' and {len(keys) - 1} more' if keys[1:] else ''}"
         require(not keys, f"{name} does not belong to {whose}, or is not whole: it {words}")
     used: Counter[int] = Counter()
-    for key, shape in shapes.items():
-        storage, found = described[key].storage, described[key].shape
-        require(found == shape, f"{name} does not belong to {whose}: {key} has shape {found}, but must have {shape}")
+    tensors = {}
+    for key, wanted in shapes.items():
+        storage, offset, shape, stride = described[key]
+        require(shape == wanted, f"{name} does not belong to {whose}: {key} has shape {shape}, but must have {wanted}")
         # a small file could describe a network of any size by sharing, or with strides of zero
         used[id(storage)] += math.prod(shape)
         fits = used[id(storage)] <= storage.length
         require(fits, f"{name}: {key} takes more than is stored for it, or its tensors share memory")
-    tensors = {}
-    for key in shapes:
-        storage, offset, shape, stride = described[key]
         elements = torch.frombuffer(storage.data, dtype=torch.uint8)
         elements = elements.clone() if elements.data_ptr() % storage.dtype.itemsize else elements
         tensors[key] = elements.view(storage.dtype).as_strided(shape, stride, offset)
@@ -296,30 +249,23 @@ def load_tensors(
     return tensors
 
 
-def load_state_dict(file: str | Path, shapes: Mapping[str, tuple[int, ...]], whose: str) -> dict[str, torch.Tensor]:
-    """Loads a state dict that has exactly the weights of a network; as `load_tensors`.
-
-    What wraps a module puts its name before those of the weights (``"module."``): that is removed.
-    """
-    name, found = Path(file).name, read_checkpoint(file)
+def load_state_dict(file: Path, shapes: Mapping[str, tuple[int, ...]], whose: str) -> dict[str, torch.Tensor]:
+    """The weights of a network in the order of ``shapes``, without what wrappers put before names (``"module."``)."""
+    name, found = file.name, read_checkpoint(file)
     require(type(found) is StateDict, f"{name} holds a {type(found).__name__}, but must hold a state dict")
-    optimizer = set(found) == {"state", "param_groups"}
-    require(not optimizer, f"{name} holds an optimizer's state, but must hold a model's: give it as the optimizer")
     wrappers = {re.match(r"((module|_orig_mod)\.)*", str(key))[0] for key in found}  # type: ignore[index]
     wrapper = wrappers.pop() if len(wrappers) == 1 else ""
-    return load_tensors(name, {str(key).removeprefix(wrapper): value for key, value in found.items()}, shapes, whose)
+    return _load_tensors(name, {str(key).removeprefix(wrapper): value for key, value in found.items()}, shapes, whose)
 
 
-def load_optimizer(file: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The state dict of an AdamW over weights of these shapes; as `load_tensors`."""
-    name, found = Path(file).name, read_checkpoint(file)
+def load_optimizer(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The state dict of an AdamW over weights of these shapes."""
+    name, found = file.name, read_checkpoint(file)
     match found:
         case {"state": StateDict() as state, "param_groups": [StateDict() as group]} if len(found) == 2:
             pass
         case _:
-            raise CheckpointError(
-                f"{name} does not hold an optimizer's state, an AdamW's with one group of parameters"
-            )
+            raise CheckpointError(f"{name} does not hold an optimizer's state, an AdamW's with one group")
     same = group.get("params") == list(range(len(shapes))) and state.keys() <= set(group["params"])
     require(same, f"{name} is the optimizer of another network: the model has {len(shapes)} parameters")
     require(not group.get("amsgrad"), f"{name}: amsgrad is on, but the original's AdamW has it off")
@@ -328,22 +274,13 @@ def load_optimizer(file: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> d
         torch.optim.AdamW([torch.zeros(1)], **hyperparameters)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: the hyper-parameters of its group are not AdamW's ({error})") from error
-    described: dict[str, Any] = {}
-    wanted: dict[str, tuple[int, ...]] = {}
+    loaded: dict[int, dict[str, torch.Tensor]] = {}
     for index, entry in state.items():
         require(type(entry) is StateDict, f"{name}: parameter {index} is a {type(entry).__name__}, but must be a dict")
-        if type(step := entry.get("step")) in (int, float) and 0 <= step < _LARGEST_LENGTH:
-            # as torch before 1.12 wrote it
-            number = Storage(torch.float64, 1, memoryview(bytearray(struct.pack("<d", step))))
-            entry = {**entry, "step": StoredTensor(number, 0, (), ())}
-        shape = list(shapes.values())[index]
-        described |= {f"{kind} of parameter {index}": value for kind, value in entry.items()}
-        wanted |= {f"{kind} of parameter {index}": shape for kind in ("exp_avg", "exp_avg_sq")}
-        wanted[f"step of parameter {index}"] = ()
-    tensors = load_tensors(name, described, wanted, "the model")
-    for key, tensor in tensors.items():
-        least = 1 if key.startswith("step") else 0 if key.startswith("exp_avg_sq") else -math.inf
-        require(tensor.min() >= least, f"{name}: {key} must be at least {least}")
-    kinds = ("step", "exp_avg", "exp_avg_sq")
-    loaded = {index: {kind: tensors[f"{kind} of parameter {index}"] for kind in kinds} for index in state}
+        shape, place = list(shapes.values())[index], f"{name} (parameter {index})"
+        described = {str(key): value for key, value in entry.items()}
+        tensors = _load_tensors(place, described, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, "the model")
+        for key, least in (("step", 1), ("exp_avg_sq", 0)):
+            require(tensors[key].min() >= least, f"{place}: {key} must be at least {least}")
+        loaded[index] = tensors
     return {"state": loaded, "param_groups": [{**hyperparameters, "params": group["params"]}]}

@@ -17,9 +17,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 
-TIME_EMBEDDING_TYPES = ("sinusoidal", "original_interleaved", "original_sine", "original_alternating")
-CLASS_ATTENTION_TYPES = ("channel", "identity")
-OUTPUT_HEAD_TYPES = ("conv", "original")
+_CHOICES = {
+    "time_embedding_type": ("sinusoidal", "original_interleaved", "original_sine", "original_alternating"),
+    "class_attention_type": ("channel", "identity"),
+    "output_head_type": ("conv", "original"),
+}
 
 # How the original program calls the layer types.
 LAYER_TYPE_ALIASES = {
@@ -51,9 +53,7 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 def _modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """``hidden_states * scale + shift`` with one scale and one shift per image and channel."""
     scale = scale[:, :, None, None]
-    if shift is None:
-        return hidden_states * scale
-    return torch.addcmul(shift[:, :, None, None], hidden_states, scale)
+    return hidden_states * scale if shift is None else torch.addcmul(shift[:, :, None, None], hidden_states, scale)
 
 
 def _silu(hidden_states: Tensor) -> Tensor:
@@ -69,17 +69,14 @@ class Layer(nn.Module):
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose filters are brought to mean 0 and variance 1 before use.
-
-    Weight standardisation: Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3.
-    """
+    """Weight standardisation (Qiao et al. 2019, https://arxiv.org/abs/1903.10520, section 3): mean 0, variance 1."""
 
     epsilon = 1e-5
 
     def effective_weight(self) -> Tensor:
         """What is convolved with, (out_channels, in_channels, height, width)."""
-        # in float32 whatever the dtype of the model: a filter's variance is often below what half precision holds;
-        # a layer norm without scale and shift is the formula of the paper, in one pass
+        # float32, as a filter's variance is often below what half precision holds; a layer norm without scale and
+        # shift is the formula of the paper
         filters = self.weight.float().flatten(1)
         standardized = F.layer_norm(filters, filters.shape[1:], eps=self.epsilon)
         return standardized.view(self.weight.shape).to(self.weight.dtype)
@@ -97,7 +94,6 @@ class ResnetLayer(Layer):
         super().__init__()
         first_groups = 8 if in_channels > 4 and in_channels % 8 == 0 and out_channels % 8 == 0 else 1
         second_groups = 8 if out_channels > 4 and out_channels % 8 == 0 else 1
-
         self.time_projection = nn.Linear(config.time_embed_dim, out_channels)
         self.class_projection = nn.Linear(config.class_embed_dim, out_channels) if config.class_embed_dim else None
         self.conv1 = StandardizedConv2d(in_channels, out_channels, 3, padding=1)
@@ -110,7 +106,6 @@ class ResnetLayer(Layer):
     def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
         scale = self.time_projection(F.silu(time_embedding))
         shift = self.class_projection(F.silu(class_embedding)) if self.class_projection is not None else None
-
         residual = self.shortcut(hidden_states)
         hidden_states = self.norm1(self.conv1(hidden_states))
         hidden_states = self.dropout(_silu(_modulate(hidden_states, scale, shift)))
@@ -169,10 +164,9 @@ class ClassAttentionLayer(Layer):
         residual = hidden_states
         hidden_states = self.norm(hidden_states)
         if self.query is not None:
-            channels = hidden_states.shape[1]
-            query = self.query(class_embedding)  # (batch, channels)
-            key = self.key(class_embedding)  # (batch, channels)
-            scores = key[:, :, None] * query[:, None, :] / math.sqrt(channels)  # (batch, channels in, channels out)
+            query, key = self.query(class_embedding), self.key(class_embedding)  # (batch, channels) each
+            # (batch, channels in, channels out)
+            scores = key[:, :, None] * query[:, None, :] / math.sqrt(hidden_states.shape[1])
             attention = scores.softmax(dim=-1).to(hidden_states.dtype)
             mixed = attention.transpose(1, 2) @ hidden_states.flatten(2)  # (batch, channels out, height * width)
             hidden_states = mixed.view_as(hidden_states)
@@ -183,9 +177,8 @@ class SelfAttentionLayer(Layer):
     """Dot-product attention among the positions inside square patches, scaled by 1 / sqrt(patch size).
 
     A map not larger than the patch is one patch. A larger one is cut into P patches of r x r, whose (channels,
-    patches) axes are then read in this order as (patches, channels): head p attends over the r x r positions with the
-    features of the p-th P-th of the channels, taken from every patch at once. It is a grouped, dilated attention, and
-    the original's checkpoints need exactly this one.
+    patches) axes are then read in this order as (patches, channels), as the original's checkpoints need it: head p
+    attends over the r x r positions with the features of the p-th P-th of the channels, from every patch at once.
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: LayerConfig):
@@ -199,9 +192,7 @@ class SelfAttentionLayer(Layer):
         height, width = hidden_states.shape[2:]
         patch = (height, width) if self.patch_size >= max(height, width) else (self.patch_size, self.patch_size)
         if height % patch[0] or width % patch[1]:
-            raise ValueError(
-                f"attention_patch_size {self.patch_size} does not divide a feature map of {height}x{width}"
-            )
+            raise ValueError(f"attention_patch_size {self.patch_size} does not divide a map of {height}x{width}")
         key, query, value = (
             self._to_tokens(part, *patch) for part in self.key_query_value(self.norm(hidden_states)).chunk(3, dim=1)
         )  # each (batch, patches, positions, channels)
@@ -255,13 +246,12 @@ class LayerStack(nn.Module):
         )
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, *embeddings: Tensor | None) -> Tensor:
         for layer in self.layers:
-            arguments = (hidden_states, time_embedding, class_embedding)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(layer, *arguments)
+                hidden_states = self._gradient_checkpointing_func(layer, hidden_states, *embeddings)
             else:
-                hidden_states = layer(*arguments)
+                hidden_states = layer(hidden_states, *embeddings)
         return hidden_states
 
 
@@ -273,10 +263,8 @@ class DownBlock(nn.Module):
         self.stack = LayerStack(in_channels, out_channels, layer_types, config)
         self.downsample = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
 
-    def forward(
-        self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        skip = self.stack(hidden_states, time_embedding, class_embedding)
+    def forward(self, hidden_states: Tensor, *embeddings: Tensor | None) -> tuple[Tensor, Tensor]:
+        skip = self.stack(hidden_states, *embeddings)
         return self.downsample(skip), skip
 
 
@@ -289,10 +277,9 @@ class MidBlock(nn.Module):
         self.channel_attention = ChannelAttentionLayer(channels, channels)
         self.stack2 = LayerStack(channels, channels, layer_types, config)
 
-    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
-        hidden_states = self.stack1(hidden_states, time_embedding, class_embedding)
-        hidden_states = self.channel_attention(hidden_states, time_embedding, class_embedding)
-        return self.stack2(hidden_states, time_embedding, class_embedding)
+    def forward(self, hidden_states: Tensor, *embeddings: Tensor | None) -> Tensor:
+        hidden_states = self.channel_attention(self.stack1(hidden_states, *embeddings), *embeddings)
+        return self.stack2(hidden_states, *embeddings)
 
 
 class UpBlock(nn.Module):
@@ -303,11 +290,8 @@ class UpBlock(nn.Module):
         self.upsample = nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1)
         self.stack = LayerStack(2 * in_channels, out_channels, layer_types, config)
 
-    def forward(
-        self, hidden_states: Tensor, skip: Tensor, time_embedding: Tensor, class_embedding: Tensor | None
-    ) -> Tensor:
-        hidden_states = torch.cat([self.upsample(hidden_states), skip], dim=1)
-        return self.stack(hidden_states, time_embedding, class_embedding)
+    def forward(self, hidden_states: Tensor, skip: Tensor, *embeddings: Tensor | None) -> Tensor:
+        return self.stack(torch.cat([self.upsample(hidden_states), skip], dim=1), *embeddings)
 
 
 class ConvHead(nn.Module):
@@ -319,16 +303,14 @@ class ConvHead(nn.Module):
         self.norm = _group_norm(channels)
         self.conv = nn.Conv2d(channels, 2 * image_channels, 3, padding=1)
 
-    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
-        hidden_states = self.stack(hidden_states, time_embedding, class_embedding)
-        return self.conv(_silu(self.norm(hidden_states)))
+    def forward(self, hidden_states: Tensor, *embeddings: Tensor | None) -> Tensor:
+        return self.conv(_silu(self.norm(self.stack(hidden_states, *embeddings))))
 
 
 class OriginalHead(nn.Module):
-    """The original's head, which passes the image through stacks of only ``2 * image_channels`` channels.
+    """The original's head, through stacks of only ``2 * image_channels`` channels.
 
-    Its features hold the variance first and the noise second, and its variance v is a fraction in [0, 1]; what is
-    returned has the noise first and 2 v - 1, which is how diffusers reads ``learned_range``.
+    It has the variance first, as a fraction v in [0, 1]; returned are the noise, then diffusers' 2 v - 1.
     """
 
     def __init__(self, channels: int, image_channels: int, layer_types: Sequence[str], config: LayerConfig):
@@ -339,9 +321,8 @@ class OriginalHead(nn.Module):
         self.noise_layer = ConvNextLayer(image_channels, image_channels, None)
         self.variance_layer = ConvNextLayer(image_channels, image_channels, None)
 
-    def forward(self, hidden_states: Tensor, time_embedding: Tensor, class_embedding: Tensor | None) -> Tensor:
-        hidden_states = self.stack1(hidden_states, time_embedding, class_embedding)
-        hidden_states = self.stack2(hidden_states, time_embedding, class_embedding)
+    def forward(self, hidden_states: Tensor, *embeddings: Tensor | None) -> Tensor:
+        hidden_states = self.stack2(self.stack1(hidden_states, *embeddings), *embeddings)
         variance, noise = self.conv(hidden_states).chunk(2, dim=1)
         noise = self.noise_layer(noise, None, None)
         return torch.cat([noise, 2 * self.variance_layer(variance, None, None) - 1], dim=1)
@@ -350,15 +331,13 @@ class OriginalHead(nn.Module):
 class OriginalTimesteps(nn.Module):
     """The original's encodings of t = timestep + 1: phase d is t * 10000^(2 d / dim), for d = 0..dim-1.
 
-    The frequencies reach 1e8, where only whole t have a meaning and where float32 rounding decides the value, so the
-    encodings are tables, computed once in float32 on the CPU. ``interleaved`` is sine for even and cosine for odd d.
-    The released checkpoints were trained with sine for even and cosine for odd rows of the batch (``alternating``); a
-    batch of one, which is how the original draws, is all sine (``sine``).
+    The frequencies reach 1e8, where only whole t have a meaning and float32 rounding decides the value: the encodings
+    are tables. ``interleaved`` is sine for even and cosine for odd d. Released checkpoints were trained with sine for
+    even and cosine for odd rows of the batch (``alternating``), and sample one image at a time, all sine (``sine``).
     """
 
     def __init__(self, dim: int, num_train_timesteps: int, kind: str):
         super().__init__()
-        self.kind = kind
         frequencies = 10000.0 ** (2 * torch.arange(dim, dtype=torch.float32) / dim)
         phases = torch.arange(1, num_train_timesteps + 1, dtype=torch.float32)[:, None] * frequencies
         tables = [phases.sin(), phases.cos()][: 1 if kind == "original_sine" else 2]
@@ -372,10 +351,8 @@ class OriginalTimesteps(nn.Module):
         """(batch,) timesteps counted from 0, rounded to whole ones -> (batch, dim) float32."""
         index = timestep.round().long() if timestep.is_floating_point() else timestep.long()
         encodings = self.table.view(torch.float32)[:, index]  # (1 or 2, batch, dim)
-        if self.kind != "original_alternating":
-            return encodings[0]
         even_row = torch.arange(len(index), device=index.device)[:, None] % 2 == 0
-        return torch.where(even_row, encodings[0], encodings[1])
+        return torch.where(even_row, encodings[0], encodings[-1])
 
 
 class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
@@ -434,10 +411,8 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         layer_types = tuple(LAYER_TYPE_ALIASES.get(name, name) for name in layer_types)
         self.register_to_config(layer_types=layer_types, block_out_channels=tuple(block_out_channels))
         self._check_config()
-
         class_width = class_embed_dim if num_class_embeds is not None else None
         config = LayerConfig(time_embed_dim, class_width, attention_patch_size, dropout, class_attention_type)
-
         self.time_encoding = None
         if time_embedding_type != "sinusoidal":
             self.time_encoding = OriginalTimesteps(time_embed_dim, num_train_timesteps, time_embedding_type)
@@ -455,11 +430,9 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         self.up_blocks = nn.ModuleList(UpBlock(upper, lower, layer_types, config) for lower, upper in reversed(levels))
         head = ConvHead if output_head_type == "conv" else OriginalHead
         self.head = head(stem_channels, in_channels, layer_types, config)
-
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Starts as torch does, but for the two places where that would slow the training down."""
         for module in self.modules():
             if isinstance(module, ConvHead):
                 # the first prediction is zero, the best constant guess of noise and of velocity
@@ -470,13 +443,8 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
                 nn.init.ones_(module.time_projection.bias)
 
     def _check_config(self) -> None:
-        """Raises ValueError when the options of the constructor do not fit together."""
         config = self.config
-        for option, choices in (
-            ("time_embedding_type", TIME_EMBEDDING_TYPES),
-            ("class_attention_type", CLASS_ATTENTION_TYPES),
-            ("output_head_type", OUTPUT_HEAD_TYPES),
-        ):
+        for option, choices in _CHOICES.items():
             if config[option] not in choices:
                 raise ValueError(f"{option} is {config[option]!r}, but must be one of {', '.join(choices)}")
         for option in ("layer_types", "block_out_channels"):
@@ -484,15 +452,13 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"{option} is empty, but must have at least one entry")
         for name in config.layer_types:
             if name not in LAYER_TYPES:
-                raise ValueError(
-                    f"layer_types names {name!r}, but must be made of {', '.join(LAYER_TYPES)} (the original's names"
-                    f" {', '.join(LAYER_TYPE_ALIASES)} are taken too)"
-                )
+                known = f"{', '.join(LAYER_TYPES)} (or the original's names {', '.join(LAYER_TYPE_ALIASES)})"
+                raise ValueError(f"layer_types names {name!r}, but must be made of {known}")
             if LAYER_TYPES[name].needs_classes and config.num_class_embeds is None:
                 raise ValueError(f"layer_types names {name!r}, which needs classes, but num_class_embeds is None")
-        if not LAYER_TYPES[config.layer_types[0]].changes_width:
+        first = config.layer_types[0]
+        if not LAYER_TYPES[first].changes_width:
             able = " or ".join(name for name, layer in LAYER_TYPES.items() if layer.changes_width)
-            first = config.layer_types[0]
             raise ValueError(f"layer_types begins with {first!r}, which cannot change the width: begin with {able}")
         options = ["in_channels", "stem_channels", "time_embed_dim", "class_embed_dim", "attention_patch_size"]
         counts = {option: config[option] for option in options}
@@ -504,26 +470,22 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         if not 0.0 <= config.dropout < 1.0:
             raise ValueError(f"dropout is {config.dropout}, but must be in [0, 1)")
 
-        size = config.sample_size
+        size, patch = config.sample_size, config.attention_patch_size
         height, width = (size, size) if isinstance(size, int) else size
         self._check_size(height, width, "sample_size")
-        patch = config.attention_patch_size
         for level in range(len(config.block_out_channels) + 1) if "self_attention" in config.layer_types else ():
             rows, columns = height >> level, width >> level
             if patch < max(rows, columns) and (rows % patch or columns % patch):
                 raise ValueError(
-                    f"attention_patch_size is {patch}, which does not divide the feature map of {rows}x{columns} that"
-                    f" sample_size {size} gives at level {level}: take one that does, or a larger one"
+                    f"attention_patch_size is {patch}, but must divide the feature map of {rows}x{columns} that"
+                    f" sample_size {size} gives at level {level}, or be larger"
                 )
 
     def _check_size(self, height: int, width: int, what: str) -> None:
         levels = len(self.config.block_out_channels)
-        factor = 2**levels
-        if height < 1 or width < 1 or height % factor or width % factor:
-            raise ValueError(
-                f"{what} is {height}x{width}, which {levels} levels cannot halve: height and width must be multiples"
-                f" of {factor}"
-            )
+        if height < 1 or width < 1 or height % 2**levels or width % 2**levels:
+            wanted = f"multiples of {2**levels}"
+            raise ValueError(f"{what} is {height}x{width}, which {levels} levels cannot halve: take {wanted}")
 
     def forward(
         self,
@@ -552,14 +514,12 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
             ValueError: If channels, size or labels do not fit the network.
         """
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"sample has shape {tuple(sample.shape)}, but must be"
-                f" (batch, {self.config.in_channels}, height, width)"
-            )
+            wanted = f"(batch, {self.config.in_channels}, height, width)"
+            raise ValueError(f"sample has shape {tuple(sample.shape)}, but must be {wanted}")
         self._check_size(sample.shape[2], sample.shape[3], "sample")
 
-        time_embedding = self._embed_timestep(timestep, sample)  # (batch, time_embed_dim)
-        class_embedding = self._embed_class(class_labels, sample)  # (batch, class_embed_dim) or None
+        # (batch, time_embed_dim) and (batch, class_embed_dim) or None
+        embeddings = self._embed_timestep(timestep, sample), self._embed_class(class_labels, sample)
 
         if sample.device.type == "cpu" and not torch.is_grad_enabled():
             # what oneDNN is fastest with, but for gradients; on a GPU the layout of the weights decides
@@ -567,32 +527,30 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         hidden_states = self.conv_in(sample)  # (batch, stem_channels, height, width)
         skips = []
         for block in self.down_blocks:  # (batch, block_out_channels[i], height / 2^(i+1), width / 2^(i+1))
-            hidden_states, skip = block(hidden_states, time_embedding, class_embedding)
+            hidden_states, skip = block(hidden_states, *embeddings)
             skips.append(skip)
-        hidden_states = self.mid_block(hidden_states, time_embedding, class_embedding)
+        hidden_states = self.mid_block(hidden_states, *embeddings)
         for block in self.up_blocks:
-            hidden_states = block(hidden_states, skips.pop(), time_embedding, class_embedding)
-        prediction = self.head(hidden_states, time_embedding, class_embedding).contiguous()
+            hidden_states = block(hidden_states, skips.pop(), *embeddings)
+        prediction = self.head(hidden_states, *embeddings).contiguous()
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
     def _embed_timestep(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         timestep = torch.as_tensor(timestep, device=sample.device)
         if timestep.numel() not in (1, len(sample)):
-            raise ValueError(
-                f"timestep has {timestep.numel()} entries, but must be one, or one for each of {len(sample)} images"
-            )
+            raise ValueError(f"timestep has {timestep.numel()} entries, but must have 1 or {len(sample)}")
         timestep = timestep.reshape(-1).expand(len(sample))
-        if self.time_encoding is not None:
-            encoding = self.time_encoding(timestep)
-        else:
-            width = self.config.time_embed_dim
+        width = self.config.time_embed_dim
+        if self.time_encoding is None:
             encoding = get_timestep_embedding(timestep, width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        else:
+            encoding = self.time_encoding(timestep)
         return self.time_embedding(encoding.to(sample.dtype))
 
     def _embed_class(self, class_labels: Tensor | None, sample: Tensor) -> Tensor | None:
         if self.class_embedding is None:
             if class_labels is not None:
-                raise ValueError("class_labels were given, but the network has no classes: num_class_embeds is None")
+                raise ValueError("class_labels were given, but num_class_embeds is None")
             return None
         if class_labels is None:
             class_labels = torch.full((len(sample),), self.config.num_class_embeds, device=sample.device)

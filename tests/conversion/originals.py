@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from imagenet64_diffusion.conversion.original import original_weight_shapes
+from imagenet64_diffusion.conversion.original import build_empty_unet, original_layout
 from imagenet64_diffusion.tests.components import FIXTURES
 
 
@@ -21,20 +21,9 @@ RECIPES_WITH_OPTIMIZER = ("res", "res_res_atn")
 
 # A network that the original never trained: it begins with a ConvNeXt layer, on one channel.
 SMALL_PARAMS = {
-    "inCh": 1,
-    "embCh": 4,
-    "chMult": 1,
-    "num_blocks": 1,
-    "blk_types": ["conv", "res"],
-    "T": 20,
-    "beta_sched": "cosine",
-    "t_dim": 4,
-    "c_dim": 4,
-    "num_classes": 3,
-    "atn_resolution": 16,
-    "epoch": 1,
-    "step": 7,
-}
+    "inCh": 1, "embCh": 4, "chMult": 1, "num_blocks": 1, "blk_types": ["conv", "res"], "T": 20,
+    "beta_sched": "cosine", "t_dim": 4, "c_dim": 4, "num_classes": 3, "atn_resolution": 16, "epoch": 1, "step": 7,
+}  # fmt: skip
 
 
 def model_file(recipe: str) -> Path:
@@ -50,6 +39,10 @@ def unpack_optimizer(recipe: str, folder: Path) -> Path:
     file = folder / "optim_3e_2s.pkl"
     file.write_bytes(gzip.decompress((ORIGINALS / recipe / "optim_3e_2s.pkl.gz").read_bytes()))
     return file
+
+
+def original_weight_shapes(params: dict) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, _, shape in original_layout(build_empty_unet(params))}
 
 
 def small_weights(**params) -> dict[str, torch.Tensor]:

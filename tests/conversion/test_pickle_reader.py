@@ -7,6 +7,7 @@ import copyreg
 import io
 import json
 import pickle
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -17,13 +18,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from imagenet64_diffusion.conversion.original import original_weight_shapes
 from imagenet64_diffusion.conversion.pickle_reader import CheckpointError, load_optimizer, load_state_dict
 from imagenet64_diffusion.tests.conversion.originals import (
     SMALL_PARAMS,
     as_archive,
     as_legacy,
     number,
+    original_weight_shapes,
     small_weights,
     state_dict,
     tensor,
@@ -32,9 +33,8 @@ from imagenet64_diffusion.tests.conversion.originals import (
 )
 
 
-SHAPES = original_weight_shapes(SMALL_PARAMS)
+SHAPES, WEIGHTS = original_weight_shapes(SMALL_PARAMS), small_weights()
 BROKEN = "download or copy it again"
-CONTAINERS = {"zip": as_archive, "legacy": as_legacy, "bare": bytes}
 
 
 def refused(folder: Path, content: bytes, message: str, load=load_state_dict) -> None:
@@ -43,21 +43,15 @@ def refused(folder: Path, content: bytes, message: str, load=load_state_dict) ->
     before = sorted(folder.iterdir())
     with pytest.raises(CheckpointError, match=message) as caught:
         load(folder / "model.pkl", SHAPES, *["params.json"] * (load is load_state_dict))
-    assert "model.pkl" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
+    assert re.fullmatch(r".{0,400}model\.pkl.{0,400}", str(caught.value))
     assert sorted(folder.iterdir()) == before
 
 
-def saved(value: object, folder: Path, new_format: bool = True) -> bytes:
+def saved(value: object, new_format: bool = True) -> bytes:
     """The content of a file of torch.save."""
-    torch.save(value, folder / "saved", _use_new_zipfile_serialization=new_format)
-    content = (folder / "saved").read_bytes()
-    (folder / "saved").unlink()
-    return content
-
-
-# ---------------------------------------------------------------------- code
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=new_format)
+    return buffer.getvalue()
 
 
 def attacks(marker: Path) -> dict[str, tuple[bytes, str, bool]]:
@@ -119,7 +113,7 @@ def test_nothing_runs(tmp_path, registered_extension, name):
         unpickler = type("Unpickler", (pickle.Unpickler,), {"persistent_load": lambda self, _: torch.FloatStorage(1)})
         unpickler(io.BytesIO(pickled)).load()
         marker.unlink()
-    for container in CONTAINERS.values():
+    for container in (as_archive, as_legacy, bytes):
         refused(tmp_path, container(pickled), named)
     # and in the pickles around that of the older format
     for position in range(3):
@@ -135,12 +129,13 @@ class WholeModel(torch.nn.Linear):
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_whole_models(tmp_path):
     for new_format in (True, False):
-        refused(tmp_path, saved(WholeModel(2, 2), tmp_path, new_format), "WholeModel.*state dict alone")
+        refused(tmp_path, saved(WholeModel(2, 2), new_format), "WholeModel.*state dict alone")
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "made.pt"))
     refused(tmp_path, (tmp_path / "made.pt").read_bytes(), "holds made/code")
 
 
-# ---------------------------------------------------------------------- files of other kinds, and broken ones
+# a tuple of itself, forty times over: hashing it takes 2^40 steps
+NESTED = b"K\x01\x85q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(40))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +148,6 @@ def test_whole_models(tmp_path):
         (json.dumps(SMALL_PARAMS).encode(), "is a JSON file"),
         (safetensors.torch.save({"a": torch.zeros(2)}), "is a safetensors file"),
         (b"\x1f\x8b\x08\x00" + bytes(30), "is no file of torch.save"),
-        (b"\x93NUMPY" + bytes(30), "is no file of torch.save"),
         (pickle.dumps([1, 2], 0), "is no file of torch.save"),
         (pickle.dumps([1, 2], 2), "not as torch.save writes it"),
         (b"\x80\x02\xff.", "opcode 0xff"),
@@ -164,35 +158,37 @@ def test_whole_models(tmp_path):
         (b"\x80\x02(.", BROKEN),
         (b"\x80\x02X\x01\x00\x00\x00\xff.", BROKEN),
         (b"\x80\x02K\x01K\x01s.", BROKEN),
+        *(
+            (as_archive(b"\x80\x02" + opcodes + b"."), message)
+            for opcodes, message in (
+                # bombs of time and memory
+                (b"}" + NESTED + b"K\x01s", "neither a name nor the number"),
+                (b"}" + text("a") + NESTED + b"s", "a is a tuple"),
+                (b"]" + b"2" * 100_000, "opcode DUP"),
+                (b"N0", "opcode POP"),
+                (b"\x8b\xff\xff\xff\x7f", "opcode LONG4"),
+                (b"B\xff\xff\xff\xff", "opcode BINBYTES"),
+                (b"}(" + number(2**40) + b"Nu", "neither a name nor the number"),
+                (b"Nr\xff\xff\xff\xff", "holds a NoneType"),
+                (b"]" * 100_000 + b"a" * 99_999, "holds a list"),
+                (b"}(" + text("a") + b"N" + text("a") + b"Nu", "names 'a' twice"),
+            )
+        ),
     ],
 )
 def test_other_kinds(tmp_path, content, message):
     refused(tmp_path, content, message)
 
 
-def test_no_file(tmp_path):
-    for path, message in ((tmp_path / "nothing.pkl", "there is no file"), (tmp_path, "is a folder")):
-        with pytest.raises(CheckpointError, match=message):
-            load_state_dict(path, SHAPES, "params.json")
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_damaged_files(tmp_path, legacy):
-    content = saved(small_weights(), tmp_path, not legacy)
+    content = saved(WEIGHTS, not legacy)
     for length in np.linspace(1, len(content) - 1, 12).astype(int):
         refused(tmp_path, content[:length], f"{BROKEN}|begins with")
     if not legacy:
         flipped = bytearray(content)
-        flipped[content.index(small_weights()["unet.out.weight"].numpy().tobytes())] ^= 1
+        flipped[content.index(WEIGHTS["unet.out.weight"].numpy().tobytes())] ^= 1
         refused(tmp_path, bytes(flipped), "wrong checksum of .*data/")
-
-
-def zip_of(*members: tuple[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -211,14 +207,14 @@ def test_strange_zips(tmp_path):
     content = bytearray(as_archive(pickled))
     content[-10:-6] = struct.pack("<I", 1 << 30)
     refused(tmp_path, bytes(content), "zip directory of 1,073,741,824 bytes")
-    refused(tmp_path, zip_of(("archive/data.pkl", pickled), ("archive/data.pkl", b"\x80\x02}.")), "no checkpoint")
-    refused(tmp_path, zip_of(("one/data.pkl", pickled), ("two/data.pkl", pickled)), "no checkpoint")
-    refused(tmp_path, zip_of(("a.npy", b"\x93NUMPY")), "is a zip file, but no checkpoint")
+    for names in (["archive/data.pkl"] * 2, ["one/data.pkl", "two/data.pkl"], ["a.npy"]):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name in names:
+                archive.writestr(name, pickled)
+        refused(tmp_path, buffer.getvalue(), "is a zip file, but no checkpoint")
     refused(tmp_path, as_archive(pickled, {"byteorder": b"big"}), "big-endian")
     refused(tmp_path, as_legacy(state_dict()).replace(b"\x88", b"\x89", 1), "big-endian")
-
-
-# ---------------------------------------------------------------------- bombs inside the pickle
 
 
 def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -228,9 +224,7 @@ def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def test_sizes_that_do_not_exist(tmp_path):
     huge = 2**45
     one = state_dict(a=tensor("0", huge, (huge,), (1,)))
-    refused(
-        tmp_path, as_archive(one, {"data/0": bytes(4)}), "storage '0' has 140,737,488,355,328 bytes, but it holds 4"
-    )
+    refused(tmp_path, as_archive(one, {"data/0": bytes(4)}), "'0' has 140,737,488,355,328 bytes, but it holds 4")
     refused(tmp_path, as_archive(one), "storage '0' has .* but it is missing")
     entries = {key: tensor(key, 10_000, length, strides(length)) for key, length in SHAPES.items()}
     name, shape = next(iter(SHAPES.items()))
@@ -260,36 +254,8 @@ def test_more_than_is_stored(tmp_path):
     refused(tmp_path, as_archive(twice, {"data/0": bytes(4)}), "describes the storage '0' twice")
 
 
-# a tuple of itself, forty times over: hashing it takes 2^40 steps
-NESTED = b"K\x01\x85q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(40))
-
-
-@pytest.mark.parametrize(
-    ("opcodes", "message"),
-    [
-        (b"}" + NESTED + b"K\x01s", "neither a name nor the number"),
-        (b"}" + text("a") + NESTED + b"s", "a is a tuple"),
-        (b"]" + b"2" * 100_000, "opcode DUP"),
-        (b"N0", "opcode POP"),
-        (b"\x8b\xff\xff\xff\x7f", "opcode LONG4"),
-        (b"B\xff\xff\xff\xff", "opcode BINBYTES"),
-        (b"}(" + number(2**40) + b"Nu", "neither a name nor the number"),
-        (b"Nr\xff\xff\xff\xff", "holds a NoneType"),
-        (b"]" * 100_000 + b"a" * 99_999, "holds a list"),
-        (b"}(" + text("a") + b"N" + text("a") + b"Nu", "names 'a' twice"),
-    ],
-)
-def test_bombs_of_time_and_memory(tmp_path, opcodes, message):
-    refused(tmp_path, as_archive(b"\x80\x02" + opcodes + b"."), message)
-
-
-# ---------------------------------------------------------------------- weights that are not the network's
-
-
 NAME = "unet.downBlocks.0.block.0.block.0.weight"
-WEIGHTS = small_weights()
 WITHOUT = {key: value for key, value in WEIGHTS.items() if key != NAME}
-ADAMW = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -297,7 +263,6 @@ ADAMW = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
     ("weights", "message"),
     [
         (WITHOUT, f"lacks {NAME}"),
-        ({**WITHOUT, "a.b": WEIGHTS[NAME]}, f"lacks {NAME}"),
         ({**WEIGHTS, "a.b": WEIGHTS[NAME]}, "has the unknown a.b"),
         ({**WEIGHTS, "module.x": WEIGHTS[NAME]}, "unknown module.x"),
         ({}, "lacks unet.inConv.weight and .* more"),
@@ -306,35 +271,33 @@ ADAMW = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
         ({**WEIGHTS, "unet.out.bias": torch.tensor([0.0, torch.nan])}, "unet.out.bias holds NaN or infinite"),
         ({**WEIGHTS, "unet.out.bias": torch.tensor([0.0, -torch.inf])}, "unet.out.bias holds NaN or infinite"),
         ({key: value.to(torch.int64) for key, value in WEIGHTS.items()}, r"wants torch\.LongStorage, which weights"),
-        ({key: value.to(torch.bool) for key, value in WEIGHTS.items()}, r"wants torch\.BoolStorage, which weights"),
         ({"model": WEIGHTS, "epoch": 3}, "model is a StateDict"),
-        ({**WEIGHTS, "step": 3}, "step is a int"),
         ({0: WEIGHTS[NAME]}, "lacks"),
         (list(WEIGHTS.values()), "holds a list"),
         (WEIGHTS[NAME], "holds a StoredTensor"),
-        (ADAMW.state_dict(), "holds an optimizer's state"),
+        (torch.optim.AdamW([torch.zeros(1)]).state_dict(), "state is a StateDict"),
     ],
 )
 def test_other_weights(tmp_path, weights, message, new_format):
-    refused(tmp_path, saved(weights, tmp_path, new_format), message)
-
-
-# ---------------------------------------------------------------------- files that are right
+    refused(tmp_path, saved(weights, new_format), message)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 def test_prefixes_and_formats(tmp_path, legacy, prefix):
     prefixed = {prefix + name: value for name, value in reversed(WEIGHTS.items())}
-    loaded = load_state_dict(write_small(tmp_path / "small", prefixed, legacy)[0], SHAPES, "params.json")
+    file = write_small(tmp_path / "small", prefixed, legacy)[0]
+    if legacy:
+        # as if saved on a GPU; here everything goes to the CPU
+        file.write_bytes(file.read_bytes().replace(text("cpu"), text("cuda:0")))
+    loaded = load_state_dict(file, SHAPES, "params.json")
     assert list(loaded) == list(WEIGHTS)
     assert all(torch.equal(loaded[name], value) for name, value in WEIGHTS.items())
 
 
 def test_views_parameters_and_half_precision(tmp_path):
-    whole = torch.arange(40.0)
     weights = {name: torch.nn.Parameter(value.half()) for name, value in WEIGHTS.items()}
-    weights["unet.out.bias"] = whole[10:14:2]  # stored with all that it is a part of
+    weights["unet.out.bias"] = torch.arange(40.0)[10:14:2]  # stored with all that it is a part of
     weights["unet.inConv.weight"] = WEIGHTS["unet.inConv.weight"].to(memory_format=torch.channels_last)
     loaded = load_state_dict(write_small(tmp_path / "small", weights)[0], SHAPES, "params.json")
     assert loaded["unet.out.bias"].tolist() == [10.0, 12.0]
@@ -343,42 +306,15 @@ def test_views_parameters_and_half_precision(tmp_path):
     assert not any(value.requires_grad for value in loaded.values())
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_saved_on_a_gpu(tmp_path, legacy):
-    """The place is written beside each storage; here everything goes to the CPU."""
-    file = write_small(tmp_path / "small", legacy=legacy)[0]
-    if legacy:
-        content = file.read_bytes().replace(text("cpu"), text("cuda:0"))
-    else:
-        with zipfile.ZipFile(file) as archive:
-            members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
-        pickled = members.pop("data.pkl").replace(text("cpu"), text("cuda:0"))
-        content = as_archive(pickled, {name: value for name, value in members.items() if name != "version"})
-    assert b"cuda:0" in content
-    file.write_bytes(content)
-    loaded = load_state_dict(file, SHAPES, "params.json")
-    assert all(torch.equal(value, WEIGHTS[name]) for name, value in loaded.items())
-
-
-# ---------------------------------------------------------------------- optimizers
-
-
-def optimizer_state(**group) -> dict:
-    """Of an AdamW after a step; ``group`` changes its group of parameters."""
-    parameters = [torch.nn.Parameter(value.clone()) for value in WEIGHTS.values()]
+def optimizer_state(entry=None, **group) -> dict:
+    """Of an AdamW after a step; ``entry`` changes the state of a parameter, ``group`` its group of parameters."""
+    parameters = [value.clone().requires_grad_() for value in WEIGHTS.values()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-4)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
+    sum(parameter.sum() for parameter in parameters).backward()
     optimizer.step()
     state = optimizer.state_dict()
+    state["state"][3].update(entry or {})
     state["param_groups"][0].update(group)
-    return state
-
-
-def changed(**entry) -> dict:
-    """A state in which one parameter has these entries."""
-    state = optimizer_state()
-    state["state"][3].update(entry)
     return state
 
 
@@ -386,33 +322,27 @@ def changed(**entry) -> dict:
     ("state", "message"),
     [
         (WEIGHTS, "does not hold an optimizer's state"),
-        ({**optimizer_state(), "more": 1}, "does not hold an optimizer's state"),
-        ({**optimizer_state(), "param_groups": []}, "one group of parameters"),
+        ({**optimizer_state(), "param_groups": []}, "an AdamW.s with one group"),
         (optimizer_state(params=[0, 1]), "another network: the model has"),
         (optimizer_state(amsgrad=True), "amsgrad"),
         (optimizer_state(lr="fast"), "hyper-parameters of its group"),
-        (optimizer_state(betas=(0.9, 1.5)), "hyper-parameters of its group"),
         (optimizer_state(weight_decay=None), "hyper-parameters of its group"),
-        (changed(exp_avg=torch.zeros(3)), r"exp_avg of parameter 3 has shape \(3,\)"),
-        (changed(exp_avg=None), "exp_avg of parameter 3 is a NoneType"),
-        (changed(more=torch.zeros(3)), "unknown more of parameter 3"),
-        (changed(step=torch.zeros(2)), "step of parameter 3 has shape"),
-        (changed(step=torch.tensor(torch.inf)), "step of parameter 3 holds NaN or infinite"),
-        (changed(step=torch.tensor(0.0)), "step of parameter 3 must be at least 1"),
-        (changed(exp_avg=torch.full((4,), torch.nan)), "exp_avg of parameter 3 holds NaN"),
-        (changed(exp_avg_sq=torch.full((4,), -1.0)), "exp_avg_sq of parameter 3 must be at least 0"),
+        *(
+            (optimizer_state(entry), rf"\(parameter 3\).*{message}")
+            for entry, message in (
+                ({"exp_avg": torch.zeros(3)}, r"exp_avg has shape \(3,\)"),
+                ({"exp_avg": None}, "exp_avg is a NoneType"),
+                ({"more": torch.zeros(3)}, "unknown more"),
+                ({"step": torch.zeros(2)}, "step has shape"),
+                ({"step": torch.tensor(torch.inf)}, "step holds NaN or infinite"),
+                ({"step": torch.tensor(0.0)}, "step must be at least 1"),
+                ({"exp_avg": torch.full((4,), torch.nan)}, "exp_avg holds NaN"),
+                ({"exp_avg_sq": torch.full((4,), -1.0)}, "exp_avg_sq must be at least 0"),
+            )
+        ),
         ({**optimizer_state(), "state": {999: {}}}, "optimizer of another network"),
         ({**optimizer_state(), "state": {3: []}}, "parameter 3 is a list"),
     ],
 )
 def test_other_optimizers(tmp_path, state, message):
-    refused(tmp_path, saved(state, tmp_path), message, load_optimizer)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_right_optimizer(tmp_path, legacy):
-    state = optimizer_state()
-    (tmp_path / "optim.pkl").write_bytes(saved(state, tmp_path, not legacy))
-    loaded = load_optimizer(tmp_path / "optim.pkl", SHAPES)
-    assert all(state["param_groups"][0][key] == value for key, value in loaded["param_groups"][0].items())
-    assert torch.equal(loaded["state"][3]["exp_avg"], state["state"][3]["exp_avg"])
+    refused(tmp_path, saved(state), message, load_optimizer)

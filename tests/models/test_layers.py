@@ -1,47 +1,31 @@
 """What every layer type promises, and the formulas of those that the original's answers do not fix."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from imagenet64_diffusion.models.unet_class_conditional import (
-    LAYER_TYPES,
-    LayerConfig,
-    StandardizedConv2d,
-)
+from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPES, LayerConfig, StandardizedConv2d
 
 
-def config(**options) -> LayerConfig:
-    defaults = {
-        "time_embed_dim": 6,
-        "class_embed_dim": 5,
-        "attention_patch_size": 4,
-        "dropout": 0.0,
-        "class_attention_type": "channel",
-    }
-    return LayerConfig(**{**defaults, **options})
+CONFIG = LayerConfig(6, 5, attention_patch_size=4, dropout=0.0, class_attention_type="channel")
 
 
 class LayerContract:
     """The tests of a layer type: subclasses name it."""
 
     layer_type: str
-    takes_classes = True
     uses_time = False
     uses_class = False
 
     def make(self, in_channels=8, out_channels=8, **options):
         torch.manual_seed(0)
-        return LAYER_TYPES[self.layer_type](in_channels, out_channels, config(**options)).eval()
+        return LAYER_TYPES[self.layer_type](in_channels, out_channels, replace(CONFIG, **options)).eval()
 
-    def inputs(self, channels=8, size=8, batch=3):
+    def inputs(self, channels=8, size=8):
         generator = torch.Generator().manual_seed(1)
-        return (
-            torch.randn(batch, channels, size, size, generator=generator),
-            torch.randn(batch, 6, generator=generator),
-            torch.randn(batch, 5, generator=generator),
-        )
+        return [torch.randn(3, *shape, generator=generator) for shape in ((channels, size, size), (6,), (5,))]
 
     def test_any_number_of_channels(self):
         widths = [(channels, channels) for channels in (1, 2, 3, 6, 7, 12, 24)]
@@ -49,8 +33,8 @@ class LayerContract:
             widths += [(8, 16), (16, 8), (8, 6), (3, 8)]
         for in_channels, out_channels in widths:
             output = self.make(in_channels, out_channels)(*self.inputs(channels=in_channels))
-            assert output.shape == (3, out_channels, 8, 8)
             assert output.isfinite().all()
+            assert output.shape == (3, out_channels, 8, 8)
 
     def test_images_do_not_see_one_another(self):
         inputs = self.inputs()
@@ -58,36 +42,14 @@ class LayerContract:
         alone = torch.cat([layer(*(values[i : i + 1] for values in inputs)) for i in range(3)])
         torch.testing.assert_close(layer(*inputs), alone, atol=1e-5, rtol=1e-5)
 
-    def test_every_weight_learns(self):
-        layer = self.make().train()
-        sample, *embeddings = self.inputs()
-        # a layer without weights hands the gradient on; a plain sum would be constant behind a normalisation
-        (layer(sample.requires_grad_(), *embeddings) * torch.randn(3, 8, 8, 8)).sum().backward()
-        assert sample.grad.any()
-        still = [name for name, weight in layer.named_parameters() if weight.grad is None or not weight.grad.any()]
-        assert still == []
-
     def test_listens_to_time_and_class_as_it_should(self):
         sample, time_embedding, class_embedding = self.inputs()
         layer = self.make()
         before = layer(sample, time_embedding, class_embedding)
         assert (layer(sample, time_embedding + 1, class_embedding) != before).any() == self.uses_time
         assert (layer(sample, time_embedding, class_embedding + 1) != before).any() == self.uses_class
-
-    def test_without_classes(self):
-        if not self.takes_classes:
-            return
-        sample, time_embedding, _ = self.inputs()
-        layer = self.make(class_embed_dim=None)
-        assert layer(sample, time_embedding, None).shape == sample.shape
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_other_dtypes(self, dtype):
-        reference = self.make()(*self.inputs())
-        output = self.make().to(dtype)(*(values.to(dtype) for values in self.inputs()))
-        assert output.dtype == dtype
-        tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(output.float(), reference, atol=tolerance, rtol=tolerance)
+        if not LAYER_TYPES[self.layer_type].needs_classes:
+            assert self.make(class_embed_dim=None)(sample, time_embedding, None).shape == sample.shape
 
 
 class TestResnet(LayerContract):
@@ -108,15 +70,13 @@ class TestConvNext(LayerContract):
 
 class TestClassAttention(LayerContract):
     layer_type = "class_attention"
-    takes_classes = False
     uses_class = True
 
     def test_formula(self):
         layer = self.make().double()
         sample, _, class_embedding = (values.double() for values in self.inputs())
-        query, key = layer.query(class_embedding), layer.key(class_embedding)
+        query, key = layer.query(class_embedding).detach(), layer.key(class_embedding).detach()
         normed = layer.norm(sample)
-        query, key = query.detach(), key.detach()
         mixed = torch.zeros_like(normed)
         for image in range(3):
             for c in range(8):
@@ -130,7 +90,6 @@ class TestClassAttention(LayerContract):
 
 class TestClassAttentionOfTheOriginal(LayerContract):
     layer_type = "class_attention"
-    takes_classes = False
 
     def make(self, in_channels=8, out_channels=8, **options):
         return super().make(in_channels, out_channels, **options, class_attention_type="identity")
@@ -170,12 +129,17 @@ class TestSelfAttention(LayerContract):
         torch.testing.assert_close(layer(sample, None, None), expected, atol=1e-9, rtol=1e-9)
 
     def test_a_map_that_patches_do_not_cover(self):
-        with pytest.raises(ValueError, match="attention_patch_size 4 does not divide a feature map of 6x6"):
+        with pytest.raises(ValueError, match="attention_patch_size 4 does not divide a map of 6x6"):
             self.make()(torch.zeros(1, 8, 6, 6), None, None)
 
 
 class TestChannelAttention(LayerContract):
     layer_type = "channel_attention"
+
+    def test_kernel_sizes(self):
+        """k = int(|log2(C) / 2 + 1 / 2|), made odd by adding one."""
+        sizes = {2: 1, 6: 1, 8: 3, 64: 3, 128: 5, 1024: 5}
+        assert {channels: self.make(channels, channels).conv.kernel_size[0] for channels in sizes} == sizes
 
     def test_formula(self):
         layer = self.make()
@@ -187,17 +151,7 @@ class TestChannelAttention(LayerContract):
 
 
 def test_all_layer_types_have_a_contract():
-    tested = {test.layer_type for test in LayerContract.__subclasses__()}
-    assert tested == set(LAYER_TYPES)
-
-
-def test_channel_attention_kernel_sizes():
-    """k = int(|log2(C) / 2 + 1 / 2|), made odd by adding one."""
-    layer = LAYER_TYPES["channel_attention"]
-    sizes = {
-        channels: layer(channels, channels, config()).conv.kernel_size[0] for channels in (2, 6, 8, 64, 128, 1024)
-    }
-    assert sizes == {2: 1, 6: 1, 8: 3, 64: 3, 128: 5, 1024: 5}
+    assert {test.layer_type for test in LayerContract.__subclasses__()} == set(LAYER_TYPES)
 
 
 def test_standardized_convolution():

@@ -1,22 +1,22 @@
-"""The class-conditional U-Net as a diffusers model."""
+"""The class-conditional U-Net: a diffusers model that gives the original's answers with the original's weights."""
 
+import inspect
 import itertools
 import json
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.configs import CONFIG_DIR
+from imagenet64_diffusion.conversion.original import map_original_weights, original_unet_config
 from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES
-from imagenet64_diffusion.tests.components import TINY_UNET, make_unet
+from imagenet64_diffusion.tests.components import TINY_UNET, make_unet, seeded
 
 
-def inputs(batch=3, size=16):
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(batch, 1, size, size, generator=generator)
-    return sample, torch.arange(batch) * 300, torch.arange(batch) % 4
+def inputs():
+    return torch.randn(3, 1, 16, 16, generator=seeded(0)[0]), torch.arange(3) * 300, torch.arange(3)
 
 
 @pytest.mark.parametrize("head", ["conv", "original"])
@@ -32,15 +32,10 @@ def test_orders_of_layers(head):
 
 
 @pytest.mark.parametrize("head", ["conv", "original"])
-def test_numbers_of_image_channels(head):
-    for channels in (1, 2, 3, 4, 6):
-        unet = make_unet(in_channels=channels, output_head_type=head)
-        assert unet(torch.zeros(2, channels, 16, 16), 5).sample.shape == (2, 2 * channels, 16, 16)
-
-
-def test_oblong_images():
-    unet = make_unet(sample_size=(16, 24))
-    assert unet(torch.zeros(1, 1, 16, 24), 0).sample.shape == (1, 2, 16, 24)
+def test_numbers_of_image_channels_of_oblong_images(head):
+    for channels in (1, 2, 3, 6):
+        unet = make_unet(in_channels=channels, output_head_type=head, sample_size=(16, 24))
+        assert unet(torch.zeros(2, channels, 16, 24), 5).sample.shape == (2, 2 * channels, 16, 24)
 
 
 def test_timestep_as_anything():
@@ -56,149 +51,114 @@ def test_timestep_as_anything():
 def test_the_null_class():
     unet = make_unet()
     sample, timestep, _ = inputs()
-    null = torch.full((3,), 3)
-    torch.testing.assert_close(unet(sample, timestep, null).sample, unet(sample, timestep).sample)
-    assert not unet.class_embedding.weight[3].any()
-    # and it stays zero: training with it moves the other rows alone
-    unet.train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.1)
+    torch.testing.assert_close(unet(sample, timestep, torch.full((3,), 3)).sample, unet(sample, timestep).sample)
+    # it is zero and stays so: training with it moves the other rows alone
+    optimizer, table = torch.optim.AdamW(unet.train().parameters(), lr=0.1), unet.class_embedding.weight
     unet(sample, timestep, torch.tensor([3, 0, 3])).sample.square().mean().backward()
-    assert not unet.class_embedding.weight.grad[3].any()
-    assert unet.class_embedding.weight.grad[0].any()
     optimizer.step()
-    assert not unet.class_embedding.weight[3].any()
+    assert [row.any().item() for row in (table[3], table.grad[3], table.grad[0])] == [False, False, True]
 
 
-def test_every_weight_learns():
-    for head in ("conv", "original"):
-        unet = make_unet(layer_types=tuple(LAYER_TYPES), output_head_type=head, attention_patch_size=8).train()
-        output = unet(*inputs()).sample
-        (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-        still = [name for name, weight in unet.named_parameters() if weight.grad is None or not weight.grad.any()]
-        assert still == []
-
-
-def test_the_first_prediction_is_zero():
-    torch.manual_seed(0)
-    assert not ClassConditionalUNet2DModel(**TINY_UNET)(*inputs()).sample.any()
-
-
-def test_the_original_names_of_layer_types():
-    unet = ClassConditionalUNet2DModel(**TINY_UNET, layer_types=tuple(LAYER_TYPE_ALIASES), attention_patch_size=8)
-    assert unet.config.layer_types == tuple(LAYER_TYPE_ALIASES.values())
-
-
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("head", ["conv", "original"])
+def test_every_weight_learns_with_gradient_checkpointing_too(head):
     gradients = []
     for checkpointing in (False, True):
-        unet = make_unet(layer_types=tuple(LAYER_TYPES), attention_patch_size=8).train()
+        unet = make_unet(layer_types=tuple(LAYER_TYPES), output_head_type=head, attention_patch_size=8).train()
         if checkpointing:
             unet.enable_gradient_checkpointing()
             assert unet.is_gradient_checkpointing
-        unet(*inputs()).sample.square().mean().backward()
-        gradients.append([weight.grad for weight in unet.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+        output = unet(*inputs()).sample
+        (output * torch.randn(output.shape, generator=seeded(0)[0])).sum().backward()
+        gradients.append({name: weight.grad for name, weight in unet.named_parameters()})
+    assert [name for name, gradient in gradients[0].items() if gradient is None or not gradient.any()] == []
+    torch.testing.assert_close(*gradients)
 
 
-class TestSavingAndLoading:
-    @pytest.mark.parametrize("time", ["sinusoidal", "original_alternating"])
-    @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-    def test_round_trip(self, tmp_path, time, low_cpu_mem_usage):
-        unet = make_unet(time_embedding_type=time, layer_types=tuple(LAYER_TYPES), attention_patch_size=8)
-        unet.save_pretrained(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            "config.json",
-            "diffusion_pytorch_model.safetensors",
-        ]
-        loaded = ClassConditionalUNet2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-        assert not loaded.training
-        assert torch.equal(loaded(*inputs()).sample, unet(*inputs()).sample)
-        assert loaded.config.layer_types == tuple(LAYER_TYPES)
-
-    def test_tables_are_not_stored(self, tmp_path):
-        make_unet(time_embedding_type="original_sine").save_pretrained(tmp_path)
-        with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
-            assert not [name for name in file.keys() if "table" in name]  # noqa: SIM118
+def test_the_first_prediction_is_zero_and_layers_have_the_originals_names_too():
+    unet = ClassConditionalUNet2DModel(**TINY_UNET, layer_types=tuple(LAYER_TYPE_ALIASES), attention_patch_size=8)
+    assert not unet(*inputs()).sample.any()
+    assert unet.config.layer_types == tuple(LAYER_TYPE_ALIASES.values())
 
 
-class TestConfigFiles:
-    @pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.json")), ids=lambda file: file.stem)
-    def test_every_file_is_whole(self, file):
-        config = json.loads(file.read_text())
-        known = set(ClassConditionalUNet2DModel.__init__.__wrapped__.__code__.co_varnames) | {"_class_name"}
-        assert set(config) <= known
-        faithful = file.parent.name == "original"
-        assert config["output_head_type"] == ("original" if faithful else "conv")
-        assert config["class_attention_type"] == ("identity" if faithful else "channel")
-        assert config["time_embedding_type"].startswith("original") == faithful
-
-    @pytest.mark.parametrize(("recipe", "millions"), [("res", 123.5), ("res_conv", 144.1)])
-    def test_sizes_of_the_recipes(self, recipe, millions):
-        """The sizes of the original's networks, which the sound heads and attention leave as they were."""
-        config = json.loads((CONFIG_DIR / f"{recipe}.json").read_text())
-        with torch.device("meta"):
-            unet = ClassConditionalUNet2DModel.from_config(config)
-        assert unet.num_parameters() / 1e6 == pytest.approx(millions, abs=0.06)
+@pytest.mark.parametrize("time", ["sinusoidal", "original_alternating"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_saving_and_loading(tmp_path, time, low_cpu_mem_usage):
+    unet = make_unet(time_embedding_type=time, layer_types=tuple(LAYER_TYPES), attention_patch_size=8)
+    unet.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "config.json", file]
+    # the tables of the encodings are not stored
+    assert load_file(file).keys() == dict(unet.named_parameters()).keys()
+    loaded = ClassConditionalUNet2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not loaded.training
+    assert torch.equal(loaded(*inputs()).sample, unet(*inputs()).sample)
+    assert loaded.config.layer_types == tuple(LAYER_TYPES)
 
 
-class TestWrongOptions:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (
-                {"layer_types": ("class_attention", "resnet")},
-                "begins with 'class_attention'.*begin with resnet or conv",
-            ),
-            ({"layer_types": ("chnAtn",)}, "begins with 'channel_attention'"),
-            ({"layer_types": ("resnet", "dense")}, "names 'dense', but must be made of resnet, convnext"),
-            ({"layer_types": ()}, "layer_types is empty"),
-            ({"num_class_embeds": None}, "'class_attention', which needs classes, but num_class_embeds is None"),
-            ({"num_class_embeds": 0}, "num_class_embeds is 0, but must be a whole number of at least 1"),
-            ({"sample_size": 18}, "sample_size is 18x18, which 2 levels cannot halve.*multiples of 4"),
-            ({"sample_size": (16, 17)}, "sample_size is 16x17"),
-            (
-                {"layer_types": ("resnet", "self_attention"), "attention_patch_size": 3},
-                "attention_patch_size is 3, which does not divide the feature map of 16x16",
-            ),
-            (
-                {"layer_types": ("resnet", "self_attention"), "attention_patch_size": 8, "sample_size": 24},
-                "does not divide the feature map of 12x12 that sample_size 24 gives at level 1",
-            ),
-            ({"block_out_channels": ()}, "block_out_channels is empty"),
-            ({"block_out_channels": (8, 0)}, r"block_out_channels\[1\] is 0, but must be a whole number"),
-            ({"stem_channels": 0}, "stem_channels is 0"),
-            ({"dropout": 1.0}, "dropout is 1.0, but must be in"),
-            ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier', but must be one of sinusoidal"),
-            ({"class_attention_type": "none"}, "class_attention_type is 'none', but must be one of channel, identity"),
-            ({"output_head_type": "linear"}, "output_head_type is 'linear', but must be one of conv, original"),
-        ],
-    )
-    def test_message(self, options, message):
+@pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.json")), ids=lambda file: file.stem)
+def test_every_config_file_is_whole(file):
+    config, faithful = json.loads(file.read_text()), file.parent.name == "original"
+    assert set(config) <= {*inspect.signature(ClassConditionalUNet2DModel).parameters, "_class_name"}
+    assert config["output_head_type"] == ("original" if faithful else "conv")
+    assert config["class_attention_type"] == ("identity" if faithful else "channel")
+    assert config["time_embedding_type"].startswith("original") == faithful
+    if faithful:
+        # what goes back to the original
+        assert config["block_out_channels"] == [config["stem_channels"] * factor for factor in (2, 4, 8)]
+
+
+@pytest.mark.parametrize(("recipe", "millions"), [("res", 123.5), ("res_conv", 144.1)])
+def test_sizes_of_the_recipes(recipe, millions):
+    """The sizes of the original's networks, which the sound heads and attention leave as they were."""
+    with torch.device("meta"):
+        unet = ClassConditionalUNet2DModel.from_config(json.loads((CONFIG_DIR / f"{recipe}.json").read_text()))
+    assert unet.num_parameters() / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_types": ("class_attention", "resnet")}, "begins with 'class_attention'.*begin with resnet or conv"),
+        ({"layer_types": ("chnAtn",)}, "begins with 'channel_attention'"),
+        ({"layer_types": ("resnet", "dense")}, "names 'dense', but must be made of resnet, convnext"),
+        ({"layer_types": ()}, "layer_types is empty"),
+        ({"num_class_embeds": None}, "'class_attention', which needs classes, but num_class_embeds is None"),
+        ({"num_class_embeds": 0}, "num_class_embeds is 0, but must be a whole number of at least 1"),
+        ({"sample_size": 18}, "sample_size is 18x18, which 2 levels cannot halve: take multiples of 4"),
+        ({"sample_size": (16, 17)}, "sample_size is 16x17"),
+        ({"layer_types": ("resnet", "self_attention"), "attention_patch_size": 3}, "must divide .* map of 16x16"),
+        (
+            {"layer_types": ("resnet", "self_attention"), "attention_patch_size": 8, "sample_size": 24},
+            "attention_patch_size is 8, but must divide .* map of 12x12 that sample_size 24 gives at level 1",
+        ),
+        ({"block_out_channels": ()}, "block_out_channels is empty"),
+        ({"block_out_channels": (8, 0)}, r"block_out_channels\[1\] is 0, but must be a whole number"),
+        ({"stem_channels": 0}, "stem_channels is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0, but must be in"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier', but must be one of sinusoidal"),
+        ({"class_attention_type": "none"}, "class_attention_type is 'none', but must be one of channel, identity"),
+        ({"output_head_type": "linear"}, "output_head_type is 'linear', but must be one of conv, original"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ClassConditionalUNet2DModel(**{**TINY_UNET, **options})
+
+
+def test_wrong_input():
+    unet, unconditional = make_unet(), make_unet(layer_types=("resnet",), num_class_embeds=None)
+    sample, label = torch.zeros(3, 1, 16, 16), torch.tensor([4])
+    for message, network, *arguments in (
+        (r"sample has shape \(3, 3, 16, 16\), but must be \(batch, 1, height", unet, sample.expand(3, 3, 16, 16), 0),
+        ("sample is 18x16, which 2 levels cannot halve", unet, torch.zeros(1, 1, 18, 16), 0),
+        ("timestep has 2 entries, but must have 1 or 3", unet, sample, torch.tensor([1, 2])),
+        (r"class_labels has shape \(1,\), but must be \(3,\)", unet, sample, 0, label),
+        ("class_labels were given, but num_class_embeds is None", unconditional, sample[:1], 0, label),
+    ):
         with pytest.raises(ValueError, match=message):
-            ClassConditionalUNet2DModel(**{**TINY_UNET, **options})
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ((torch.zeros(1, 3, 16, 16), 0), r"sample has shape \(1, 3, 16, 16\), but must be \(batch, 1, height"),
-            ((torch.zeros(1, 1, 18, 16), 0), "sample is 18x16, which 2 levels cannot halve"),
-            ((torch.zeros(3, 1, 16, 16), torch.tensor([1, 2])), "timestep has 2 entries, but must be one.*3 images"),
-            ((torch.zeros(3, 1, 16, 16), 0, torch.tensor([1])), r"class_labels has shape \(1,\), but must be \(3,\)"),
-        ],
-    )
-    def test_wrong_input(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            make_unet()(*arguments)
-
-    def test_labels_for_a_network_without_classes(self):
-        unet = make_unet(layer_types=("resnet",), num_class_embeds=None)
-        with pytest.raises(ValueError, match="class_labels were given, but the network has no classes"):
-            unet(torch.zeros(1, 1, 16, 16), 0, torch.tensor([1]))
-
-    def test_labels_out_of_range(self):
-        with pytest.raises(IndexError):
-            make_unet()(torch.zeros(1, 1, 16, 16), 0, torch.tensor([4]))
+            network(*arguments)
+    with pytest.raises(IndexError):
+        unet(sample[:1], 0, label)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
@@ -217,3 +177,59 @@ def test_half_precision(dtype, bound, layers):
         output = unet.to(dtype)(sample.to(dtype), *others).sample
     for part, reference in zip(output.chunk(2, dim=1), expected.chunk(2, dim=1), strict=True):
         assert (part.double() - reference).norm() / reference.norm() < bound
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "rows"),
+    [
+        ("fixed", "interleaved", slice(None)),
+        ("released", "alternating", slice(None)),
+        # the original samples one image at a time, whose row is even: original_sine stands for that
+        ("released", "sine", slice(0, None, 2)),
+    ],
+)
+def test_the_originals_answers(original_checkpoint, answers, kind, rows):
+    params, expected, state_dict = (
+        getattr(original_checkpoint, name) for name in ("params", "expected", "state_dict")
+    )
+    unet = ClassConditionalUNet2DModel(**original_unet_config(params, f"original_{kind}")).eval()
+    mapped = map_original_weights(state_dict, params)
+    assert len(mapped) == len([name for name in state_dict if "Q_emb" not in name and "K_emb" not in name])
+    # strict: every weight of ours comes from the checkpoint
+    unet.load_state_dict(mapped)
+    with torch.no_grad():
+        labels = original_checkpoint.labels("forward")
+        output = unet(expected["forward.sample"], expected["forward.timestep"] - 1, labels).sample
+    noise, variance = output[rows].chunk(2, dim=1)
+    torch.testing.assert_close(noise, expected[f"forward.{answers}.noise"][rows], atol=1e-5, rtol=0)
+    torch.testing.assert_close((variance + 1) / 2, expected[f"forward.{answers}.v"][rows], atol=1e-5, rtol=0)
+
+
+def test_without_classes_and_with_older_files():
+    params = {"inCh": 1, "embCh": 8, "chMult": 0, "num_blocks": 1, "blk_types": ["res", "conv"], "T": 50}
+    params |= {"beta_sched": "cosine", "t_dim": 8, "c_dim": None, "num_classes": 10}
+    config = original_unet_config(params)
+    assert config["num_class_embeds"] is None
+    assert (config["attention_patch_size"], config["block_out_channels"]) == (16, (8,))
+    unet = ClassConditionalUNet2DModel(**config)
+    assert unet(torch.zeros(1, 1, 8, 8), 49).sample.shape == (1, 2, 8, 8)
+    with pytest.raises(KeyError):
+        map_original_weights({"unet.downBlocks.0.block.0.block3.proj.weight": torch.zeros(1)}, params)
+
+
+def test_time_encodings_follow_their_formula():
+    """Against float64 sines of the float32 phases: the phases are rounded as the original rounds them."""
+    dim, timesteps = 32, torch.tensor([0, 12, 499, 999])
+    frequencies = 10000.0 ** (2 * torch.arange(dim, dtype=torch.float32) / dim)
+    phases = ((timesteps + 1).float()[:, None] * frequencies).double()
+    expected = {
+        "original_sine": phases.sin(),
+        "original_interleaved": torch.where(torch.arange(dim) % 2 == 0, phases.sin(), phases.cos()),
+        "original_alternating": torch.where(torch.arange(4)[:, None] % 2 == 0, phases.sin(), phases.cos()),
+    }
+    for kind, values in expected.items():
+        unet = make_unet(time_embed_dim=dim, time_embedding_type=kind)
+        torch.testing.assert_close(unet.time_encoding(timesteps).double(), values, atol=1e-6, rtol=0)
+        # fractions round to the nearest, and a trip through half precision changes nothing
+        unet = unet.half().float()
+        torch.testing.assert_close(unet.time_encoding(timesteps + 0.4).double(), values, atol=1e-6, rtol=0)

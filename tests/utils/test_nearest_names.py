@@ -49,7 +49,7 @@ def test_nearest_name(name, nearest):
         ),
         (
             lambda: check_params({**SMALL_PARAMS, "blk_types": ["resn"]}, "params.json"),
-            "but must be made of .*, not 'resn'; perhaps res$",
+            "blk_types is 'resn', but must be one of .*; perhaps res$",
         ),
         (lambda: load_pipeline(DIGITS, varient="fp16"), "unknown arguments .*: varient; perhaps variant$"),
     ],
