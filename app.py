@@ -14,15 +14,10 @@ from imagenet64_diffusion.utils.command_line import StoppedBySignalError, run_co
 
 
 def serve(options: AppOptions) -> None:
-    """Serves the page until the process is told to end, see `AppOptions`.
+    """Serves the page until the process is told to end by a signal, StoppedBySignalError.
 
-    Files are written to a temporary folder, which is removed in the end, and to the Hub's cache where a Hub id is
-    opened.
-
-    Raises:
-        ValueError, OSError: If a model cannot be opened or the address is taken.
-        ImportError: If gradio is not installed.
-        StoppedBySignalError: When it is told to end.
+    Files go to a temporary folder, which is removed in the end, and to the Hub's cache where a Hub id is opened.
+    ValueError or OSError if a model cannot be opened or the address is taken, ImportError if gradio is not installed.
     """
 
     def stop(number: int, frame: Any) -> None:
@@ -39,14 +34,11 @@ def serve(options: AppOptions) -> None:
         except ImportError as error:
             raise ImportError('the page needs gradio: pip install "imagenet64-diffusion[app]"') from error
         # torch and diffusers take seconds to import, which --help should not
-        from imagenet64_diffusion.page.generation import end_all
         from imagenet64_diffusion.page.layout import STYLE, THEME, build_page
         from imagenet64_diffusion.page.model_cache import ModelCache
-        from imagenet64_diffusion.utils.devices import best_device
+        from imagenet64_diffusion.page.request import end_all
 
-        device = options.device or best_device()
-        models = ModelCache(options.model, options.takes_any_model, device, options.dtype, options.max_loaded_models)
-        page = build_page(models, options)
+        page = build_page(ModelCache(options))
         stack.callback(end_all)
         stack.callback(page.close, verbose=False)
         page.launch(

@@ -5,7 +5,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 
-from ..utils.command_line import CheckedOptions, option, option_list
+from ..utils.command_line import CheckedOptions, option
 
 
 _address = functools.partial(option, None, group="address")
@@ -17,7 +17,7 @@ _limit = functools.partial(option, group="limits", at_least=1)
 class AppOptions(CheckedOptions):
     """Options of the page. The help texts say what each one is."""
 
-    model: list[str] = option_list(
+    model: list[str] = option(
         [],
         "Pipeline folders or Hub ids to choose from (default: the handwritten digits that travel with this program).",
         group="model",

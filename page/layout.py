@@ -11,9 +11,8 @@ import gradio as gr
 from ..pipelines.generation import class_caption
 from ..pipelines.loading import scheduler_names
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from .app_options import AppOptions
 from .generation import generate
-from .markup import note, problem
+from .markup import note
 from .model_cache import ModelCache, facts, title
 from .request import MAX_SEED, NOTHING, OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULERS, takes_eta
 
@@ -37,7 +36,7 @@ _NEW_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
+def build_page(models: ModelCache) -> gr.Blocks:
     """The page, ready to be launched; ValueError or OSError if the model that it begins with cannot be opened."""
     pipeline = models.pipeline(models.names[0])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_DELETE_DOWNLOADS) as page:
@@ -57,11 +56,11 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
                         for i, label in enumerate(_DOWNLOAD_LABELS)
                     ]
             with gr.Column(elem_id="settings"):
-                controls |= _settings(limits, pipeline)
+                controls |= _settings(models, pipeline)
 
         def on_generate(*values: Any) -> Iterator[list[Any]]:
             # closing this closes what it yields from, which ends the work
-            for view in generate(dict(zip(controls, values, strict=True)), models, limits):
+            for view in generate(dict(zip(controls, values, strict=True)), models):
                 buttons: list[Any] = [gr.skip()] * len(downloads)
                 if view.files is not None:
                     files: list[Any] = [str(file) for file in view.files] or [None] * len(downloads)
@@ -72,7 +71,7 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
             try:
                 opened = models.pipeline(name)
             except (ValueError, OSError) as error:
-                return [gr.skip(), gr.skip(), problem(str(error))]
+                return [gr.skip(), gr.skip(), note(str(error), is_problem=True)]
             return [_about(name, opened), gr.Dropdown(**_classes(opened)), note("")]
 
         def on_choice(name: Any, scheduler: str, other: str, compare: str) -> list[Any]:
@@ -101,7 +100,8 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
         chosen = [controls[name] for name in ("model", "scheduler", "other_scheduler", "compare")]
         shown = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
         gr.on([each.change for each in chosen], on_choice, chosen, shown, preprocess=False, **_QUIET)
-    return page.queue(max_size=limits.max_queue, default_concurrency_limit=limits.max_concurrent, api_open=False)
+    queue = {"max_size": models.options.max_queue, "default_concurrency_limit": models.options.max_concurrent}
+    return page.queue(api_open=False, **queue)
 
 
 def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
@@ -126,13 +126,15 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
     return controls | {"other_scheduler": other, "other_guidance_scale": other_scale}
 
 
-def _settings(limits: AppOptions, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
+def _settings(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """The controls of the last column."""
     eta, shown = "0 is deterministic (DDIM), 1 as random as DDPM.", takes_eta(pipeline, OWN_SCHEDULER)
     begin = "At this fraction of the steps."
     return {
         "guidance_scale": gr.Slider(0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance."),
-        "num_inference_steps": gr.Number(20, label="Steps", info=f"From 1 to {limits.max_steps}.", elem_id="steps"),
+        "num_inference_steps": gr.Number(
+            20, label="Steps", info=f"From 1 to {models.options.max_steps}.", elem_id="steps"
+        ),
         "scheduler": gr.Dropdown(_schedulers(), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"),
         "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", info=eta, visible=shown, elem_id="eta"),
         "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin),

@@ -6,7 +6,6 @@ import io
 import itertools
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 
@@ -22,8 +21,7 @@ _SIDES = ((1, 320, 320, 256, 128), (4, 192, 128, 160, 128), (12, 128, 96, 96, 64
 def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, beside: bool = False) -> str:
     """Images, uint8 (images, height, width, channels), under their class names, which neighbours of one class share.
 
-    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images. The seed is that of the
-    first image. Until they are finished they are sent with less quality; beside another gallery they are smaller.
+    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images. The seed is the first's.
     """
     height, width = pixels.shape[1:3]
     sides = next(each for each in _SIDES if len(pixels) <= each[0])
@@ -58,29 +56,21 @@ def progress(number: int, total: int) -> str:
     return f'<div class="progress"><span>step {number} of {total}</span>{bar}</div>'
 
 
-def note(text: str) -> str:
-    """A sentence."""
-    return f'<p class="note" role="status">{html.escape(text)}</p>'
-
-
-def problem(text: str) -> str:
-    """A sentence about what went wrong."""
-    return f'<p class="problem" role="alert">{html.escape(text)}</p>'
+def note(text: str, is_problem: bool = False) -> str:
+    """A sentence, about what went wrong or not."""
+    kind, role = ("problem", "alert") if is_problem else ("note", "status")
+    return f'<p class="{kind}" role="{role}">{html.escape(text)}</p>'
 
 
 def done(text: str, all_options: Sequence[GenerateOptions]) -> str:
     """A sentence, and the command lines that generate the same images."""
-    lines = html.escape("\n".join(map(command_line, all_options)))
+    lines, defaults = [], GenerateOptions()
+    for options in all_options:
+        words = ["imagenet64-generate"]
+        for name, value in vars(options).items():
+            # the device is the page's own affair
+            if name != "device" and value != getattr(defaults, name):
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        lines.append(html.escape(shlex.join(words)))
     summary = "<summary>The same on a command line</summary>"
-    return f'{note(text)}<details class="again">{summary}<pre>{lines}</pre></details>'
-
-
-def command_line(options: GenerateOptions) -> str:
-    """What a shell is told to generate the images of these options."""
-    words, defaults = ["imagenet64-generate"], GenerateOptions()
-    for field in fields(options):
-        value = getattr(options, field.name)
-        # the device is the page's own affair
-        if field.name != "device" and value != getattr(defaults, field.name):
-            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return f'{note(text)}<details class="again">{summary}<pre>{"\n".join(lines)}</pre></details>'

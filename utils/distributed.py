@@ -14,25 +14,18 @@ Result = TypeVar("Result")
 
 
 def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], Result]) -> Result:
-    """What the main process finds, given to every process.
+    """What the main process finds, given to every process: picklable, its tensors on the CPU.
 
-    Args:
-        accelerator: Whose processes these are.
-        find: Runs in the main process only. Its result must be picklable, its tensors on the CPU.
-
-    Raises:
-        ValueError, OSError: What `find` raises in the main process; in the others `OtherRankError`, so that it is said
-            once.
+    A ValueError or OSError there is an `OtherRankError` in the others, so that it is said once.
     """
     if accelerator.num_processes == 1:
         return find()
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, and the text of an error: not every error can be sent
     own_error = None
     if accelerator.is_main_process:
         try:
             outcome[0] = find()
         except (ValueError, OSError) as error:
-            # its text alone is sent: not every error can be
             own_error, outcome[1] = error, str(error)
     # on a GPU this takes as much memory for a moment, which is less than the training of what a checkpoint holds
     broadcast_object_list(outcome)
@@ -44,16 +37,9 @@ def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], 
 def on_every_process(
     accelerator: Accelerator | PartialState, find: Callable[[], Result], in_turn: bool = False
 ) -> Result:
-    """What each process finds; if one cannot, none goes on.
+    """What each process finds; if one raises ValueError or OSError, all do, the others `OtherRankError`.
 
-    Args:
-        accelerator: Whose processes these are.
-        find: Runs in every process.
-        in_turn: The others of a machine begin when its first process is done.
-
-    Raises:
-        ValueError, OSError: What `find` raises in the main process, or a ValueError there that says what it raised in
-            another one; in the others `OtherRankError`, so that it is said once.
+    With ``in_turn`` the others of a machine begin when its first process is done.
     """
     if accelerator.num_processes == 1:
         return find()

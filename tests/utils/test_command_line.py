@@ -15,7 +15,6 @@ from imagenet64_diffusion.utils.command_line import (
     StoppedBySignalError,
     SubCommand,
     option,
-    option_list,
     parse_options,
     run_command,
     run_sub_commands,
@@ -30,9 +29,9 @@ class Options(CheckedOptions):
     place: str = option(help="Where.", group="place", metavar="FOLDER")
     size: int = option(3, "How large.", group="place", at_least=1)
     kind: str = option("plain", "Which.", group="looks", choices=["plain", "fancy"])
-    names: list[str] = option_list(["a"], "Some names; default: a.", group="looks")
+    names: list[str] = option(["a"], "Some names; default: a.", group="looks")
     fast: bool = option(False, "Whether to hurry.", group="looks")
-    span: list[int] = option_list([0, 9], "From and to.", group="looks", nargs=2)
+    span: list[int] = option([0, 9], "From and to.", group="looks", nargs=2)
 
 
 @dataclass
@@ -47,8 +46,8 @@ class EveryType(CheckedOptions):
     switch: bool = option(True, "On.")
     perhaps: bool | None = option(None, "Neither on nor off.")
     side: str | None = option(None, "A side.", choices=["left", "right"])
-    words: list[str] = option_list(["a", "b"], "Words.")
-    pair: list[float] = option_list([0.0, 1.0], "Two.", nargs=2, at_least=0, at_most=10)
+    words: list[str] = option(["a", "b"], "Words.")
+    pair: list[float] = option([0.0, 1.0], "Two.", nargs=2, at_least=0, at_most=10)
     steps: list[int] | None = option(None, "Numbers, or none.")
 
 
