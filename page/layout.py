@@ -23,13 +23,10 @@ STYLE = Path(__file__).with_name("style.css")
 _FONT = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
 THEME = gr.themes.Base(
     primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_FONT, font_mono="monospace"
-).set(
-    **{"body_background_fill": "*neutral_50", "input_background_fill": "white", "input_border_color": "*neutral_300"},
-    **{"input_background_fill_dark": "*neutral_800", "input_border_color_dark": "*neutral_600"},
 )
+THEME.set(body_background_fill="*neutral_50", input_background_fill="white", input_border_color="*neutral_300")
+THEME.set(input_background_fill_dark="*neutral_800", input_border_color_dark="*neutral_600")
 _DOWNLOAD_LABELS = ("Image grid (PNG)", "Animation (GIF)", "Manifest (JSON)", "Everything (ZIP)")
-# how often copies of the downloads are looked at, and how old they become, in seconds
-_DELETE_DOWNLOADS = (600, 1800)
 # on a narrow screen the images stand below the button
 _SHOW_IMAGES = "() => { if (innerWidth <= 820) document.querySelector('#result').scrollIntoView(); }"
 _NEW_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
@@ -39,7 +36,8 @@ _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"
 def build_page(models: ModelCache) -> gr.Blocks:
     """The page, ready to be launched; ValueError or OSError if the model that it begins with cannot be opened."""
     pipeline = models.pipeline(models.names[0])
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_DELETE_DOWNLOADS) as page:
+    # copies of the downloads are looked at every 600 seconds, and become 1800 seconds old
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 1800)) as page:
         about = gr.HTML(_about(models.names[0], pipeline), elem_id="head")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="ask"):
@@ -100,8 +98,8 @@ def build_page(models: ModelCache) -> gr.Blocks:
         chosen = [controls[name] for name in ("model", "scheduler", "other_scheduler", "compare")]
         shown = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
         gr.on([each.change for each in chosen], on_choice, chosen, shown, preprocess=False, **_QUIET)
-    queue = {"max_size": models.options.max_queue, "default_concurrency_limit": models.options.max_concurrent}
-    return page.queue(api_open=False, **queue)
+    limits = models.options
+    return page.queue(max_size=limits.max_queue, default_concurrency_limit=limits.max_concurrent, api_open=False)
 
 
 def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
@@ -110,10 +108,8 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
     shown = models.takes_any or len(models.names) > 1
     others: dict[str, Any] = {"info": info, "allow_custom_value": models.takes_any, "visible": shown}
     names = [(title(name), name) for name in models.names]
-    controls: dict[str, Any] = {
-        "model": gr.Dropdown(names, value=models.names[0], label="Model", elem_id="model", **others),
-        "class_labels": gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes"),
-    }
+    model = gr.Dropdown(names, value=models.names[0], label="Model", elem_id="model", **others)
+    classes = gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes")
     with gr.Row(elem_id="seed-row"):
         number = gr.Number(2, label="Images per class", min_width=60, elem_id="per-class")
         seed = gr.Number(0, label="Seed", min_width=60, elem_id="seed")
@@ -122,19 +118,17 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
     compare = gr.Radio([NOTHING, TWO_SCHEDULERS, TWO_SCALES], value=NOTHING, label="Compare", elem_id="compare")
     other = gr.Dropdown(_schedulers(), value="DPMSolverMultistepScheduler", label="Other scheduler", visible=False)
     other_scale = gr.Number(5, label="Other guidance scale", visible=False, elem_id="other-scale")
-    controls |= {"num_images_per_label": number, "seed": seed, "compare": compare}
-    return controls | {"other_scheduler": other, "other_guidance_scale": other_scale}
+    controls = {"model": model, "class_labels": classes, "num_images_per_label": number, "seed": seed}
+    return controls | {"compare": compare, "other_scheduler": other, "other_guidance_scale": other_scale}
 
 
 def _settings(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """The controls of the last column."""
     eta, shown = "0 is deterministic (DDIM), 1 as random as DDPM.", takes_eta(pipeline, OWN_SCHEDULER)
-    begin = "At this fraction of the steps."
+    steps, begin = f"From 1 to {models.options.max_steps}.", "At this fraction of the steps."
     return {
         "guidance_scale": gr.Slider(0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance."),
-        "num_inference_steps": gr.Number(
-            20, label="Steps", info=f"From 1 to {models.options.max_steps}.", elem_id="steps"
-        ),
+        "num_inference_steps": gr.Number(20, label="Steps", info=steps, elem_id="steps"),
         "scheduler": gr.Dropdown(_schedulers(), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"),
         "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", info=eta, visible=shown, elem_id="eta"),
         "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin),

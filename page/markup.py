@@ -64,13 +64,13 @@ def note(text: str, is_problem: bool = False) -> str:
 
 def done(text: str, all_options: Sequence[GenerateOptions]) -> str:
     """A sentence, and the command lines that generate the same images."""
-    lines, defaults = [], GenerateOptions()
+    lines, defaults = "", GenerateOptions()
     for options in all_options:
         words = ["imagenet64-generate"]
         for name, value in vars(options).items():
             # the device is the page's own affair
             if name != "device" and value != getattr(defaults, name):
                 words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        lines.append(html.escape(shlex.join(words)))
+        lines += html.escape(shlex.join(words) + "\n")
     summary = "<summary>The same on a command line</summary>"
-    return f'{note(text)}<details class="again">{summary}<pre>{"\n".join(lines)}</pre></details>'
+    return f'{note(text)}<details class="again">{summary}<pre>{lines.rstrip()}</pre></details>'

@@ -141,17 +141,15 @@ def run_sub_commands(commands: Mapping[str, SubCommand], description: str, argv:
             raise ValueError(f"there is no {words[0]!r}: take one of {names}{perhaps(words[0], commands)}")
         if words[0] in commands and "--print_shtab" not in words:
             options_class, command, description, example = commands[words[0]]
-            return command, parse_options(
-                options_class, description, words[1:], example, program=f"{program} {words[0]}"
-            )
+            name = f"{program} {words[0]}"
+            return command, parse_options(options_class, description, words[1:], example, program=name)
         # only to print something, or to refuse what was said: parse_args does not return
-        usage = f"{program} {{{names.replace(' ', '')}}} [options]"
-        parser = Parser(prog=program, usage=usage, description=description)
-        parser.add_general_options()
+        parser = Parser(program, description)
+        parser.usage = f"{program} {{{','.join(commands)}}} [options]"
         added = parser.add_subcommands(dest="subcommand", title="subcommands")
-        for name, entry in commands.items():
-            sub_parser = Parser.of(entry.options_class, f"{program} {name}", entry.description, entry.example)
-            added.add_subcommand(name, sub_parser, help=entry.description.split(". ")[0].rstrip(".") + ".")
+        for name, (options_class, _, text, example) in commands.items():
+            sub_parser = Parser(f"{program} {name}", text, options_class, example)
+            added.add_subcommand(name, sub_parser, help=text.split(". ")[0].rstrip(".") + ".")
         return parser.error, parser.parse_args(words)
 
     return _run(parse, argv)
@@ -166,7 +164,7 @@ def parse_options(
     program: str | None = None,
 ) -> OptionsType:
     """The options from the command line and from the file that ``--config`` names; the command line wins."""
-    parser = Parser.of(options_class, program or Path(sys.argv[0]).name, description, example, presets)
+    parser = Parser(program or Path(sys.argv[0]).name, description, options_class, example, presets)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -244,11 +242,9 @@ class _Kind:
         self.count = metadata.get("nargs", "+") if self.several else None
 
     def refusal(self, value: Any) -> str:
-        if self.choices:
-            kind = _one_of(self.choices, value)
-        else:
-            several = f"{'one or more' if self.count == '+' else self.count} {_SEVERAL.get(self.value)}"
-            kind = several if self.several else _ONE[self.value]
+        kind = _one_of(self.choices, value) if self.choices else _ONE[self.value]
+        if self.several and not self.choices:
+            kind = f"{'one or more' if self.count == '+' else self.count} {_SEVERAL[self.value]}"
         text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
         shown = repr(value) if isinstance(value, str) else text
         return f"is {shown if len(shown) <= 80 else shown[:80] + '...'}, but must be {kind}"
@@ -262,42 +258,57 @@ class _Kind:
         convertible = {float: (int, str), str: (int,)}.get(self.value, ())
         with contextlib.suppress(ValueError):
             values = [self.value(entry) if type(entry) in convertible else entry for entry in values]
-        are_right = (type(entry) is self.value and entry in (self.choices or values) for entry in values)
-        if not values or self.count not in ("+", None, len(values)) or not all(are_right):
+        are_right = all(type(entry) is self.value and entry in (self.choices or values) for entry in values)
+        if not values or self.count not in ("+", None, len(values)) or not are_right:
             is_other = self.value is str and not self.choices and not isinstance(value, (list, dict))
             raise ValueError(f"{name} {self.refusal(value)}{': put it in quotes' if is_other else ''}")
         return values if self.several else values[0]
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser, with the help and the errors of this package: one sentence, raised as ValueError."""
+    """jsonargparse's parser of a dataclass of options, with help and errors of our own: one sentence, a ValueError."""
 
-    def __init__(self, **options: Any):
-        super().__init__(formatter_class=_HelpFormatter, add_help=False, allow_abbrev=False, **options)
-        self.kinds: dict[str, _Kind] = {}
-
-    @classmethod
-    def of(
-        cls, options_class: type, program: str, description: str, example: str = "", presets: Path | None = None
-    ) -> "Parser":
-        """The parser of a dataclass of options."""
-        hints = typing.get_type_hints(options_class)
+    def __init__(
+        self, program: str, description: str, options_class: Any = None, example: str = "", presets: Path | None = None
+    ):
         epilog = EXIT_CODES
         if example:
             called = f"{'python ' if program.split()[0].endswith('.py') else ''}{program} {example}"
             epilog = "Example:\n\n    " + called.replace("\n", " \\\n        ") + f"\n\n{EXIT_CODES}"
-        parser = cls(prog=program, description=description, epilog=epilog)
+        texts = {"prog": program, "description": description, "epilog": epilog}
+        super().__init__(formatter_class=_HelpFormatter, add_help=False, allow_abbrev=False, **texts)
+        self.kinds: dict[str, _Kind] = {}
+        self.usage = f"{program} [options]"
+        if options_class is not None:
+            self._add_options(options_class)
+        group = self.add_argument_group("general")
+        group.add_argument("-h", "--help", action="help", help="Show this text and end.")
+        version = "Show the versions of this program and its libraries."
+        group.add_argument("--version", action="version", help=version, version="")
+        if options_class is not None:
+            # jsonargparse adds --print_config where it is told so, else beside the groups
+            group._print_config = "--print_config"  # type: ignore[attr-defined]
+            known = "".join(f", {path.stem}" for path in sorted(presets.glob("*.yaml"))) if presets else ""
+            config = f"YAML or JSON file of options{known and ', or one of ' + known[2:]}; the command line wins."
+            group.add_argument("--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help=config)
+            printing = self._option_string_actions["--print_config"]
+            printing.help = "Print all options as a YAML file for --config, and end."
+        nothing = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "metavar": "SHELL"}
+        shells = "Print completions for bash, zsh, fish or tcsh, and end."
+        group.add_argument("--print_shtab", action=_PrintCompletion, help=shells, **nothing)
+
+    def _add_options(self, options_class: type) -> None:
+        hints, own = typing.get_type_hints(options_class), options_class.__annotations__
         fields = dataclasses.fields(options_class)
         required = {f.name for f in fields if f.default is f.default_factory}
         groups: dict[str, Any] = {}
-        usage = program
+        usage = self.prog
         # what must be said comes first, then what a base class does not have
-        own = options_class.__annotations__
         for item in sorted(fields, key=lambda f: (f.name not in required, f.name not in own)):
             title = item.metadata.get("group", "options")
             if title not in groups:
-                groups[title] = parser.add_argument_group(title)
-            kind = parser.kinds[item.name] = _Kind(hints[item.name], item.metadata)
+                groups[title] = self.add_argument_group(title)
+            kind = self.kinds[item.name] = _Kind(hints[item.name], item.metadata)
             described: dict[str, Any] = {"help": item.metadata["help"], "default": item.default}
             if item.name in required:
                 described |= {"default": None, "required": True}
@@ -312,34 +323,10 @@ class Parser(jsonargparse.ArgumentParser):
                 described |= {"nargs": kind.count} if kind.several else {}
             groups[title].add_argument(f"--{item.name}", **described)
         # argparse wraps only a usage that it has made itself
-        width, indent = shutil.get_terminal_size().columns - len("usage: "), " " * len("usage: ")
-        wrapped = textwrap.wrap(f"{usage} [options]", width, break_long_words=False, break_on_hyphens=False)
-        parser.usage = f"\n{indent}".join(wrapped).replace("%", "%%")
-        known = "".join(f", {path.stem}" for path in sorted(presets.glob("*.yaml"))) if presets else ""
-        parser.add_general_options(config=f"YAML or JSON file of options{known and ', or one of ' + known[2:]}")
-        return parser
-
-    def add_general_options(self, config: str = "") -> None:
-        """``--help`` and the other options that every command has; ``--config`` if there is a text for it."""
-        group = self.add_argument_group("general")
-        group.add_argument("-h", "--help", action="help", help="Show this text and end.")
-        version = "Show the versions of this program and its libraries."
-        group.add_argument("--version", action="version", help=version, version="")
-        if config:
-            # jsonargparse adds --print_config where it is told so, else beside the groups
-            group._print_config = "--print_config"  # type: ignore[attr-defined]
-            config_help = f"{config}; the command line wins."
-            group.add_argument("--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help=config_help)
-            printing = self._option_string_actions["--print_config"]
-            printing.help = "Print all options as a YAML file for --config, and end."
-        group.add_argument(
-            "--print_shtab",
-            action=_PrintCompletion,
-            dest=argparse.SUPPRESS,
-            default=argparse.SUPPRESS,
-            metavar="SHELL",
-            help="Print completions for bash, zsh, fish or tcsh, and end.",
-        )
+        start = "usage: "
+        width = shutil.get_terminal_size().columns - len(start)
+        lines = textwrap.wrap(f"{usage} [options]", width, break_long_words=False, break_on_hyphens=False)
+        self.usage = f"\n{' ' * len(start)}".join(lines).replace("%", "%%")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ValueError with the message as one sentence that names the option and the nearest name."""

@@ -30,8 +30,8 @@ def best_device() -> str:
 def keep_freed_memory() -> bool:
     """Has glibc keep freed memory for the next step; whether there is a glibc that does.
 
-    It would give each large block back to the system, which clears its pages each time they come again: a tenth of the
-    time of the demo's training steps. The setting is the whole process's, so command lines choose it and no class does.
+    Else the system takes each large block back, and clears its pages when they come again: a tenth of the time of the
+    demo's training steps. The setting is the whole process's, so command lines choose it and no class does.
     """
     library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if not hasattr(library, "gnu_get_libc_version"):
