@@ -17,7 +17,7 @@ from PIL import Image
 from ..pipelines.generation import ANIMATION_NAME, GRID_NAME, MANIFEST_NAME, make_manifest
 from ..pipelines.generation_options import GenerateOptions
 from ..pipelines.image_grid import image_grid, save_animation, to_image
-from .markup import done, gallery, note, progress, side_by_side
+from .markup import done, gallery, note, progress
 from .model_cache import ModelCache
 from .request import Form, Request, Step, read_form
 
@@ -71,11 +71,11 @@ def generate(form: Form, models: ModelCache) -> Generator[View, None, None]:
 
 
 def _galleries(requests: Sequence[Request], latest: Sequence[Step], finished: bool) -> str:
-    galleries = [
-        gallery(step.pixels, each.captions, each.options.seed, finished, beside=len(requests) > 1)
-        for step, each in zip(latest, requests, strict=True)
-    ]
-    return side_by_side(galleries, [each.title for each in requests])
+    shown, are_two = "", len(requests) > 1
+    for step, each in zip(latest, requests, strict=True):
+        title = each.title if are_two else ""
+        shown += gallery(step.pixels, each.captions, each.options.seed, finished, title)
+    return f'<div class="sides">{shown}</div>' if are_two else shown
 
 
 def write_files(requests: Sequence[Request], folder: Path) -> list[Path]:

@@ -18,14 +18,15 @@ from ..pipelines.image_grid import to_image
 _SIDES = ((1, 320, 320, 256, 128), (4, 192, 128, 160, 128), (12, 128, 96, 96, 64), (64, 96, 64, 64, 64))
 
 
-def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, beside: bool = False) -> str:
+def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, title: str = "") -> str:
     """Images, uint8 (images, height, width, channels), under their class names, which neighbours of one class share.
 
-    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images. The seed is the first's.
+    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images. The seed is the first's;
+    the title is that of one beside another.
     """
     height, width = pixels.shape[1:3]
     sides = next(each for each in _SIDES if len(pixels) <= each[0])
-    wide, narrow = (max(1, side // max(height, width)) for side in (sides[3:] if beside else sides[1:3]))
+    wide, narrow = (max(1, side // max(height, width)) for side in (sides[3:] if title else sides[1:3]))
     kind = {"format": "png"} if finished else {"format": "jpeg", "quality": 90, "subsampling": 0}
     figures = ""
     for caption, group in itertools.groupby(range(len(pixels)), key=lambda number: captions[number]):
@@ -38,16 +39,8 @@ def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bo
             images += f'<img src="{source}" alt="{name}, seed {seed + number}" decoding="sync">'
         figures += f'<figure><div>{images}</div><figcaption title="{name}">{name}</figcaption></figure>'
     style = f"--height:{height};--width:{width};--wide:{wide};--narrow:{narrow}"
-    return f'<div class="gallery" style="{style}">{figures}</div>'
-
-
-def side_by_side(galleries: Sequence[str], titles: Sequence[str]) -> str:
-    """Galleries under their titles; one alone has none."""
-    if len(galleries) == 1:
-        return galleries[0]
-    sides = zip(galleries, titles, strict=True)
-    sections = (f'<section class="side"><h2>{html.escape(title)}</h2>{each}</section>' for each, title in sides)
-    return f'<div class="sides">{"".join(sections)}</div>'
+    shown = f'<div class="gallery" style="{style}">{figures}</div>'
+    return f'<section class="side"><h2>{html.escape(title)}</h2>{shown}</section>' if title else shown
 
 
 def progress(number: int, total: int) -> str:

@@ -175,15 +175,11 @@ def _read_side(form: Form, models: ModelCache) -> Request:
         dtype=models.options.dtype,
         device=models.device,
     )
-    class_ids: list[int | None] = []
-    number = len(labels) * options.num_images_per_label
-    if number <= max_images:  # else there may be millions of classes to look up
-        class_ids = requested_class_ids(pipeline, options)
-        number = len(class_ids)
-    if number > max_images:
+    class_ids = requested_class_ids(pipeline, options)
+    if len(class_ids) > max_images:
         raise ValueError(
-            f"This is {number:,} images, but a request may ask for {max_images}: choose fewer classes, or fewer images"
-            " per class"
+            f"This is {len(class_ids):,} images, but a request may ask for {max_images}: choose fewer classes or"
+            " fewer images per class"
         )
     title = f"{type(pipeline.scheduler).__name__} of the model" if scheduler == OWN_SCHEDULER else scheduler
     if form["compare"] == TWO_SCALES:

@@ -140,9 +140,9 @@ def run_sub_commands(commands: Mapping[str, SubCommand], description: str, argv:
         if not words[0].startswith("-") and words[0] not in commands:
             raise ValueError(f"there is no {words[0]!r}: take one of {names}{perhaps(words[0], commands)}")
         if words[0] in commands and "--print_shtab" not in words:
-            options_class, command, description, example = commands[words[0]]
+            options_class, command, text, example = commands[words[0]]
             name = f"{program} {words[0]}"
-            return command, parse_options(options_class, description, words[1:], example, program=name)
+            return command, parse_options(options_class, text, words[1:], example, program=name)
         # only to print something, or to refuse what was said: parse_args does not return
         parser = Parser(program, description)
         parser.usage = f"{program} {{{','.join(commands)}}} [options]"

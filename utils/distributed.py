@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -18,20 +18,9 @@ def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], 
 
     A ValueError or OSError there is an `OtherRankError` in the others, so that it is said once.
     """
-    if accelerator.num_processes == 1:
-        return find()
-    outcome: list[Any] = [None, None]  # the result, and the text of an error: not every error can be sent
-    own_error = None
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = find()
-        except (ValueError, OSError) as error:
-            own_error, outcome[1] = error, str(error)
+    found = on_every_process(accelerator, lambda: find() if accelerator.is_main_process else None)
     # on a GPU this takes as much memory for a moment, which is less than the training of what a checkpoint holds
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise own_error or OtherRankError(outcome[1])
-    return outcome[0]
+    return cast(Result, broadcast_object_list([found])[0])
 
 
 def on_every_process(

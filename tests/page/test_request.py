@@ -7,11 +7,11 @@ from imagenet64_diffusion.pipelines.loading import scheduler_names
 from imagenet64_diffusion.tests.page.forms import form
 
 
-def test_a_good_form(models, limits):
+def test_a_good_form(models):
     """Whole numbers may come as floats."""
     changes = {"num_inference_steps": 4.0, "seed": 7.0, "guidance_begin": 0.2, "guidance_end": 0.9, "eta": 0.5}
     filled = form(models, class_labels=["2", "null", "tabby cat"], **changes)
-    [request] = read_form(filled, models, limits)
+    [request] = read_form(filled, models)
     assert request.class_ids == [2, 2, None, None, 0, 0]
     options = request.options
     assert (options.seed, options.num_inference_steps, options.guidance_scale) == (7, 4, 2.5)
@@ -49,37 +49,37 @@ def test_a_good_form(models, limits):
         ({"num_inference_steps": 20, "compare": TWO_SCALES}, "This takes 480 evaluations"),
     ],
 )
-def test_a_bad_form(models, limits, changes, message):
+def test_a_bad_form(models, changes, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
-        read_form(form(models, **changes), models, limits)
+        read_form(form(models, **changes), models)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_just_allowed(models, limits):
+def test_what_is_just_allowed(models):
     """400 evaluations, 12 images: 4 images in 50 guided steps, and 12 images in 33 unguided ones."""
     guided = {"class_labels": ["0", "1"], "num_inference_steps": 50}
     unguided = {"class_labels": ["all"], "num_images_per_label": 4, "num_inference_steps": 33, "guidance_scale": 1}
     for changes, number in ((guided, 4), (unguided, 12)):
-        assert len(read_form(form(models, **changes), models, limits)[0].class_ids) == number
+        assert len(read_form(form(models, **changes), models)[0].class_ids) == number
 
 
-def test_two_schedulers_or_guidance_scales_with_the_same_noise(models, limits):
-    left, right = read_form(form(models, compare=TWO_SCHEDULERS, eta=0.5), models, limits)
+def test_two_schedulers_or_guidance_scales_with_the_same_noise(models):
+    left, right = read_form(form(models, compare=TWO_SCHEDULERS, eta=0.5), models)
     assert (left.title, right.title) == ("EtaDDIMScheduler of the model", "DPMSolverMultistepScheduler")
     assert type(right.pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert left.options.seed == right.options.seed == 7
     # which DPMSolverMultistep does not have
     assert (left.options.eta, right.options.eta) == (0.5, 0.0)
-    left, right = read_form(form(models, compare=TWO_SCALES), models, limits)
+    left, right = read_form(form(models, compare=TWO_SCALES), models)
     assert (left.options.guidance_scale, right.options.guidance_scale) == (2.5, 4.0)
     assert (left.title, right.title) == ("guidance 2.5", "guidance 4")
 
 
-def test_every_scheduler_of_the_list_is_taken(models, limits):
+def test_every_scheduler_of_the_list_is_taken(models):
     names = scheduler_names()
     assert names[:2] == ["EtaDDIMScheduler", "LearnedVarianceDDPMScheduler"]
     assert len(names) == len(set(names)) >= 18
     for name in names:
-        [request] = read_form(form(models, scheduler=name), models, limits)
+        [request] = read_form(form(models, scheduler=name), models)
         assert type(request.pipeline.scheduler).__name__ == name
