@@ -14,10 +14,10 @@ from imagenet64_diffusion.utils.command_line import StoppedBySignalError, run_co
 
 
 def serve(options: AppOptions) -> None:
-    """Serves the page until the process is told to end by a signal, StoppedBySignalError.
+    """Serves the page until a signal tells the process to end, StoppedBySignalError.
 
-    Files go to a temporary folder, which is removed in the end, and to the Hub's cache where a Hub id is opened.
-    ValueError or OSError if a model cannot be opened or the address is taken, ImportError if gradio is not installed.
+    Its files are in a temporary folder, which is removed in the end. ValueError or OSError if a model cannot be opened
+    or the address is taken, ImportError if gradio is not installed.
     """
 
     def stop(number: int, frame: Any) -> None:
@@ -41,19 +41,10 @@ def serve(options: AppOptions) -> None:
         page = build_page(ModelCache(options))
         stack.callback(end_all)
         stack.callback(page.close, verbose=False)
-        page.launch(
-            server_name=options.host,
-            server_port=options.port,
-            share=options.share or None,
-            theme=THEME,
-            css_paths=STYLE,
-            footer_links=[],
-            ssr_mode=False,
-            enable_monitoring=False,
-            max_file_size=1,  # byte: nothing is uploaded to this page
-            prevent_thread_lock=True,
-            quiet=True,
-        )
+        address = {"server_name": options.host, "server_port": options.port, "share": options.share or None}
+        look = {"theme": THEME, "css_paths": STYLE, "footer_links": [], "ssr_mode": False, "quiet": True}
+        # of one byte: nothing is uploaded to this page
+        page.launch(**address, **look, max_file_size=1, enable_monitoring=False, prevent_thread_lock=True)
         print(f"the page is at {page.share_url or page.local_url}", flush=True)
         threading.Event().wait()
 

@@ -48,8 +48,8 @@ def generate(form: Form, models: ModelCache) -> Generator[View, None, None]:
             for steps in itertools.zip_longest(*iterators):
                 # one that has come to its end stays as it is
                 latest = [new or old for new, old in itertools.zip_longest(steps, latest)]
-                if time.monotonic() - shown >= _SECONDS_BETWEEN_IMAGES or latest[0].number == 1:
-                    shown, (number, total, _) = time.monotonic(), max(latest, key=lambda step: step.total)
+                if time.monotonic() - shown >= _SECONDS_BETWEEN_IMAGES or latest[0][0] == 1:
+                    shown, (number, total, _) = time.monotonic(), max(latest, key=lambda step: step[1])
                     images, files = _galleries(requests, latest, finished=False), []
                     yield View(progress(number, total), images, files)
         number, seconds = sum(len(each.images) for each in requests), time.monotonic() - started
@@ -72,9 +72,8 @@ def generate(form: Form, models: ModelCache) -> Generator[View, None, None]:
 
 def _galleries(requests: Sequence[Request], latest: Sequence[Step], finished: bool) -> str:
     shown, are_two = "", len(requests) > 1
-    for step, each in zip(latest, requests, strict=True):
-        title = each.title if are_two else ""
-        shown += gallery(step.pixels, each.captions, each.options.seed, finished, title)
+    for (_, _, pixels), each in zip(latest, requests, strict=True):
+        shown += gallery(pixels, each.captions, each.options.seed, finished, each.title if are_two else "")
     return f'<div class="sides">{shown}</div>' if are_two else shown
 
 

@@ -79,16 +79,11 @@ def build_page(models: ModelCache) -> gr.Blocks:
                 eta = gr.Slider(visible=any(takes_eta(models.pipeline(name), each) for each in schedulers))
             return [eta, gr.Dropdown(visible=compare == TWO_SCHEDULERS), gr.Number(visible=compare == TWO_SCALES)]
 
-        running = start.click(
-            on_generate,
-            list(controls.values()),
-            [status, images, *downloads],
-            show_progress="minimal",
-            show_progress_on=[status],
-            preprocess=False,  # all that comes is checked in one place
-            trigger_mode="once",
-            api_visibility="private",
-        )
+        shown: list[Any] = [status, images, *downloads]
+        progress: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": [status], "trigger_mode": "once"}
+        # all that comes is checked in one place: preprocess=False
+        asked = list(controls.values())
+        running = start.click(on_generate, asked, shown, preprocess=False, api_visibility="private", **progress)
         start.click(None, None, None, js=_SHOW_IMAGES, **_QUIET)
         # afterwards, or a last image that was on its way would have the last word
         stopped = stop.click(None, None, None, cancels=[running], **_QUIET)
@@ -96,8 +91,8 @@ def build_page(models: ModelCache) -> gr.Blocks:
         opened = [about, controls["class_labels"], status]
         controls["model"].change(on_model, controls["model"], opened, preprocess=False, **_QUIET)
         chosen = [controls[name] for name in ("model", "scheduler", "other_scheduler", "compare")]
-        shown = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
-        gr.on([each.change for each in chosen], on_choice, chosen, shown, preprocess=False, **_QUIET)
+        hidden = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
+        gr.on([each.change for each in chosen], on_choice, chosen, hidden, preprocess=False, **_QUIET)
     limits = models.options
     return page.queue(max_size=limits.max_queue, default_concurrency_limit=limits.max_concurrent, api_open=False)
 

@@ -28,10 +28,7 @@ class ModelCache:
         self._entry: Callable[..., Any] = cache(lambda name: (threading.Lock(), []))
 
     def pipeline(self, name: str) -> ClassConditionalPipeline:
-        """A pipeline of its own on the shared network, whose scheduler may be changed and stepped.
-
-        ValueError if the page does not take the name or there is no such pipeline, OSError if nothing has that name.
-        """
+        """A pipeline of its own on the shared network; ValueError or OSError where the name is not of one to open."""
         if not isinstance(name, str) or not name.strip():
             raise ValueError("Model is empty: choose one")
         if name not in self.names and not self.takes_any:

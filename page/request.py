@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,16 +27,10 @@ MAX_SEED = 2**32 - 1
 _MAX_FRAMES = 100  # an animation of more would be too large to download
 # What the controls of the page hold, by the names of `build_page`, as it comes from a browser: anything.
 Form = Mapping[str, Any]
+# Its number, how many there are, and the images after it: uint8, (images, height, width, channels).
+Step = tuple[int, int, np.ndarray]
 # What ends each request that is being sampled.
 _running: set[Callable[[], None]] = set()
-
-
-class Step(NamedTuple):
-    """The images after denoising step ``number`` of ``total``: uint8, (images, height, width, channels)."""
-
-    number: int
-    total: int
-    pixels: np.ndarray
 
 
 @dataclass
@@ -68,7 +62,7 @@ class Request:
             # counted from the last one, which is always there
             if (total - 1 - step) % math.ceil(total / _MAX_FRAMES) == 0:
                 self.frames.append(pixels)
-            taken.put(Step(step + 1, total, pixels))
+            taken.put((step + 1, total, pixels))
             wanted.acquire()  # an iterator that nobody takes from holds the network back
             if abandoned.is_set():
                 raise CancelledError

@@ -23,8 +23,8 @@ from ..pipelines.model_card import push_folder, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, settle_folder
 from ..utils.command_line import OtherRankError, StoppedBySignalError
-from ..utils.distributed import on_main_process
 from ..utils.devices import keep_freed_memory
+from ..utils.distributed import on_main_process
 from ..utils.nearest_names import perhaps
 from .checkpoints import Progress, find_checkpoints, remove_old_checkpoints, save_checkpoint, set_aside, write_errors
 from .components import build_lr_scheduler, build_optimizer, build_scheduler, build_unet, image_batches, training_size

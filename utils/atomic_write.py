@@ -70,10 +70,7 @@ def lock_path(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def only_writer(folder: str | Path, waiting_seconds: float = 0.0) -> Iterator[None]:
-    """Keeps two processes from writing one folder, by a lock that ends with its process, however that ends.
-
-    OSError if another process still writes to it after ``waiting_seconds``, or none can.
-    """
+    """Keeps others from writing the folder, which is an OSError there; the system drops a killed one's lock."""
     import filelock
 
     folder = Path(folder)

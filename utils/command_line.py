@@ -50,13 +50,10 @@ class OtherRankError(ValueError):
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:
-    """A field of a dataclass of options; one without a default is required.
+    """A field of a dataclass of options, required if it has no default, with its text in ``--help``.
 
-    Args:
-        default: Its default; each instance has a copy of a list.
-        help: What ``--help`` says, which adds the default where this does not speak of it.
-        metadata: ``group``, the heading in ``--help``; ``metavar``; ``choices``; ``nargs``, the length of a list;
-            ``at_least``, ``above``, ``at_most`` and ``below``, its range.
+    Metadata are ``group``, the heading in ``--help``; ``metavar``; ``choices``; ``nargs``, the length of a list;
+    ``at_least``, ``above``, ``at_most`` and ``below``, its range.
     """
     metadata["help"] = help
     if isinstance(default, list):
@@ -65,10 +62,7 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) 
 
 
 class CheckedOptions:
-    """Base of the dataclasses of options: their values are checked however they are made.
-
-    A subclass with a ``__post_init__`` of its own calls this one's first.
-    """
+    """Base of the dataclasses of options: their values are checked however they are made."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range or choices, or an empty one that is required."""
@@ -116,16 +110,8 @@ def run_command(
 ) -> int:
     """Parses the command line, runs the command, and turns what goes wrong into a sentence and an exit code.
 
-    Args:
-        options_class: Dataclass of the options; see `option`.
-        command: The function behind the command line.
-        description: What the command does, for ``--help``.
-        argv: The arguments; by default those of the process.
-        example: Arguments that it might be called with, for ``--help``; each line after the first continues it.
-        presets: Folder of YAML files of options that ``--config`` also takes by their names.
-
-    Returns:
-        The exit code, see `EXIT_CODES`; SystemExit is raised after ``--help`` and what else only prints something.
+    ``--help`` shows the example, arguments on one line or several. ``--config`` also takes the names of the YAML files
+    in the folder ``presets``. SystemExit is raised after ``--help`` and what else only prints something.
     """
     return _run(lambda words: (command, parse_options(options_class, description, words, example, presets)), argv)
 

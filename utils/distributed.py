@@ -14,22 +14,16 @@ Result = TypeVar("Result")
 
 
 def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], Result]) -> Result:
-    """What the main process finds, given to every process: picklable, its tensors on the CPU.
-
-    A ValueError or OSError there is an `OtherRankError` in the others, so that it is said once.
-    """
+    """What the main process finds, given to every process: picklable, its tensors on the CPU."""
     found = on_every_process(accelerator, lambda: find() if accelerator.is_main_process else None)
     # on a GPU this takes as much memory for a moment, which is less than the training of what a checkpoint holds
-    return cast(Result, broadcast_object_list([found])[0])
+    return broadcast_object_list([found])[0]
 
 
 def on_every_process(
     accelerator: Accelerator | PartialState, find: Callable[[], Result], in_turn: bool = False
 ) -> Result:
-    """What each process finds; if one raises ValueError or OSError, all do, the others `OtherRankError`.
-
-    With ``in_turn`` the others of a machine begin when its first process is done.
-    """
+    """What each process finds, the first of a machine first if ``in_turn``; ValueError and OSError are raised in all."""
     if accelerator.num_processes == 1:
         return find()
     found, own_error = None, None
@@ -44,5 +38,5 @@ def on_every_process(
         return cast(Result, found)
     number, message = next(iter(failed.items()))
     if not accelerator.is_main_process:
-        raise OtherRankError(message)
+        raise OtherRankError(message)  # so that it is said once
     raise own_error or ValueError(f"process {number} of {accelerator.num_processes}: {message}")

@@ -33,7 +33,7 @@ def pixels_of(content):
 def comparable(name, content):
     """Images as pixels, a manifest without where it was sampled and written to."""
     if not name.endswith("json"):
-        return pixels_of(content).shape, pixels_of(content).tobytes()
+        return pixels_of(content).tolist()
     manifest = json.loads(content)
     for option in ("device", "output_dir"):
         del manifest["options"][option]
@@ -49,10 +49,9 @@ def archived(files):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"eta": 0.5, "guidance_begin": 0.25, "guidance_end": 0.75, "num_inference_steps": 8},
+        {"eta": 0.5, "guidance_begin": 0.25, "guidance_end": 0.75, "class_labels": ["tabby, tabby cat", "2"]},
         {"scheduler": "DPMSolverMultistepScheduler", "guidance_scale": 1, "eta": 0.3},
         {"scheduler": "HeunDiscreteScheduler", "class_labels": ["all"]},
-        {"class_labels": ["tabby, tabby cat", "2"]},
     ],
 )
 def test_the_command_line_that_is_shown(models, tmp_path, changes):
@@ -64,8 +63,8 @@ def test_the_command_line_that_is_shown(models, tmp_path, changes):
     assert generate_main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
     expected = {file.name: comparable(file.name, file.read_bytes()) for file in (tmp_path / "out").iterdir()}
     assert archived(files) == expected
-    assert {name: comparable(name, files[name]) for name in files.keys() & expected.keys()}.items() <= expected.items()
-    assert len(files.keys() & expected.keys()) == 3
+    for name in ("grid.png", "denoising.gif", "manifest.json"):
+        assert comparable(name, files[name]) == expected[name]
 
 
 def test_images_come_while_it_samples(models, monkeypatch):
@@ -93,10 +92,8 @@ def test_two_schedulers_beside_each_other(models):
     # both grids, unchanged, in one image
     whole = pixels_of(files["grid.png"])[0]
     for side, left in (("left", 2), ("right", whole.shape[1] // 2 + 1)):
-        shape, content = sides[side]["grid.png"]
-        grid = np.frombuffer(content, np.uint8).reshape(shape)[0]
-        height, width = grid.shape[:2]
-        assert np.array_equal(whole[2 : 2 + height, left : left + width], grid)
+        [grid] = np.array(sides[side]["grid.png"])
+        assert np.array_equal(whole[2 : 2 + grid.shape[0], left : left + grid.shape[1]], grid)
     assert len(pixels_of(files["denoising.gif"])) == 7
 
 
@@ -104,8 +101,8 @@ def test_an_animation_of_many_steps_has_the_last_one(models, monkeypatch):
     monkeypatch.setattr(request, "_MAX_FRAMES", 4)
     [sampled] = read_form(form(models, num_inference_steps=11), models)
     steps = list(sampled.steps())
-    assert [step.number for step in steps] == list(range(1, 12))
-    assert np.array_equal(np.stack(sampled.frames), np.stack([steps[index].pixels for index in (1, 4, 7, 10)]))
+    assert [number for number, _, _ in steps] == list(range(1, 12))
+    assert np.array_equal(np.stack(sampled.frames), np.stack([steps[index][2] for index in (1, 4, 7, 10)]))
 
 
 def test_a_network_without_classes(tmp_path):
@@ -118,17 +115,16 @@ def test_a_network_without_classes(tmp_path):
 def test_requests_at_the_same_time_do_not_see_each_other(models):
     """Different schedulers, steps, clipping and batch shapes on one network."""
     requests = [
-        form(models, num_inference_steps=9, eta=0.7),
-        form(models, scheduler="DPMSolverMultistepScheduler", num_inference_steps=6, num_images_per_label=1),
+        form(models, num_inference_steps=6, eta=0.7),
         form(models, scheduler="EulerDiscreteScheduler", class_labels=["null"], num_images_per_label=5),
-        form(models, compare=TWO_SCHEDULERS, other_scheduler="LearnedVarianceDDPMScheduler", num_inference_steps=5),
+        form(models, compare=TWO_SCHEDULERS, other_scheduler="LearnedVarianceDDPMScheduler", num_inference_steps=3),
     ]
 
     def run(filled):
         return archived(generate_all(filled, models)[1])
 
     alone = list(map(run, requests))
-    with ThreadPoolExecutor(4) as people:
+    with ThreadPoolExecutor(3) as people:
         assert list(people.map(run, requests)) == alone
 
 
@@ -154,7 +150,7 @@ class TestStopping:
         asked, calls = sampled
         unet, steps = asked.pipeline.unet, asked.steps()
         next(steps)
-        assert unet.conv_in.cached is not None
+        assert "forward" in vars(unet.conv_in)  # of `cached_weights`
         assert calls[2].wait(timeout=60)
         assert not calls[3].wait(timeout=0.5)
         if end == "close":
@@ -162,7 +158,7 @@ class TestStopping:
         del steps
         self.wait_for_the_end()
         assert not calls[3].is_set()
-        assert unet.conv_in.cached is None
+        assert "forward" not in vars(unet.conv_in)
 
     def test_the_process_ends(self, sampled):
         steps = sampled[0].steps()
