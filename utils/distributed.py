@@ -23,7 +23,7 @@ def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], 
 def on_every_process(
     accelerator: Accelerator | PartialState, find: Callable[[], Result], in_turn: bool = False
 ) -> Result:
-    """What each process finds, the first of a machine first if ``in_turn``; ValueError and OSError are raised in all."""
+    """What each process finds, a machine's first one before the others if ``in_turn``; if one raises, all do."""
     if accelerator.num_processes == 1:
         return find()
     found, own_error = None, None
