@@ -223,8 +223,8 @@ class _Kind:
         self.several = typing.get_origin(hint) is list
         (self.value,) = typing.get_args(hint) if self.several else (hint,)
         self.choices = tuple(metadata.get("choices", ()))
-        usual = f"{{{','.join(self.choices)}}}" if self.choices else _METAVARS.get(self.value)
-        self.metavar = metadata.get("metavar", usual)
+        listed = f"{{{','.join(self.choices)}}}" if self.choices else _METAVARS.get(self.value)
+        self.metavar = metadata.get("metavar", listed)
         self.count = metadata.get("nargs", "+") if self.several else None
 
     def refusal(self, value: Any) -> str:

@@ -19,7 +19,7 @@ def browser(request, chromium, server):
     sent = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
     hosts = {urlparse(address).netloc for address in sent if address.startswith(("http", "ws"))}
     assert hosts == {urlparse(server.address).netloc}
-    assert server.calls == ""
+    assert (server.folder / "watched").read_text() == ""
 
 
 def test_generate_a_class_that_is_searched_for(browser):
