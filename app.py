@@ -41,8 +41,18 @@ def serve(options: AppOptions) -> None:
         page = build_page(ModelCache(options))
         stack.callback(end_all)
         stack.callback(page.close, verbose=False)
-        address = {"server_name": options.host, "server_port": options.port, "share": options.share or None}
-        look = {"theme": THEME, "css_paths": STYLE, "footer_links": [], "ssr_mode": False, "quiet": True}
+        address: dict[str, Any] = {
+            "server_name": options.host,
+            "server_port": options.port,
+            "share": options.share or None,
+        }
+        look: dict[str, Any] = {
+            "theme": THEME,
+            "css_paths": STYLE,
+            "footer_links": [],
+            "ssr_mode": False,
+            "quiet": True,
+        }
         # of one byte: nothing is uploaded to this page
         page.launch(**address, **look, max_file_size=1, enable_monitoring=False, prevent_thread_lock=True)
         print(f"the page is at {page.share_url or page.local_url}", flush=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Gives an empty folder to write to, which takes the place of ``folder`` when the block ends without an error.
 
-    A process that is killed at any moment leaves the old folder, or the new one, or for an instant neither but the old
-    one under its hidden name beside it, which the next call puts back.
+    A process that is killed leaves the old folder or the new one, or the old one hidden beside its place, which the
+    next call puts back.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

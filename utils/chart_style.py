@@ -1,14 +1,10 @@
 """What the charts of this package have in common: colours, axes, and how they are saved."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .atomic_write import atomic_file
 
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Of Okabe and Ito's colours, which the colour-blind can tell apart, those that stand out from white.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -18,7 +14,7 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, BLACK)
 DPI = 100
 
 
-def finish_axes(axes: "Axes", label: str, limits: tuple[float, float] | None, may_be_logarithmic: bool = True) -> None:
+def finish_axes(axes: Any, label: str, limits: tuple[float, float] | None, may_be_logarithmic: bool = True) -> None:
     """Label, grid and y-limits, some room around the least and greatest value; logarithmic if these are far apart."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -42,7 +38,7 @@ def finish_axes(axes: "Axes", label: str, limits: tuple[float, float] | None, ma
         axes.set_ylim(low - room, high + 1.5 * room)
 
 
-def save_figure(figure: "Figure", file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
     """Writes an image in the format that the file's ending names; the same figure makes the same bytes again."""
     with atomic_file(file) as writing:
         figure.savefig(writing, metadata={"Date": None} if file.suffix == ".svg" else None)

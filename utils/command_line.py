@@ -261,7 +261,7 @@ class Parser(jsonargparse.ArgumentParser):
         if example:
             called = f"{'python ' if program.split()[0].endswith('.py') else ''}{program} {example}"
             epilog = "Example:\n\n    " + called.replace("\n", " \\\n        ") + f"\n\n{EXIT_CODES}"
-        texts = {"prog": program, "description": description, "epilog": epilog}
+        texts: dict[str, Any] = {"prog": program, "description": description, "epilog": epilog}
         super().__init__(formatter_class=_HelpFormatter, add_help=False, allow_abbrev=False, **texts)
         self.kinds: dict[str, _Kind] = {}
         self.usage = f"{program} [options]"
@@ -279,7 +279,7 @@ class Parser(jsonargparse.ArgumentParser):
             group.add_argument("--config", action=jsonargparse.ActionConfigFile, metavar="FILE", help=config)
             printing = self._option_string_actions["--print_config"]
             printing.help = "Print all options as a YAML file for --config, and end."
-        nothing = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "metavar": "SHELL"}
+        nothing: dict[str, Any] = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "metavar": "SHELL"}
         shells = "Print completions for bash, zsh, fish or tcsh, and end."
         group.add_argument("--print_shtab", action=_PrintCompletion, help=shells, **nothing)
 
@@ -309,10 +309,9 @@ class Parser(jsonargparse.ArgumentParser):
                 described |= {"nargs": kind.count} if kind.several else {}
             groups[title].add_argument(f"--{item.name}", **described)
         # argparse wraps only a usage that it has made itself
-        start = "usage: "
-        width = shutil.get_terminal_size().columns - len(start)
-        lines = textwrap.wrap(f"{usage} [options]", width, break_long_words=False, break_on_hyphens=False)
-        self.usage = f"\n{' ' * len(start)}".join(lines).replace("%", "%%")
+        indent, width = " " * len("usage: "), shutil.get_terminal_size().columns
+        wrapped = textwrap.fill(f"usage: {usage} [options]", width, subsequent_indent=indent, break_on_hyphens=False)
+        self.usage = wrapped.removeprefix("usage: ").replace("%", "%%")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ValueError with the message as one sentence that names the option and the nearest name."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def keep_freed_memory() -> bool:
     Else the system takes each large block back, and clears its pages when they come again: a tenth of the time of the
     demo's training steps. The setting is the whole process's, so command lines choose it and no class does.
     """
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    library: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of mallopt(3): no block of its own for a large request; give nothing
