@@ -41,20 +41,11 @@ def serve(options: AppOptions) -> None:
         page = build_page(ModelCache(options))
         stack.callback(end_all)
         stack.callback(page.close, verbose=False)
-        address: dict[str, Any] = {
-            "server_name": options.host,
-            "server_port": options.port,
-            "share": options.share or None,
-        }
-        look: dict[str, Any] = {
-            "theme": THEME,
-            "css_paths": STYLE,
-            "footer_links": [],
-            "ssr_mode": False,
-            "quiet": True,
-        }
-        # of one byte: nothing is uploaded to this page
-        page.launch(**address, **look, max_file_size=1, enable_monitoring=False, prevent_thread_lock=True)
+        address: dict[str, Any] = {"server_name": options.host, "server_port": options.port}
+        look: dict[str, Any] = {"theme": THEME, "css_paths": STYLE, "footer_links": [], "quiet": True}
+        running: dict[str, Any] = {"ssr_mode": False, "enable_monitoring": False, "prevent_thread_lock": True}
+        # max_file_size is one byte: nothing is uploaded to this page
+        page.launch(share=options.share or None, max_file_size=1, **address, **look, **running)
         print(f"the page is at {page.share_url or page.local_url}", flush=True)
         threading.Event().wait()
 
