@@ -139,6 +139,7 @@ class TestStopping:
         hook = asked.pipeline.unet.register_forward_pre_hook(lambda *_: next(waiting).set())
         yield asked, calls
         hook.remove()
+        request.end_all()  # a test that fails would leave its thread waiting, and the process with it
 
     @staticmethod
     def wait_for_the_end():
