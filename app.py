@@ -14,15 +14,10 @@ from imagenet64_diffusion.utils.command_line import StoppedBySignalError, run_co
 
 
 def serve(options: AppOptions) -> None:
-    """Serves the page until the process is told to end, see `AppOptions`.
+    """Serves the page until a signal tells the process to end, StoppedBySignalError.
 
-    Files are written to a temporary folder, which is removed in the end, and to the Hub's cache where a Hub id is
-    opened.
-
-    Raises:
-        ValueError, OSError: If a model cannot be opened or the address is taken.
-        ImportError: If gradio is not installed.
-        StoppedBySignalError: When it is told to end.
+    Its files are in a temporary folder, which is removed in the end. ValueError or OSError if a model cannot be opened
+    or the address is taken, ImportError if gradio is not installed.
     """
 
     def stop(number: int, frame: Any) -> None:
@@ -39,29 +34,18 @@ def serve(options: AppOptions) -> None:
         except ImportError as error:
             raise ImportError('the page needs gradio: pip install "imagenet64-diffusion[app]"') from error
         # torch and diffusers take seconds to import, which --help should not
-        from imagenet64_diffusion.page.generation import end_all
         from imagenet64_diffusion.page.layout import STYLE, THEME, build_page
         from imagenet64_diffusion.page.model_cache import ModelCache
-        from imagenet64_diffusion.utils.devices import best_device
+        from imagenet64_diffusion.page.request import end_all
 
-        device = options.device or best_device()
-        models = ModelCache(options.model, options.takes_any_model, device, options.dtype, options.max_loaded_models)
-        page = build_page(models, options)
+        page = build_page(ModelCache(options))
         stack.callback(end_all)
         stack.callback(page.close, verbose=False)
-        page.launch(
-            server_name=options.host,
-            server_port=options.port,
-            share=options.share or None,
-            theme=THEME,
-            css_paths=STYLE,
-            footer_links=[],
-            ssr_mode=False,
-            enable_monitoring=False,
-            max_file_size=1,  # byte: nothing is uploaded to this page
-            prevent_thread_lock=True,
-            quiet=True,
-        )
+        address: dict[str, Any] = {"server_name": options.host, "server_port": options.port}
+        look: dict[str, Any] = {"theme": THEME, "css_paths": STYLE, "footer_links": [], "quiet": True}
+        running: dict[str, Any] = {"ssr_mode": False, "enable_monitoring": False, "prevent_thread_lock": True}
+        # max_file_size is one byte: nothing is uploaded to this page
+        page.launch(share=options.share or None, max_file_size=1, **address, **look, **running)
         print(f"the page is at {page.share_url or page.local_url}", flush=True)
         threading.Event().wait()
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from imagenet64_diffusion.utils.command_line import CheckedOptions, option, option_list, run_command
+from imagenet64_diffusion.utils.command_line import CheckedOptions, option, run_command
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class PrepareOptions(CheckedOptions):
         group="source",
         metavar="KIND",
     )
-    input: list[str] = option_list(
+    input: list[str] = option(
         [],
         "Files or folders to read; for a dataset its id or folder (and a configuration); none for mnist.",
         group="source",

@@ -21,7 +21,7 @@ from imagenet64_diffusion.training.components import build_optimizer
 from imagenet64_diffusion.training.cost import estimate_cost
 from imagenet64_diffusion.training.objectives import HybridLoss
 from imagenet64_diffusion.training.options import TrainOptions
-from imagenet64_diffusion.utils.memory import keep_freed_memory
+from imagenet64_diffusion.utils.devices import keep_freed_memory
 
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast"}

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ..pipelines.generation_options import GenerateOptions, SamplerOptions, check_class_labels
-from ..utils.command_line import CheckedOptions, option, option_list
+from ..utils.command_line import CheckedOptions, option
 from .metrics import METRICS
 
 
@@ -24,7 +24,7 @@ def _as_generate(name: str, default: Any = MISSING, **changes: Any) -> Any:
     """The option that generate_images.py has by this name, with another default, help or group."""
     item = GenerateOptions.__dataclass_fields__[name]
     default = item.default if default is MISSING else default
-    return (option_list if isinstance(default, list) else option)(default, **{**item.metadata, **changes})
+    return option(default, **{**item.metadata, **changes})
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ class SamplingOptions(CheckedOptions):
     """Which images are sampled; the names are those of generate_images.py."""
 
     num_images: int = _images(50_000, "How many are sampled. Numbers compare only between equal ones.", at_least=1)
-    class_labels: list[str] = option_list(
+    class_labels: list[str] = option(
         ["uniform"],
         "uniform: every class as often; frequencies: as in train_data_dir; or classes by id or name, null for none.",
         group="images",
@@ -118,7 +118,7 @@ class ScoreOptions(CheckedOptions):
     reference: str = _folder(help="Folder that reference has written, or the .npz of it alone.", group="evaluations")
     model: str = _folder(help="Folder that model has written; likewise.", group="evaluations")
     output: str | None = _output(None, "JSON file for the numbers (default: scores.json in model).", metavar="FILE")
-    metrics: list[str] = option_list(
+    metrics: list[str] = option(
         ["all"],
         f"all: what the two evaluations allow; or some of {', '.join(METRICS)}. fid is the Frechet distance of the"
         " protocol's features: with dinov2 it is FD-DINOv2.",

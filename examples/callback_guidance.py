@@ -35,19 +35,19 @@ def main() -> None:
         return {}  # {"latents": ...} would replace the images
 
     def generate(guidance_scale: float, **callback: Any) -> list:
-        generator = [torch.Generator().manual_seed(seed) for seed in class_labels]
-        arguments = {"guidance_scale": guidance_scale, "num_inference_steps": options.num_inference_steps}
-        return pipeline(class_labels, generator=generator, **arguments, **callback).images
+        callback["generator"] = [torch.Generator().manual_seed(seed) for seed in class_labels]
+        steps = options.num_inference_steps
+        return pipeline(class_labels, guidance_scale=guidance_scale, num_inference_steps=steps, **callback).images
 
     wanted = ("latents", "pred_original_sample")
-    constant = generate(options.guidance_scale)
-    falling = generate(highest, callback_on_step_end=lower_guidance, callback_on_step_end_tensor_inputs=wanted)
+    images = generate(options.guidance_scale)
+    images += generate(highest, callback_on_step_end=lower_guidance, callback_on_step_end_tensor_inputs=wanted)
     print(f"noise in the images, after the first and the last step: {changes[0]:.2f} and {changes[-1]:.2f}")
     print(f"guidance scale, after the first and the last step: {highest:g} and {pipeline.guidance_scale:g}")
 
-    captions = [f"guidance {options.guidance_scale:g}"] * len(constant) + [f"{highest:g} to 1"] * len(falling)
+    captions = [text for text in (f"guidance {options.guidance_scale:g}", f"{highest:g} to 1") for _ in class_labels]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid([*constant, *falling], captions, columns=options.num_classes).save(options.output)
+    image_grid(images, captions, columns=options.num_classes).save(options.output)
     print(f"both are in {options.output}")
 
 

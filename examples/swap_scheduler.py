@@ -26,30 +26,25 @@ def main() -> None:
     pipeline = ClassConditionalPipeline.from_pretrained(options.model)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     class_labels = list(range(options.num_classes))
+    images, captions = [], []
 
-    def generate(num_inference_steps: int) -> list:
+    def add_row(name: str, steps: int) -> None:
         # a new generator with the same seed for each image, so that every row starts from the same noise
-        generator = [torch.Generator().manual_seed(seed) for seed in class_labels]
-        return pipeline(
-            class_labels,
-            guidance_scale=options.guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-        ).images
+        arguments = {"generator": [torch.Generator().manual_seed(seed) for seed in class_labels]}
+        arguments |= {"guidance_scale": options.guidance_scale, "num_inference_steps": steps}
+        images.extend(pipeline(class_labels, **arguments).images)
+        captions.extend([f"{name}, {steps} steps"] * len(class_labels))
 
     # what all of them are after: the pipeline's own scheduler with many steps
-    own = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
-    rows = {f"{own}, {options.num_reference_steps} steps": generate(options.num_reference_steps)}
+    add_row(type(pipeline.scheduler).__name__.removesuffix("Scheduler"), options.num_reference_steps)
     for name in options.schedulers:
         # with plain diffusers: pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
         swap_scheduler(pipeline, name)
-        rows[f"{name}, {options.num_inference_steps} steps"] = generate(options.num_inference_steps)
+        add_row(name, options.num_inference_steps)
 
-    images = [image for row in rows.values() for image in row]
-    captions = [caption for caption, row in rows.items() for _ in row]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images, captions, columns=options.num_classes).save(options.output)
-    print(f"{len(rows)} schedulers are in {options.output}")
+    print(f"{1 + len(options.schedulers)} schedulers are in {options.output}")
 
 
 if __name__ == "__main__":

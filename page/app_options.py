@@ -5,10 +5,10 @@ import ipaddress
 import os
 from dataclasses import dataclass
 
-from ..utils.command_line import CheckedOptions, option, option_list
+from ..utils.command_line import CheckedOptions, option
 
 
-_address = functools.partial(option, None, group="address")
+_address = functools.partial(option, group="address")
 _model = functools.partial(option, group="model")
 _limit = functools.partial(option, group="limits", at_least=1)
 
@@ -17,10 +17,9 @@ _limit = functools.partial(option, group="limits", at_least=1)
 class AppOptions(CheckedOptions):
     """Options of the page. The help texts say what each one is."""
 
-    model: list[str] = option_list(
+    model: list[str] = _model(
         [],
         "Pipeline folders or Hub ids to choose from (default: the handwritten digits that travel with this program).",
-        group="model",
         metavar="MODEL",
     )
     allow_any_model: bool | None = _model(
@@ -35,15 +34,14 @@ class AppOptions(CheckedOptions):
     )
 
     host: str | None = _address(
+        None,
         "Address to listen on (default: GRADIO_SERVER_NAME, else 127.0.0.1, which is this machine alone).",
         metavar="HOST",
     )
     port: int | None = _address(
-        "Port (default: GRADIO_SERVER_PORT, else the first free one from 7860).", at_least=1, at_most=65_535
+        None, "Port (default: GRADIO_SERVER_PORT, else the first free one from 7860).", at_least=1, at_most=65_535
     )
-    share: bool = option(
-        False, "Ask Gradio's servers for a public address, through which everything then goes.", group="address"
-    )
+    share: bool = _address(False, "Ask Gradio's servers for a public address, through which everything then goes.")
 
     # a request is one batch, as in generate_images.py by default: so they are the same images
     max_images: int = _limit(36, "Most images of a request, from 1 to 64.", at_most=64)

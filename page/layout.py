@@ -11,9 +11,8 @@ import gradio as gr
 from ..pipelines.generation import class_caption
 from ..pipelines.loading import scheduler_names
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from .app_options import AppOptions
 from .generation import generate
-from .markup import note, problem
+from .markup import note
 from .model_cache import ModelCache, facts, title
 from .request import MAX_SEED, NOTHING, OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULERS, takes_eta
 
@@ -24,23 +23,21 @@ STYLE = Path(__file__).with_name("style.css")
 _FONT = ("system-ui", "Segoe UI", "Roboto", "Arial", "sans-serif")
 THEME = gr.themes.Base(
     primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=_FONT, font_mono="monospace"
-).set(
-    **{"body_background_fill": "*neutral_50", "input_background_fill": "white", "input_border_color": "*neutral_300"},
-    **{"input_background_fill_dark": "*neutral_800", "input_border_color_dark": "*neutral_600"},
 )
+THEME.set(body_background_fill="*neutral_50", input_background_fill="white", input_border_color="*neutral_300")
+THEME.set(input_background_fill_dark="*neutral_800", input_border_color_dark="*neutral_600")
 _DOWNLOAD_LABELS = ("Image grid (PNG)", "Animation (GIF)", "Manifest (JSON)", "Everything (ZIP)")
-# how often copies of the downloads are looked at, and how old they become, in seconds
-_DELETE_DOWNLOADS = (600, 1800)
 # on a narrow screen the images stand below the button
 _SHOW_IMAGES = "() => { if (innerWidth <= 820) document.querySelector('#result').scrollIntoView(); }"
 _NEW_SEED = f"() => Math.floor(Math.random() * {MAX_SEED + 1})"
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
+def build_page(models: ModelCache) -> gr.Blocks:
     """The page, ready to be launched; ValueError or OSError if the model that it begins with cannot be opened."""
     pipeline = models.pipeline(models.names[0])
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_DELETE_DOWNLOADS) as page:
+    # copies of the downloads are looked at every 600 seconds, and become 1800 seconds old
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 1800)) as page:
         about = gr.HTML(_about(models.names[0], pipeline), elem_id="head")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="ask"):
@@ -57,11 +54,11 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
                         for i, label in enumerate(_DOWNLOAD_LABELS)
                     ]
             with gr.Column(elem_id="settings"):
-                controls |= _settings(limits, pipeline)
+                controls |= _settings(models, pipeline)
 
         def on_generate(*values: Any) -> Iterator[list[Any]]:
             # closing this closes what it yields from, which ends the work
-            for view in generate(dict(zip(controls, values, strict=True)), models, limits):
+            for view in generate(dict(zip(controls, values, strict=True)), models):
                 buttons: list[Any] = [gr.skip()] * len(downloads)
                 if view.files is not None:
                     files: list[Any] = [str(file) for file in view.files] or [None] * len(downloads)
@@ -72,7 +69,7 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
             try:
                 opened = models.pipeline(name)
             except (ValueError, OSError) as error:
-                return [gr.skip(), gr.skip(), problem(str(error))]
+                return [gr.skip(), gr.skip(), note(str(error), is_problem=True)]
             return [_about(name, opened), gr.Dropdown(**_classes(opened)), note("")]
 
         def on_choice(name: Any, scheduler: str, other: str, compare: str) -> list[Any]:
@@ -82,16 +79,11 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
                 eta = gr.Slider(visible=any(takes_eta(models.pipeline(name), each) for each in schedulers))
             return [eta, gr.Dropdown(visible=compare == TWO_SCHEDULERS), gr.Number(visible=compare == TWO_SCALES)]
 
-        running = start.click(
-            on_generate,
-            list(controls.values()),
-            [status, images, *downloads],
-            show_progress="minimal",
-            show_progress_on=[status],
-            preprocess=False,  # all that comes is checked in one place
-            trigger_mode="once",
-            api_visibility="private",
-        )
+        shown: list[Any] = [status, images, *downloads]
+        progress: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": [status], "trigger_mode": "once"}
+        # all that comes is checked in one place: preprocess=False
+        asked = list(controls.values())
+        running = start.click(on_generate, asked, shown, preprocess=False, api_visibility="private", **progress)
         start.click(None, None, None, js=_SHOW_IMAGES, **_QUIET)
         # afterwards, or a last image that was on its way would have the last word
         stopped = stop.click(None, None, None, cancels=[running], **_QUIET)
@@ -99,8 +91,9 @@ def build_page(models: ModelCache, limits: AppOptions) -> gr.Blocks:
         opened = [about, controls["class_labels"], status]
         controls["model"].change(on_model, controls["model"], opened, preprocess=False, **_QUIET)
         chosen = [controls[name] for name in ("model", "scheduler", "other_scheduler", "compare")]
-        shown = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
-        gr.on([each.change for each in chosen], on_choice, chosen, shown, preprocess=False, **_QUIET)
+        hidden = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
+        gr.on([each.change for each in chosen], on_choice, chosen, hidden, preprocess=False, **_QUIET)
+    limits = models.options
     return page.queue(max_size=limits.max_queue, default_concurrency_limit=limits.max_concurrent, api_open=False)
 
 
@@ -110,10 +103,8 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
     shown = models.takes_any or len(models.names) > 1
     others: dict[str, Any] = {"info": info, "allow_custom_value": models.takes_any, "visible": shown}
     names = [(title(name), name) for name in models.names]
-    controls: dict[str, Any] = {
-        "model": gr.Dropdown(names, value=models.names[0], label="Model", elem_id="model", **others),
-        "class_labels": gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes"),
-    }
+    model = gr.Dropdown(names, value=models.names[0], label="Model", elem_id="model", **others)
+    classes = gr.Dropdown(**_classes(pipeline), label="Classes", elem_id="classes")
     with gr.Row(elem_id="seed-row"):
         number = gr.Number(2, label="Images per class", min_width=60, elem_id="per-class")
         seed = gr.Number(0, label="Seed", min_width=60, elem_id="seed")
@@ -122,17 +113,17 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
     compare = gr.Radio([NOTHING, TWO_SCHEDULERS, TWO_SCALES], value=NOTHING, label="Compare", elem_id="compare")
     other = gr.Dropdown(_schedulers(), value="DPMSolverMultistepScheduler", label="Other scheduler", visible=False)
     other_scale = gr.Number(5, label="Other guidance scale", visible=False, elem_id="other-scale")
-    controls |= {"num_images_per_label": number, "seed": seed, "compare": compare}
-    return controls | {"other_scheduler": other, "other_guidance_scale": other_scale}
+    controls = {"model": model, "class_labels": classes, "num_images_per_label": number, "seed": seed}
+    return controls | {"compare": compare, "other_scheduler": other, "other_guidance_scale": other_scale}
 
 
-def _settings(limits: AppOptions, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
+def _settings(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """The controls of the last column."""
     eta, shown = "0 is deterministic (DDIM), 1 as random as DDPM.", takes_eta(pipeline, OWN_SCHEDULER)
-    begin = "At this fraction of the steps."
+    steps, begin = f"From 1 to {models.options.max_steps}.", "At this fraction of the steps."
     return {
         "guidance_scale": gr.Slider(0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance."),
-        "num_inference_steps": gr.Number(20, label="Steps", info=f"From 1 to {limits.max_steps}.", elem_id="steps"),
+        "num_inference_steps": gr.Number(20, label="Steps", info=steps, elem_id="steps"),
         "scheduler": gr.Dropdown(_schedulers(), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"),
         "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", info=eta, visible=shown, elem_id="eta"),
         "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin),

@@ -6,7 +6,6 @@ import io
 import itertools
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 
@@ -19,15 +18,15 @@ from ..pipelines.image_grid import to_image
 _SIDES = ((1, 320, 320, 256, 128), (4, 192, 128, 160, 128), (12, 128, 96, 96, 64), (64, 96, 64, 64, 64))
 
 
-def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, beside: bool = False) -> str:
+def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bool, title: str = "") -> str:
     """Images, uint8 (images, height, width, channels), under their class names, which neighbours of one class share.
 
-    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images. The seed is that of the
-    first image. Until they are finished they are sent with less quality; beside another gallery they are smaller.
+    Not `gr.Gallery`, which writes a file for each image of each step, and blurs small images. The seed is the first's;
+    the title is that of one beside another.
     """
     height, width = pixels.shape[1:3]
     sides = next(each for each in _SIDES if len(pixels) <= each[0])
-    wide, narrow = (max(1, side // max(height, width)) for side in (sides[3:] if beside else sides[1:3]))
+    wide, narrow = (max(1, side // max(height, width)) for side in (sides[3:] if title else sides[1:3]))
     kind = {"format": "png"} if finished else {"format": "jpeg", "quality": 90, "subsampling": 0}
     figures = ""
     for caption, group in itertools.groupby(range(len(pixels)), key=lambda number: captions[number]):
@@ -40,16 +39,8 @@ def gallery(pixels: np.ndarray, captions: Sequence[str], seed: int, finished: bo
             images += f'<img src="{source}" alt="{name}, seed {seed + number}" decoding="sync">'
         figures += f'<figure><div>{images}</div><figcaption title="{name}">{name}</figcaption></figure>'
     style = f"--height:{height};--width:{width};--wide:{wide};--narrow:{narrow}"
-    return f'<div class="gallery" style="{style}">{figures}</div>'
-
-
-def side_by_side(galleries: Sequence[str], titles: Sequence[str]) -> str:
-    """Galleries under their titles; one alone has none."""
-    if len(galleries) == 1:
-        return galleries[0]
-    sides = zip(galleries, titles, strict=True)
-    sections = (f'<section class="side"><h2>{html.escape(title)}</h2>{each}</section>' for each, title in sides)
-    return f'<div class="sides">{"".join(sections)}</div>'
+    shown = f'<div class="gallery" style="{style}">{figures}</div>'
+    return f'<section class="side"><h2>{html.escape(title)}</h2>{shown}</section>' if title else shown
 
 
 def progress(number: int, total: int) -> str:
@@ -58,29 +49,21 @@ def progress(number: int, total: int) -> str:
     return f'<div class="progress"><span>step {number} of {total}</span>{bar}</div>'
 
 
-def note(text: str) -> str:
-    """A sentence."""
-    return f'<p class="note" role="status">{html.escape(text)}</p>'
-
-
-def problem(text: str) -> str:
-    """A sentence about what went wrong."""
-    return f'<p class="problem" role="alert">{html.escape(text)}</p>'
+def note(text: str, is_problem: bool = False) -> str:
+    """A sentence, about what went wrong or not."""
+    kind, role = ("problem", "alert") if is_problem else ("note", "status")
+    return f'<p class="{kind}" role="{role}">{html.escape(text)}</p>'
 
 
 def done(text: str, all_options: Sequence[GenerateOptions]) -> str:
     """A sentence, and the command lines that generate the same images."""
-    lines = html.escape("\n".join(map(command_line, all_options)))
+    lines, defaults = "", GenerateOptions()
+    for options in all_options:
+        words = ["imagenet64-generate"]
+        for name, value in vars(options).items():
+            # the device is the page's own affair
+            if name != "device" and value != getattr(defaults, name):
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        lines += html.escape(shlex.join(words) + "\n")
     summary = "<summary>The same on a command line</summary>"
-    return f'{note(text)}<details class="again">{summary}<pre>{lines}</pre></details>'
-
-
-def command_line(options: GenerateOptions) -> str:
-    """What a shell is told to generate the images of these options."""
-    words, defaults = ["imagenet64-generate"], GenerateOptions()
-    for field in fields(options):
-        value = getattr(options, field.name)
-        # the device is the page's own affair
-        if field.name != "device" and value != getattr(defaults, field.name):
-            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return f'{note(text)}<details class="again">{summary}<pre>{lines.rstrip()}</pre></details>'

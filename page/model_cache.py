@@ -3,7 +3,7 @@
 import copy
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,36 +12,23 @@ from ..pipelines.generation import open_model
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
 from ..pretrained import DIGITS
+from ..utils.devices import best_device
+from .app_options import AppOptions
 
 
 class ModelCache:
-    """Pipelines by their names.
+    """The models that the page may open, by their names, the first of which it begins with."""
 
-    Args:
-        names: Folders or Hub ids to choose from; the first is what the page begins with.
-        takes_any: Whether others are opened too.
-        device, dtype: Where, and in what, the networks compute.
-        max_loaded: How many are kept in memory.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        takes_any: bool = False,
-        device: str = "cpu",
-        dtype: str = "float32",
-        max_loaded: int = 3,
-    ):
-        self.names = tuple(dict.fromkeys(names)) or (str(DIGITS),)
-        self.takes_any, self.device, self.dtype = takes_any, device, dtype
+    def __init__(self, options: AppOptions):
+        self.options = options
+        self.names = tuple(dict.fromkeys(options.model)) or (str(DIGITS),)
+        self.takes_any, self.device = options.takes_any_model, options.device or best_device()
         # a lock for whoever loads the model, and the model when that is done
-        self._entry: Callable[..., Any] = functools.lru_cache(max_loaded)(lambda name: (threading.Lock(), []))
+        cache = functools.lru_cache(options.max_loaded_models)
+        self._entry: Callable[..., Any] = cache(lambda name: (threading.Lock(), []))
 
     def pipeline(self, name: str) -> ClassConditionalPipeline:
-        """A pipeline of its own on the shared network, whose scheduler may be changed and stepped.
-
-        ValueError if the page does not take the name or there is no such pipeline, OSError if nothing has that name.
-        """
+        """A pipeline of its own on the shared network; ValueError or OSError where the name is not of one to open."""
         if not isinstance(name, str) or not name.strip():
             raise ValueError("Model is empty: choose one")
         if name not in self.names and not self.takes_any:
@@ -51,7 +38,7 @@ class ModelCache:
             if not loaded:
                 # what is typed is not fetched with the rights of whoever serves the page
                 token = None if name in self.names else False
-                dtype = getattr(torch, self.dtype)
+                dtype = getattr(torch, self.options.dtype)
                 loaded.append(open_model(name, Sampler(), self.device, dtype, token=token))
         unet, scheduler, config = loaded[0].unet, copy.deepcopy(loaded[0].scheduler), loaded[0].config
         pipeline = ClassConditionalPipeline(unet, scheduler, config.id2label, config.guide_variance)

@@ -1,27 +1,39 @@
-"""What the page is asked for, checked before anything is sampled."""
+"""What the page is asked for: checked before anything is sampled, then sampled step by step while somebody watches."""
 
+import dataclasses
 import inspect
-from collections.abc import Mapping
+import math
+import queue
+import threading
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
-from ..pipelines.generation import requested_class_ids
+import numpy as np
+from PIL import Image
+
+from ..pipelines.generation import class_caption, requested_class_ids, sample_images, to_pixels
 from ..pipelines.generation_options import GenerateOptions
 from ..pipelines.loading import scheduler_class, scheduler_names
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..pipelines.sampler import Sampler
-from .app_options import AppOptions
 from .model_cache import ModelCache
 
 
 OWN_SCHEDULER = "own"
 NOTHING, TWO_SCHEDULERS, TWO_SCALES = "nothing", "two schedulers", "two guidance scales"
 MAX_SEED = 2**32 - 1
+_MAX_FRAMES = 100  # an animation of more would be too large to download
 # What the controls of the page hold, by the names of `build_page`, as it comes from a browser: anything.
 Form = Mapping[str, Any]
+# Its number, how many there are, and the images after it: uint8, (images, height, width, channels).
+Step = tuple[int, int, np.ndarray]
+# What ends each request that is being sampled.
+_running: set[Callable[[], None]] = set()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """One set of images to generate."""
 
@@ -29,7 +41,62 @@ class Request:
     options: GenerateOptions  # what generate_images.py would be told
     class_ids: list[int | None]  # of each image, None for the null class
     title: str  # what tells it from the other one in a comparison
-    evaluations: int  # of the network for an image, times the images
+    images: list[Image.Image] = dataclasses.field(default_factory=list)  # when all steps have been taken
+    frames: list[np.ndarray] = dataclasses.field(default_factory=list)  # pixels of each step, or of every so many
+
+    @property
+    def captions(self) -> list[str]:
+        """The class name of each image; empty for the null class."""
+        return [class_caption(self.pipeline, class_id) for class_id in self.class_ids]
+
+    def steps(self) -> Generator[Step, None, None]:
+        """Samples in a thread of its own, which is never more than two steps ahead; CancelledError after `end_all`.
+
+        When the iterator is closed or dropped, the thread ends with the step that it is in.
+        """
+        taken: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
+        wanted, abandoned = threading.Semaphore(2), threading.Event()
+
+        def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+            pixels, total = to_pixels(pipeline, tensors["latents"]), pipeline.num_timesteps
+            # counted from the last one, which is always there
+            if (total - 1 - step) % math.ceil(total / _MAX_FRAMES) == 0:
+                self.frames.append(pixels)
+            taken.put((step + 1, total, pixels))
+            wanted.acquire()  # an iterator that nobody takes from holds the network back
+            if abandoned.is_set():
+                raise CancelledError
+
+        def stop() -> None:
+            abandoned.set()
+            wanted.release()
+
+        def work() -> None:
+            sampler, arguments = Sampler.from_options(self.options), (self.class_ids, self.options.seed)
+            try:
+                self.images = sample_images(self.pipeline, sampler, *arguments, callback_on_step_end=on_step_end)
+                taken.put(None)
+            except BaseException as error:
+                taken.put(error)
+            _running.discard(stop)
+
+        _running.add(stop)
+        # no daemon: an interpreter that ends under a thread in torch aborts
+        threading.Thread(target=work, name="generation").start()
+        try:
+            while (step := taken.get()) is not None:
+                if isinstance(step, BaseException):
+                    raise step
+                yield step
+                wanted.release()
+        finally:
+            stop()
+
+
+def end_all() -> None:
+    """Ends the sampling of every request of this process with the step that it is in."""
+    for stop in list(_running):
+        stop()
 
 
 def takes_eta(pipeline: ClassConditionalPipeline, scheduler: str) -> bool:
@@ -38,12 +105,9 @@ def takes_eta(pipeline: ClassConditionalPipeline, scheduler: str) -> bool:
     return "eta" in inspect.signature(chosen.step).parameters
 
 
-def read_form(form: Form, models: ModelCache, limits: AppOptions) -> list[Request]:
-    """The set of images that a form asks for, or the two of a comparison.
-
-    ValueError or OSError if that cannot be, with a sentence for the person who filled it in.
-    """
-    form = {**form, **_numbers(form, limits)}
+def read_form(form: Form, models: ModelCache) -> list[Request]:
+    """The set of images that a form asks for, or the two of a comparison; ValueError or OSError with a sentence."""
+    form = {**form, **_numbers(form, models)}
     sides = [form]
     if form["compare"] == TWO_SCHEDULERS:
         sides.append({**form, "scheduler": form["other_scheduler"]})
@@ -51,23 +115,27 @@ def read_form(form: Form, models: ModelCache, limits: AppOptions) -> list[Reques
         sides.append({**form, "guidance_scale": form["other_guidance_scale"]})
     elif form["compare"] != NOTHING:
         raise ValueError(f"Compare is {form['compare']!r}, but must be {NOTHING}, {TWO_SCHEDULERS} or {TWO_SCALES}")
-    requests = [_read_side(side, models, limits) for side in sides]
-    evaluations = sum(request.evaluations for request in requests)
-    if evaluations > limits.max_evaluations:
+    requests = [_read_side(side, models) for side in sides]
+    evaluations = 0
+    for each in requests:
+        # a guided step takes two evaluations for each image, and one of a scheduler of second order again two
+        factor = getattr(each.pipeline.scheduler, "order", 1) * (2 if each.options.guidance_scale > 1 else 1)
+        evaluations += len(each.class_ids) * form["num_inference_steps"] * factor
+    if evaluations > models.options.max_evaluations:
         raise ValueError(
             f"This takes {evaluations:,} evaluations of the network, but a request may take"
-            f" {limits.max_evaluations:,}: ask for fewer images or steps, or less guidance"
+            f" {models.options.max_evaluations:,}: ask for fewer images or steps, or less guidance"
         )
     return requests
 
 
-def _numbers(form: Form, limits: AppOptions) -> dict[str, float]:
+def _numbers(form: Form, models: ModelCache) -> dict[str, float]:
     """The numbers of a form, checked."""
     ranges: dict[str, tuple[str, int, int, type]] = {
-        "num_images_per_label": ("Images per class", 1, limits.max_images, int),
+        "num_images_per_label": ("Images per class", 1, models.options.max_images, int),
         "seed": ("Seed", 0, MAX_SEED, int),
         "guidance_scale": ("Guidance scale", 0, 100, float),
-        "num_inference_steps": ("Steps", 1, limits.max_steps, int),
+        "num_inference_steps": ("Steps", 1, models.options.max_steps, int),
         "eta": ("Eta", 0, 1, float),
         "guidance_begin": ("Guidance begins", 0, 1, float),
         "guidance_end": ("Guidance ends", 0, 1, float),
@@ -76,16 +144,15 @@ def _numbers(form: Form, limits: AppOptions) -> dict[str, float]:
         ranges["other_guidance_scale"] = ("Other guidance scale", 0, 100, float)
     for key, (name, low, high, kind) in ranges.items():
         value = form[key]
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high or kind(value) != value:
+        if type(value) not in (int, float) or not low <= value <= high or kind(value) != value:
             found = "empty" if value in (None, "") else repr(value)[:100]
             whole = "whole " if kind is int else ""
             raise ValueError(f"{name} is {found}, but must be a {whole}number from {low} to {high}")
     return {key: kind(form[key]) for key, (*_, kind) in ranges.items()}
 
 
-def _read_side(form: Form, models: ModelCache, limits: AppOptions) -> Request:
-    scheduler = form["scheduler"]
+def _read_side(form: Form, models: ModelCache) -> Request:
+    scheduler, max_images = form["scheduler"], models.options.max_images
     if scheduler not in (OWN_SCHEDULER, *scheduler_names()):
         raise ValueError(f"Scheduler is {scheduler!r}, which this page does not have: choose one of the list")
     pipeline = models.pipeline(form["model"])
@@ -99,23 +166,17 @@ def _read_side(form: Form, models: ModelCache, limits: AppOptions) -> Request:
         guidance_interval=[form["guidance_begin"], form["guidance_end"]],
         eta=form["eta"] if takes_eta(pipeline, scheduler) else 0.0,
         scheduler=None if scheduler == OWN_SCHEDULER else scheduler,
-        dtype=models.dtype,
+        dtype=models.options.dtype,
         device=models.device,
     )
-    class_ids: list[int | None] = []
-    number = len(labels) * options.num_images_per_label
-    if number <= limits.max_images:  # else there may be millions of classes to look up
-        class_ids = requested_class_ids(pipeline, options)
-        number = len(class_ids)
-    if number > limits.max_images:
+    class_ids = requested_class_ids(pipeline, options)
+    if len(class_ids) > max_images:
         raise ValueError(
-            f"This is {number:,} images, but a request may ask for {limits.max_images}: choose fewer classes, or fewer"
-            " images per class"
+            f"This is {len(class_ids):,} images, but a request may ask for {max_images}: choose fewer classes or"
+            " fewer images per class"
         )
     title = f"{type(pipeline.scheduler).__name__} of the model" if scheduler == OWN_SCHEDULER else scheduler
     if form["compare"] == TWO_SCALES:
         title = f"guidance {options.guidance_scale:g}"
     Sampler.from_options(options).prepare(pipeline)
-    # a guided step takes two evaluations for each image, and one of a scheduler of second order again two
-    evaluations = number * form["num_inference_steps"] * getattr(pipeline.scheduler, "order", 1)
-    return Request(pipeline, options, class_ids, title, evaluations * (2 if options.guidance_scale > 1 else 1))
+    return Request(pipeline, options, class_ids, title)

@@ -27,9 +27,8 @@ from tqdm.auto import tqdm
 
 from ..utils.atomic_write import atomic_file, only_writer
 from ..utils.command_line import StoppedBySignalError
-from ..utils.devices import best_device, find_device
+from ..utils.devices import best_device, find_device, keep_freed_memory
 from ..utils.distributed import on_every_process, on_main_process
-from ..utils.memory import keep_freed_memory
 from ..version import __version__
 from .generation_options import GenerateOptions
 from .image_grid import image_grid, save_animation, to_image

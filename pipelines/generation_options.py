@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from ..pretrained import DIGITS
-from ..utils.command_line import CheckedOptions, option, option_list
+from ..utils.command_line import CheckedOptions, option
 from .sampler import Sampler
 
 
@@ -34,7 +34,7 @@ class SamplerOptions(CheckedOptions):
         "Classifier-free guidance, at least 0; up to 1 samples without. The original's guidance w is w + 1 here.",
         at_least=0,
     )
-    guidance_interval: list[float] = option_list(
+    guidance_interval: list[float] = option(
         [0.0, 1.0],
         "Begin and end of guidance as fractions of the steps, 0 <= begin <= end <= 1.",
         group="sampling",
@@ -72,7 +72,7 @@ class GenerateOptions(SamplerOptions):
     dtype: str = _model("float32", "What the network computes in.", choices=["float32", "bfloat16", "float16"])
     device: str | None = _model(None, "Such as cpu, cuda, cuda:1, mps (default: the best there is).", metavar="DEVICE")
     batch_size: int = _model(64, "Images sampled at once, at least 1; it does not change them.", at_least=1)
-    class_labels: list[str] = option_list(
+    class_labels: list[str] = option(
         ["random"],
         "Classes by id or name; null is the null class, all is every class, random is num_images classes at random.",
         group="images",

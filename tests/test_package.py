@@ -53,23 +53,16 @@ def test_training_configs_are_options(file, prepared):
     assert options.max_train_steps > 0
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "models/unet_class_conditional.py",
-        "pipelines/cached_weights.py",
-        "pipelines/pipeline_class_conditional.py",
-        "schedulers/scheduling_ddim_eta.py",
-    ],
-)
-def test_what_a_repository_carries_stands_alone(file):
+STANDING_ALONE = "models.unet_class_conditional pipelines.cached_weights pipelines.pipeline_class_conditional"
+
+
+@pytest.mark.parametrize("module", [*STANDING_ALONE.split(), "schedulers.scheduling_ddim_eta"])
+def test_what_a_repository_carries_stands_alone(module):
     """torch, diffusers and the standard library only, and what `save_pretrained` carries beside the pipeline."""
-    source = (ROOT / file).read_text(encoding="utf-8")
-    if file.startswith("pipelines/pipeline"):
-        source = source.replace("from .cached_weights import cached_weights", "")
-    imports = [line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert set(imports) - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
-    assert "    from ." not in source
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    source = source.replace("from .cached_weights import cached_weights", "")
+    imports = re.findall(r"^\s*(?:from|import) ([\w.]+)", source, re.MULTILINE)
+    assert {name.split(".")[0] for name in imports} - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
 
 
 def test_no_root_module_hides_a_library():

@@ -27,8 +27,8 @@ from ..pipelines.model_card import push_folder, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, settle_folder
 from ..utils.command_line import OtherRankError, StoppedBySignalError
+from ..utils.devices import keep_freed_memory
 from ..utils.distributed import on_main_process
-from ..utils.memory import keep_freed_memory
 from ..utils.nearest_names import perhaps
 from .checkpoints import Progress, find_checkpoints, remove_old_checkpoints, save_checkpoint, write_errors
 from .components import Plan, build_optimizer, build_scheduler, build_unet, image_batches, make_plan, training_size

@@ -11,11 +11,8 @@ from pathlib import Path
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Gives an empty folder to write to, which takes the place of ``folder`` when the block ends without an error.
 
-    A process that is killed at any moment leaves the old folder, or the new one, or for an instant neither but the old
-    one under its hidden name beside it, which the next call puts back.
-
-    Args:
-        folder: The place; what is there is replaced.
+    A process that is killed leaves the old folder or the new one, or the old one hidden beside its place, which the
+    next call puts back.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -27,8 +24,13 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     writing.mkdir()
     try:
         yield writing
-        _share_files(writing)
-        sync_tree(writing)
+        # whoever may read the folder may read its files; safetensors keeps those that it writes for their owner
+        usual = writing.stat().st_mode & 0o666
+        for path in sorted(writing.rglob("*"), reverse=True):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(path.stat().st_mode | usual)
+            _sync(path)
+        _sync(writing)
         if folder.exists():
             folder.rename(replaced)
         writing.rename(folder)
@@ -68,17 +70,7 @@ def lock_path(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def only_writer(folder: str | Path, waiting_seconds: float = 0.0) -> Iterator[None]:
-    """Keeps two processes from writing one folder, or from taking the other's work for that of a killed process.
-
-    The system drops the lock together with its process, however that ends.
-
-    Args:
-        folder: The folder; it need not exist.
-        waiting_seconds: How long to wait for another process to end.
-
-    Raises:
-        OSError: If another process still writes to the folder, or none can.
-    """
+    """Keeps others from writing the folder, which is an OSError there; the system drops a killed one's lock."""
     import filelock
 
     folder = Path(folder)
@@ -109,30 +101,12 @@ def settle_folder(parent: str | Path) -> None:
         shutil.rmtree(path)
 
 
-def sync_tree(folder: Path) -> None:
-    """Sees to it that a folder's files and names have reached the disk."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)
-
-
-def _share_files(folder: Path) -> None:
-    """Lets whoever may read the folder read its files; safetensors keeps those that it writes for their owner."""
-    usual = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            mode = path.stat().st_mode
-            if mode | usual != mode:
-                path.chmod(mode | usual)
-
-
 def _settle(folder: Path, replaced: Path) -> None:
     """Removes the replaced folder when the new one is in its place, and puts it back when it is not."""
-    if replaced.exists():
-        if folder.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(folder)
+    if replaced.exists() and folder.exists():
+        shutil.rmtree(replaced)
+    elif replaced.exists():
+        replaced.rename(folder)
 
 
 def _sync(path: Path) -> None:

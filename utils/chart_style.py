@@ -1,14 +1,10 @@
-"""What the charts of this package have in common: colours, axes, and how a picture gets to the disk."""
+"""What the charts of this package have in common: colours, axes, and how they are saved."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .atomic_write import atomic_file
 
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Of Okabe and Ito's colours, which the colour-blind can tell apart, those that stand out from white.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -18,16 +14,8 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, BLACK)
 DPI = 100
 
 
-def finish_axes(axes: "Axes", label: str, limits: tuple[float, float] | None, may_be_logarithmic: bool = True) -> None:
-    """Label, grid and limits of the y-axis, which is logarithmic where the values spread far enough for it.
-
-    Args:
-        axes: What to finish.
-        label: Name of the y-axis.
-        limits: Least and greatest value to be seen, between which and the edges some room is left; with None
-            the limits stay as they are.
-        may_be_logarithmic: Whether the axis may be it.
-    """
+def finish_axes(axes: Any, label: str, limits: tuple[float, float] | None, may_be_logarithmic: bool = True) -> None:
+    """Label, grid and y-limits, some room around the least and greatest value; logarithmic if these are far apart."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_ylabel(label, fontsize=12)
@@ -50,12 +38,7 @@ def finish_axes(axes: "Axes", label: str, limits: tuple[float, float] | None, ma
         axes.set_ylim(low - room, high + 1.5 * room)
 
 
-def save_figure(figure: "Figure", file: Path) -> None:
-    """Writes a picture in the format that the file's ending names; it appears whole or not at all.
-
-    The same figure makes the same bytes again.
-    """
-    ending = file.suffix.removeprefix(".")
-    metadata = {"Date": None} if ending == "svg" else None
+def save_figure(figure: Any, file: Path) -> None:
+    """Writes an image in the format that the file's ending names; the same figure makes the same bytes again."""
     with atomic_file(file) as writing:
-        figure.savefig(writing, format=ending, metadata=metadata)
+        figure.savefig(writing, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -14,47 +14,16 @@ Result = TypeVar("Result")
 
 
 def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], Result]) -> Result:
-    """What the main process finds, given to every process.
-
-    Args:
-        accelerator: Whose processes these are.
-        find: Runs in the main process only. Its result must be picklable, its tensors on the CPU.
-
-    Raises:
-        ValueError, OSError: What `find` raises in the main process; in the others `OtherRankError`, so that it is said
-            once.
-    """
-    if accelerator.num_processes == 1:
-        return find()
-    outcome: list[Any] = [None, None]
-    own_error = None
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = find()
-        except (ValueError, OSError) as error:
-            # its text alone is sent: not every error can be
-            own_error, outcome[1] = error, str(error)
+    """What the main process finds, given to every process: picklable, its tensors on the CPU."""
+    found = on_every_process(accelerator, lambda: find() if accelerator.is_main_process else None)
     # on a GPU this takes as much memory for a moment, which is less than the training of what a checkpoint holds
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise own_error or OtherRankError(outcome[1])
-    return outcome[0]
+    return broadcast_object_list([found])[0]
 
 
 def on_every_process(
     accelerator: Accelerator | PartialState, find: Callable[[], Result], in_turn: bool = False
 ) -> Result:
-    """What each process finds; if one cannot, none goes on.
-
-    Args:
-        accelerator: Whose processes these are.
-        find: Runs in every process.
-        in_turn: The others of a machine begin when its first process is done.
-
-    Raises:
-        ValueError, OSError: What `find` raises in the main process, or a ValueError there that says what it raised in
-            another one; in the others `OtherRankError`, so that it is said once.
-    """
+    """What each process finds, a machine's first one before the others if ``in_turn``; if one raises, all do."""
     if accelerator.num_processes == 1:
         return find()
     found, own_error = None, None
@@ -69,5 +38,5 @@ def on_every_process(
         return cast(Result, found)
     number, message = next(iter(failed.items()))
     if not accelerator.is_main_process:
-        raise OtherRankError(message)
+        raise OtherRankError(message)  # so that it is said once
     raise own_error or ValueError(f"process {number} of {accelerator.num_processes}: {message}")

@@ -24,51 +24,29 @@ from imagenet64_diffusion.training.options import TrainOptions
 from imagenet64_diffusion.utils.command_line import parse_options
 
 
-# what is typed -> main, its first arguments, its options, and the headings of its help in their order
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], type, list[str]]] = {
+TRAIN_HEADINGS = (
+    "data, run, network, diffusion, optimisation, precision and speed, checkpoints and logging, samples, Hub"
+)
+EVALUATE_HEADINGS = {
+    "reference": "images, output, features, speed",
+    "model": "images, output, sampling, features, speed",
+    "score": "evaluations, output, metrics",
+    "sweep": "images, output, samplers, speed, features",
+    "classifier": "folders, training",
+}
+# what is typed -> main, options, and the headings of the help in their order
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], type, str]] = {
     "prepare_imagenet64.py": (
         prepare_imagenet64.main,
-        [],
         PrepareOptions,
-        ["output", "source", "images of imagefolder and dataset"],
+        "output, source, images of imagefolder and dataset",
     ),
-    "train_imagenet64.py": (
-        train_imagenet64.main,
-        [],
-        TrainOptions,
-        [
-            "data",
-            "run",
-            "network",
-            "diffusion",
-            "optimisation",
-            "precision and speed",
-            "checkpoints and logging",
-            "samples",
-            "Hub",
-        ],
-    ),
-    "generate_images.py": (generate_images.main, [], GenerateOptions, ["model", "images", "output", "sampling"]),
-    "convert_checkpoints.py": (
-        convert_checkpoints.main,
-        [],
-        ConvertOptions,
-        ["files", "pipeline", "back to the original", "Hub"],
-    ),
+    "train_imagenet64.py": (train_imagenet64.main, TrainOptions, TRAIN_HEADINGS),
+    "generate_images.py": (generate_images.main, GenerateOptions, "model, images, output, sampling"),
+    "convert_checkpoints.py": (convert_checkpoints.main, ConvertOptions, "files, pipeline, back to the original, Hub"),
     **{
-        f"evaluate_models.py {name}": (
-            evaluate_models.main,
-            [name],
-            evaluate_models.COMMANDS[name].options_class,
-            headings,
-        )
-        for name, headings in (
-            ("reference", ["images", "output", "features", "speed"]),
-            ("model", ["images", "output", "sampling", "features", "speed"]),
-            ("score", ["evaluations", "output", "metrics"]),
-            ("sweep", ["images", "output", "samplers", "speed", "features"]),
-            ("classifier", ["folders", "training"]),
-        )
+        f"evaluate_models.py {name}": (evaluate_models.main, evaluate_models.COMMANDS[name].options_class, headings)
+        for name, headings in EVALUATE_HEADINGS.items()
     },
 }
 
@@ -78,11 +56,11 @@ def show_help(monkeypatch, capsys) -> Callable[[str], str]:
     """The help of a command, in a terminal of 80 columns."""
 
     def show(command: str) -> str:
-        main, arguments, _, _ = COMMANDS[command]
+        program, *words = command.split()
         monkeypatch.setenv("COLUMNS", "80")
-        monkeypatch.setattr("sys.argv", [command.split()[0]])
+        monkeypatch.setattr("sys.argv", [program])
         with pytest.raises(SystemExit) as stop:
-            main([*arguments, "--help"])
+            COMMANDS[command][0]([*words, "--help"])
         assert stop.value.code == 0
         return capsys.readouterr().out
 
@@ -96,11 +74,11 @@ def example_of(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_stands_under_a_heading_once(show_help, command):
-    _, _, options_class, headings = COMMANDS[command]
+def test_every_option_stands_under_a_heading_once_and_the_example_parses(show_help, command, tmp_path, monkeypatch):
+    _, options_class, headings = COMMANDS[command]
     text = show_help(command)
     assert text.startswith(f"usage: {command} ")
-    assert re.findall(r"^([a-zA-Z ]+):$", text, re.MULTILINE) == [*headings, "general", "Example"]
+    assert re.findall(r"^([a-zA-Z ]+):$", text, re.MULTILINE) == [*headings.split(", "), "general", "Example"]
     listed = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
     names = [field.name for field in dataclasses.fields(options_class)]
     assert sorted(listed) == sorted([*names, "help", "version", "config", "print_config", "print_shtab"])
@@ -108,33 +86,24 @@ def test_every_option_stands_under_a_heading_once(show_help, command):
     assert re.findall(r"--\w+-\w+", text) == []
     assert max(map(len, text.splitlines())) <= 80
     assert "(default: )" not in text
+    assert str(DIGITS) not in text
 
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_example_parses(show_help, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs" / "digits").mkdir(parents=True)
-    words = example_of(show_help(command))
-    start = ["python", *command.split()]
+    words, start = example_of(text), ["python", *command.split()]
     assert words[: len(start)] == start
     presets = CONFIG_DIR / "training" if command == "train_imagenet64.py" else None
-    parse_options(COMMANDS[command][2], "", words[len(start) :], presets=presets)
+    parse_options(options_class, "", words[len(start) :], presets=presets)
 
 
 def test_the_examples_follow_one_another(show_help):
     """What one reads, an earlier one has written; the original's checkpoint is the reader's own."""
-    order = ["prepare_imagenet64.py", "train_imagenet64.py"]
-    order += [f"evaluate_models.py {name}" for name in ("reference", "model", "score", "sweep", "classifier")]
     written: list[str] = []
-    for command in order:
-        words = example_of(show_help(command))
-        for name, value in itertools.pairwise(words):
+    for command in COMMANDS:
+        if command in ("generate_images.py", "convert_checkpoints.py"):
+            continue
+        for name, value in itertools.pairwise(example_of(show_help(command))):
             if name == "--output_dir":
                 written.append(value)
             elif name.startswith("--") and value.startswith("outputs/"):
                 assert any(value == folder or value.startswith(f"{folder}/") for folder in written), (command, name)
-
-
-def test_the_model_that_generate_takes(show_help):
-    assert GenerateOptions().model == str(DIGITS)
-    assert str(DIGITS) not in show_help("generate_images.py")

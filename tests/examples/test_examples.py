@@ -18,8 +18,6 @@ from imagenet64_diffusion.tests.components import seeded
 
 
 ROOT = Path(__file__).parents[2]
-# the gap between images of a grid, and the side of a digit in it, in pixels
-GAP, SIDE = 2, 64
 
 
 @pytest.fixture
@@ -28,8 +26,10 @@ def run_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *arguments: object) -> str:
+        file = ROOT / "examples" / f"{name}.py"
+        assert len(file.read_text(encoding="utf-8").splitlines()) < 60
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        runpy.run_path(str(file), run_name="__main__")
         return capsys.readouterr().out
 
     return run
@@ -38,11 +38,10 @@ def run_example(tmp_path, monkeypatch, capsys):
 def rows_of_digits(file: Path) -> np.ndarray:
     """The digits of a grid of ten columns, (rows, 10, 32, 32), -1 to 1; captions stand left of the rows."""
     sheet = np.asarray(Image.open(file).convert("L"), dtype=np.float32)
-    cells = sheet[GAP:, -10 * (SIDE + GAP) :]
-    rows = len(cells) // (SIDE + GAP)
-    cells = cells[: rows * (SIDE + GAP)].reshape(rows, SIDE + GAP, 10, SIDE + GAP).transpose(0, 2, 1, 3)
-    # enlarged by two without interpolation
-    return cells[:, :, :SIDE:2, :SIDE:2] / 127.5 - 1
+    # cells of 64x64 pixels, enlarged by two without interpolation, and a gap of 2
+    cells = sheet[2:, -660:]
+    rows = len(cells) // 66
+    return cells[: rows * 66].reshape(rows, 66, 10, 66).transpose(0, 2, 1, 3)[:, :, :64:2, :64:2] / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def number_of_right_digits():
 
 def test_swap_scheduler(tmp_path, run_example, number_of_right_digits):
     schedulers = ["--schedulers", "UniPCMultistep", "DPMSolverMultistep", "--num_reference_steps", 25]
-    said = run_example("swap_scheduler.py", *schedulers, "--output", "grid.png")
+    said = run_example("swap_scheduler", *schedulers, "--output", "grid.png")
     assert "3 schedulers are in grid.png" in said
     rows = rows_of_digits(tmp_path / "grid.png")
     assert min(map(number_of_right_digits, rows)) >= 9
@@ -72,7 +71,7 @@ def test_swap_scheduler(tmp_path, run_example, number_of_right_digits):
 
 def test_callback_guidance(tmp_path, run_example, number_of_right_digits):
     arguments = ["--guidance_scale", "3", "--num_inference_steps", "12", "--output", "grid.png"]
-    said = run_example("callback_guidance.py", *arguments)
+    said = run_example("callback_guidance", *arguments)
     assert "guidance scale, after the first and the last step: 5 and 1" in said
     first, last = map(float, re.search(r"noise in the images, .*: ([\d.]+) and ([\d.]+)", said).groups())
     assert last < 0.05 < 0.3 < first
@@ -90,7 +89,7 @@ def test_custom_training_loop(tmp_path, prepared, run_example, monkeypatch):
     # an Accelerator stays for the whole process
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = ["--output_dir", "model", "--num_train_epochs", "5", "--train_batch_size", "16"]
-    said = run_example("custom_training_loop.py", "--train_data_dir", prepared, *arguments)
+    said = run_example("custom_training_loop", "--train_data_dir", prepared, *arguments)
     AcceleratorState._reset_state(reset_partial_state=True)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
     assert len(losses) == 5
@@ -101,8 +100,3 @@ def test_custom_training_loop(tmp_path, prepared, run_example, monkeypatch):
     dark, light = pipeline(["dark", "light"], num_images_per_label=4, **options).images.split(4)
     # the classes differ in brightness by 160 of 255
     assert light.mean() - dark.mean() > 0.3
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.stem)
-def test_is_short(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) < 60

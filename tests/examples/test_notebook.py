@@ -7,20 +7,18 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import pytest
 from PIL import Image
 
 
 FILE = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
 
-@pytest.fixture(scope="module")
-def cells() -> list[nbformat.NotebookNode]:
-    return [cell for cell in nbformat.read(FILE, as_version=4).cells if cell.cell_type == "code"]
-
-
-def test_it_shows_what_is_committed_with_it(cells, tmp_path, monkeypatch):
+def test_it_shows_what_is_committed_with_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert FILE.stat().st_size < 300_000
+    cells = [cell for cell in nbformat.read(FILE, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type in ("error", "stream")]
     names, shown = {}, 0
     for cell in cells:
         *statements, last = ast.parse(cell.source).body
@@ -42,9 +40,3 @@ def test_it_shows_what_is_committed_with_it(cells, tmp_path, monkeypatch):
             assert repr(value) == data["text/plain"]
     assert shown >= 6
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_committed_is_small_and_whole(cells):
-    assert FILE.stat().st_size < 300_000
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [output for cell in cells for output in cell.outputs if output.output_type in ("error", "stream")]

@@ -22,12 +22,9 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tiny_model) -> ModelCache:
-    return ModelCache([str(tiny_model)])
-
-
-@pytest.fixture(scope="session")
-def limits() -> AppOptions:
-    return AppOptions(max_images=12, max_steps=50, max_evaluations=400)
+    """The tiny model and low limits."""
+    limits = {"max_images": 12, "max_steps": 50, "max_evaluations": 400}
+    return ModelCache(AppOptions(model=[str(tiny_model)], allow_any_model=False, device="cpu", **limits))
 
 
 @pytest.fixture(scope="session")

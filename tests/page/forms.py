@@ -30,10 +30,10 @@ def form(models: ModelCache, **changes: Any) -> dict[str, Any]:
     return {**GOOD, "model": models.names[0], **changes}
 
 
-def generate_all(filled: dict[str, Any], models: ModelCache, limits: Any) -> tuple[list[View], dict[str, bytes]]:
+def generate_all(filled: dict[str, Any], models: ModelCache) -> tuple[list[View], dict[str, bytes]]:
     """Every view, and the downloads' contents by their names."""
     views, contents = [], {}
-    for view in generate(filled, models, limits):
+    for view in generate(filled, models):
         views.append(view)
         contents.update({file.name: file.read_bytes() for file in view.files or []})
     return views, contents

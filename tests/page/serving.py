@@ -34,11 +34,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Server(CommandProcess):
-    """A running page.
+    """A running page; its working directory, temporary folder and output are ``work``, ``temporary`` and ``log``.
 
-    Attributes:
-        address: Where it is.
-        folder: Its working directory ``work``, its temporary folder ``temporary``, and its output ``log``.
+    Names and addresses of other machines that it has looked up or connected to stand in ``watched``.
     """
 
     program = "tests.page.serving"
@@ -48,15 +46,10 @@ class Server(CommandProcess):
         (folder / "work").mkdir()
         (folder / "temporary").mkdir()
         environment = {"TMPDIR": str(folder / "temporary"), "WATCHED": str(folder / "watched")}
+        (folder / "watched").touch()
         super().__init__(arguments, folder / "log", environment, directory=folder / "work")
         wait_until(lambda: "the page is at" in self.output(), self)
         self.address = re.search(r"http://127\.0\.0\.1:\d+", self.output())[0] + "/"
-
-    @property
-    def calls(self) -> str:
-        """Names and addresses of other machines that it has looked up or connected to."""
-        watched = self.folder / "watched"
-        return watched.read_text() if watched.exists() else ""
 
     def terminate(self) -> int:
         """Tells it to end, and gives the exit code."""

@@ -2,7 +2,6 @@
 
 import pytest
 
-from imagenet64_diffusion.app import main
 from imagenet64_diffusion.page.app_options import AppOptions
 
 
@@ -24,16 +23,3 @@ def test_any_model_is_opened_where_only_this_machine_can_ask(monkeypatch, option
         monkeypatch.setenv(name, value)
     assert AppOptions(**options).takes_any_model is private
     assert AppOptions(**options, allow_any_model=not private).takes_any_model is not private
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--max_images", "65"], "error: max_images is 65, but must be in [1, 64]"),
-        (["--max_steps", "0"], "error: max_steps is 0, but must be at least 1"),
-        (["--port", "70000"], "error: port is 70000, but must be in [1, 65535]"),
-    ],
-)
-def test_wrong_options(capsys, arguments, message):
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err

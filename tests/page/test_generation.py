@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, ImageSequence
 
 from imagenet64_diffusion.generate_images import main as generate_main
-from imagenet64_diffusion.page import generation
+from imagenet64_diffusion.page import generation, request
 from imagenet64_diffusion.page.app_options import AppOptions
-from imagenet64_diffusion.page.generation import Generation, generate
+from imagenet64_diffusion.page.generation import generate
 from imagenet64_diffusion.page.model_cache import ModelCache
 from imagenet64_diffusion.page.request import OWN_SCHEDULER, TWO_SCHEDULERS, read_form
 from imagenet64_diffusion.tests.components import make_pipeline
@@ -49,28 +49,27 @@ def archived(files):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"eta": 0.5, "guidance_begin": 0.25, "guidance_end": 0.75, "num_inference_steps": 8},
+        {"eta": 0.5, "guidance_begin": 0.25, "guidance_end": 0.75, "class_labels": ["tabby, tabby cat", "2"]},
         {"scheduler": "DPMSolverMultistepScheduler", "guidance_scale": 1, "eta": 0.3},
         {"scheduler": "HeunDiscreteScheduler", "class_labels": ["all"]},
-        {"class_labels": ["tabby, tabby cat", "2"]},
     ],
 )
-def test_the_command_line_that_is_shown(models, limits, tmp_path, changes):
+def test_the_command_line_that_is_shown(models, tmp_path, changes):
     """It writes the same files, bit for bit, with a shell's rules for its words."""
-    views, files = generate_all(form(models, **changes), models, limits)
+    views, files = generate_all(form(models, **changes), models)
     [line] = re.findall("<pre>(.*)</pre>", views[-1].status)
     program, *arguments = shlex.split(html.unescape(line))
     assert program == "imagenet64-generate"
     assert generate_main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
     expected = {file.name: comparable(file.name, file.read_bytes()) for file in (tmp_path / "out").iterdir()}
     assert archived(files) == expected
-    assert {name: comparable(name, files[name]) for name in files.keys() & expected.keys()}.items() <= expected.items()
-    assert len(files.keys() & expected.keys()) == 3
+    for name in ("grid.png", "denoising.gif", "manifest.json"):
+        assert comparable(name, files[name]) == expected[name]
 
 
-def test_images_come_while_it_samples(models, limits, monkeypatch):
+def test_images_come_while_it_samples(models, monkeypatch):
     monkeypatch.setattr(generation, "_SECONDS_BETWEEN_IMAGES", 0)
-    *steps, last = generate_all(form(models, num_inference_steps=5), models, limits)[0]
+    *steps, last = generate_all(form(models, num_inference_steps=5), models)[0]
     assert [re.search(r"step \d of 5", view.status)[0] for view in steps] == [f"step {i} of 5" for i in range(1, 6)]
     assert len({view.images for view in [*steps, last]}) == 6  # the last one with full quality
     assert last.images.count("<img ") == 6
@@ -79,14 +78,14 @@ def test_images_come_while_it_samples(models, limits, monkeypatch):
     assert "6 images in " in last.status
 
 
-def test_two_schedulers_beside_each_other(models, limits):
+def test_two_schedulers_beside_each_other(models):
     """The second one is of second order, so it takes seven steps where the first one takes four."""
     heun = "HeunDiscreteScheduler"
-    views, files = generate_all(form(models, compare=TWO_SCHEDULERS, other_scheduler=heun, eta=0.5), models, limits)
+    views, files = generate_all(form(models, compare=TWO_SCHEDULERS, other_scheduler=heun, eta=0.5), models)
     assert views[-1].images.count('class="side"') == 2
     both, sides = archived(files), {}
     for side, scheduler in (("left", OWN_SCHEDULER), ("right", heun)):
-        sides[side] = archived(generate_all(form(models, scheduler=scheduler, eta=0.5), models, limits)[1])
+        sides[side] = archived(generate_all(form(models, scheduler=scheduler, eta=0.5), models)[1])
         assert {name: both[f"{side}/{name}"] for name in sides[side]} == sides[side]
     assert len(both) == 2 * len(sides["left"]) == 18
     assert json.loads(files["manifest.json"]).keys() == {"left", "right"}
@@ -94,55 +93,53 @@ def test_two_schedulers_beside_each_other(models, limits):
     whole = pixels_of(files["grid.png"])[0]
     for side, left in (("left", 2), ("right", whole.shape[1] // 2 + 1)):
         shape, content = sides[side]["grid.png"]
-        grid = np.frombuffer(content, np.uint8).reshape(shape)[0]
-        height, width = grid.shape[:2]
-        assert np.array_equal(whole[2 : 2 + height, left : left + width], grid)
+        [grid] = np.frombuffer(content, np.uint8).reshape(shape)
+        assert np.array_equal(whole[2 : 2 + grid.shape[0], left : left + grid.shape[1]], grid)
     assert len(pixels_of(files["denoising.gif"])) == 7
 
 
-def test_an_animation_of_many_steps_has_the_last_one(models, limits, monkeypatch):
-    monkeypatch.setattr(generation, "_MAX_FRAMES", 4)
-    [request] = read_form(form(models, num_inference_steps=11), models, limits)
-    sampled = Generation(request)
+def test_an_animation_of_many_steps_has_the_last_one(models, monkeypatch):
+    monkeypatch.setattr(request, "_MAX_FRAMES", 4)
+    [sampled] = read_form(form(models, num_inference_steps=11), models)
     steps = list(sampled.steps())
-    assert [step.number for step in steps] == list(range(1, 12))
-    assert np.array_equal(np.stack(sampled.frames), np.stack([steps[index].pixels for index in (1, 4, 7, 10)]))
+    assert [number for number, _, _ in steps] == list(range(1, 12))
+    assert np.array_equal(np.stack(sampled.frames), np.stack([steps[index][2] for index in (1, 4, 7, 10)]))
 
 
-def test_a_network_without_classes(tmp_path, limits):
+def test_a_network_without_classes(tmp_path):
     make_pipeline(num_class_embeds=None, layer_types=("resnet",)).save_pretrained(tmp_path / "plain")
-    models = ModelCache([str(tmp_path / "plain")])
-    _, files = generate_all(form(models, class_labels=None), models, limits)
+    models = ModelCache(AppOptions(model=[str(tmp_path / "plain")]))
+    _, files = generate_all(form(models, class_labels=None), models)
     assert [image["class_label"] for image in json.loads(files["manifest.json"])["images"]] == [None, None]
 
 
-def test_requests_at_the_same_time_do_not_see_each_other(models, limits):
+def test_requests_at_the_same_time_do_not_see_each_other(models):
     """Different schedulers, steps, clipping and batch shapes on one network."""
     requests = [
-        form(models, num_inference_steps=9, eta=0.7),
-        form(models, scheduler="DPMSolverMultistepScheduler", num_inference_steps=6, num_images_per_label=1),
+        form(models, num_inference_steps=6, eta=0.7),
         form(models, scheduler="EulerDiscreteScheduler", class_labels=["null"], num_images_per_label=5),
-        form(models, compare=TWO_SCHEDULERS, other_scheduler="LearnedVarianceDDPMScheduler", num_inference_steps=5),
+        form(models, compare=TWO_SCHEDULERS, other_scheduler="LearnedVarianceDDPMScheduler", num_inference_steps=3),
     ]
 
     def run(filled):
-        return archived(generate_all(filled, models, limits)[1])
+        return archived(generate_all(filled, models)[1])
 
     alone = list(map(run, requests))
-    with ThreadPoolExecutor(4) as people:
+    with ThreadPoolExecutor(3) as people:
         assert list(people.map(run, requests)) == alone
 
 
 class TestStopping:
     @pytest.fixture
     def sampled(self, models):
-        """A generation of many steps, and an event for each evaluation of the network."""
-        [request] = read_form(form(models, num_inference_steps=500), models, AppOptions())
-        calls = [threading.Event() for _ in range(500)]
+        """A request of many steps, and an event for each evaluation of the network."""
+        [asked] = read_form(form(models, num_inference_steps=30), models)
+        calls = [threading.Event() for _ in range(30)]
         waiting = iter(calls)
-        hook = request.pipeline.unet.register_forward_pre_hook(lambda *_: next(waiting).set())
-        yield Generation(request), calls
+        hook = asked.pipeline.unet.register_forward_pre_hook(lambda *_: next(waiting).set())
+        yield asked, calls
         hook.remove()
+        request.end_all()  # a test that fails would leave its thread waiting, and the process with it
 
     @staticmethod
     def wait_for_the_end():
@@ -152,10 +149,10 @@ class TestStopping:
 
     @pytest.mark.parametrize("end", ["close", "drop"])
     def test_the_work_waits_for_who_takes_it_and_ends_with_the_iterator(self, sampled, end):
-        generated, calls = sampled
-        unet, steps = generated.request.pipeline.unet, generated.steps()
+        asked, calls = sampled
+        unet, steps = asked.pipeline.unet, asked.steps()
         next(steps)
-        assert unet.conv_in.cached is not None
+        assert "forward" in vars(unet.conv_in)  # of `cached_weights`
         assert calls[2].wait(timeout=60)
         assert not calls[3].wait(timeout=0.5)
         if end == "close":
@@ -163,21 +160,21 @@ class TestStopping:
         del steps
         self.wait_for_the_end()
         assert not calls[3].is_set()
-        assert unet.conv_in.cached is None
+        assert "forward" not in vars(unet.conv_in)
 
     def test_the_process_ends(self, sampled):
         steps = sampled[0].steps()
         next(steps)
-        generation.end_all()
+        request.end_all()
         with pytest.raises(CancelledError):
             list(steps)
         self.wait_for_the_end()
 
     @pytest.mark.parametrize("taken", ["one view", "the files", "everything"])
-    def test_nothing_is_left(self, models, limits, tmp_path, monkeypatch, taken):
+    def test_nothing_is_left(self, models, tmp_path, monkeypatch, taken):
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         monkeypatch.chdir(tmp_path)
-        views = generate(form(models), models, limits)
+        views = generate(form(models), models)
         view = next(views)
         while taken != "one view" and not view.files:
             view = next(views)
@@ -189,26 +186,26 @@ class TestStopping:
         assert list(tmp_path.iterdir()) == []
 
 
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("changes", "said"),
-        [
-            ({"class_labels": ["tabbi"]}, 'class="problem" role="alert">there is no class named &#x27;tabbi&#x27;'),
-            # of the pipeline
-            ({"scheduler": "PNDMScheduler", "num_inference_steps": 2}, 'class="problem"'),
-            ({"class_labels": ["<img src=x onerror=alert(1)>"]}, "&lt;img src=x"),
-        ],
-    )
-    def test_are_shown_as_text(self, models, limits, changes, said):
-        views, files = generate_all(form(models, **changes), models, limits)
-        assert said in views[-1].status
-        assert "<img" not in views[-1].status
-        assert files == {}
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"class_labels": ["tabbi"]}, 'class="problem" role="alert">there is no class named &#x27;tabbi&#x27;'),
+        # of the pipeline
+        ({"scheduler": "PNDMScheduler", "num_inference_steps": 2}, 'class="problem"'),
+        ({"class_labels": ["<img src=x onerror=alert(1)>"]}, "&lt;img src=x"),
+    ],
+)
+def test_errors_are_shown_as_text(models, changes, said):
+    views, files = generate_all(form(models, **changes), models)
+    assert said in views[-1].status
+    assert "<img" not in views[-1].status
+    assert files == {}
 
-    def test_that_nobody_thought_of_are_told_without_their_text(self, models, limits, monkeypatch, capsys):
-        monkeypatch.setattr(generation, "to_pixels", lambda *_: {}["of nobody's concern"])
-        views, _ = generate_all(form(models), models, limits)
-        assert "Sampling failed (KeyError): whoever serves this page finds more in its log" in views[-1].status
-        assert "of nobody's concern" in capsys.readouterr().err
-        monkeypatch.undo()
-        assert generate_all(form(models), models, limits)[1]
+
+def test_errors_that_nobody_thought_of_are_told_without_their_text(models, monkeypatch, capsys):
+    monkeypatch.setattr(request, "to_pixels", lambda *_: {}["of nobody's concern"])
+    views, _ = generate_all(form(models), models)
+    assert "Sampling failed (KeyError): whoever serves this page finds more in its log" in views[-1].status
+    assert "of nobody's concern" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert generate_all(form(models), models)[1]

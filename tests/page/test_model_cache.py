@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from imagenet64_diffusion.page import model_cache
+from imagenet64_diffusion.page.app_options import AppOptions
 from imagenet64_diffusion.page.model_cache import ModelCache, facts
 from imagenet64_diffusion.tests.components import make_pipeline
 
 
 def test_facts_of_the_digits_and_of_a_network_without_classes():
-    models = ModelCache([])
+    models = ModelCache(AppOptions(device="cpu"))
     [name] = models.names
     line = facts(name, models.pipeline(name))
     assert line == "the digits of this package · 0.63 M parameters · 32x32 pixels, grey · 10 classes · on cpu"
@@ -32,7 +33,7 @@ def test_each_is_loaded_once_and_only_so_many_stay_in_memory(tmp_path, tiny_mode
     monkeypatch.setattr(
         model_cache, "open_model", lambda name, *rest, **options: loaded.append(name) or load(name, *rest, **options)
     )
-    models = ModelCache(names, max_loaded=2)
+    models = ModelCache(AppOptions(model=names, max_loaded_models=2))
     with ThreadPoolExecutor(4) as people:
         list(people.map(models.pipeline, [names[0]] * 4))
     for name in (names[1], names[2], names[1], names[0]):
@@ -45,12 +46,12 @@ def test_another_folder_is_opened_where_that_is_allowed(models, tmp_path, tiny_m
     for name in (copy, str(tiny_model.parent), str(tiny_model) + "/", "someone/model"):
         with pytest.raises(ValueError, match=f"^Model is '{name}', but this page has .*tiny only$"):
             models.pipeline(name)
-    assert ModelCache([str(tiny_model)], takes_any=True).pipeline(copy).unet is not None
+    assert ModelCache(AppOptions(model=[str(tiny_model)], allow_any_model=True)).pipeline(copy).unet is not None
 
 
 def test_a_model_that_is_not_there(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    models = ModelCache([str(tiny_model)], takes_any=True)
+    models = ModelCache(AppOptions(model=[str(tiny_model)], allow_any_model=True))
     for name in ("no/where", "/no/where/at/all", "no such model"):
         with pytest.raises(OSError, match=f"^{name} is not a folder, and cannot be"):
             models.pipeline(name)
