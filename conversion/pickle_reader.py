@@ -279,6 +279,10 @@ def load_optimizer(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         require(type(entry) is StateDict, f"{name}: parameter {index} is a {type(entry).__name__}, but must be a dict")
         shape, place = list(shapes.values())[index], f"{name} (parameter {index})"
         described = {str(key): value for key, value in entry.items()}
+        if type(step := entry.get("step")) in (int, float) and 0 <= step < _LARGEST_LENGTH:
+            # as torch before 1.12 wrote it
+            number = Storage(torch.float64, 1, memoryview(bytearray(struct.pack("<d", step))))
+            described["step"] = StoredTensor(number, 0, (), ())
         tensors = _load_tensors(place, described, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, "the model")
         for key, least in (("step", 1), ("exp_avg_sq", 0)):
             require(tensors[key].min() >= least, f"{place}: {key} must be at least {least}")

@@ -114,7 +114,8 @@ def _lines(rows: list[Row], setting: str) -> dict[str, list[Row]]:
         # without guidance its interval does not matter: such a row begins the line of each interval
         begins_all = setting == "guidance_scale" and row["guidance_scale"] <= 1
         for interval in intervals if begins_all else [row["guidance_interval"]]:
-            groups[(interval, *others)][row[setting]] = row
+            key = (interval, *others)
+            groups[key][row[setting]] = row
     lines = [[line[value] for value in sorted(line)] for line in groups.values() if len(line) > 1]
     # a line is called by its sampler without the setting that changes along it
     words = (r"guidance [^ ,]+", "guided") if setting == "guidance_scale" else (r", (\d+ steps|step size \d+)", "")

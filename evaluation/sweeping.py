@@ -118,8 +118,8 @@ def list_entries(options: SweepOptions, reference: Evaluation, extractor: Featur
             settings = dataclasses.asdict(sampler)
             key = json.dumps({**depends, **identity, "sampler": settings}, sort_keys=True)
             name = hashlib.sha256(key.encode()).hexdigest()[:16]
-            row = {"model": model, "revision": revision, "family": family, "step": step, "sampler": sampler.title()}
-            row |= settings | columns
+            row: dict[str, Any] = {"model": model, "revision": revision, "family": family, "step": step}
+            row |= {"sampler": sampler.title(), **settings, **columns}
             row |= {name: " ".join(map(str, value)) for name, value in row.items() if isinstance(value, (list, tuple))}
             shared |= {"model": model, "output_dir": str(folder / "evaluations" / name)}
             entries.append(Entry(folder / _ENTRIES_NAME / f"{name}.json", row, ModelOptions(**shared | settings)))

@@ -3,6 +3,7 @@
 The file imports torch and diffusers only, so that a repository on the Hub can carry it beside its weights.
 """
 
+import difflib
 import itertools
 import math
 from collections.abc import Sequence
@@ -453,7 +454,9 @@ class ClassConditionalUNet2DModel(ModelMixin, ConfigMixin):
         for name in config.layer_types:
             if name not in LAYER_TYPES:
                 known = f"{', '.join(LAYER_TYPES)} (or the original's names {', '.join(LAYER_TYPE_ALIASES)})"
-                raise ValueError(f"layer_types names {name!r}, but must be made of {known}")
+                near = difflib.get_close_matches(name, [*LAYER_TYPES, *LAYER_TYPE_ALIASES], n=1)
+                hint = f"; perhaps {near[0]}" if near else ""
+                raise ValueError(f"layer_types names {name!r}, but must be made of {known}{hint}")
             if LAYER_TYPES[name].needs_classes and config.num_class_embeds is None:
                 raise ValueError(f"layer_types names {name!r}, which needs classes, but num_class_embeds is None")
         first = config.layer_types[0]

@@ -51,9 +51,9 @@ class StopRequest:
         answer = int(self._number)
         if not answer:
             self._number = torch.tensor(self._noted)
-            self._exchange = torch.distributed.all_reduce(
-                self._number, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
-            )
+            group: Any = self._group
+            highest = torch.distributed.ReduceOp.MAX
+            self._exchange = torch.distributed.all_reduce(self._number, highest, group=group, async_op=True)
         return answer
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ from imagenet64_diffusion.evaluation.extractors import make_extractor
 from imagenet64_diffusion.evaluation.options import ReferenceOptions, ScoreOptions
 from imagenet64_diffusion.pipelines.loading import load_pipeline, scheduler_class
 from imagenet64_diffusion.pretrained import DIGITS
+from imagenet64_diffusion.tests.components import make_unet
 from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS
 from imagenet64_diffusion.training.components import load_model_config
 from imagenet64_diffusion.utils.nearest_names import perhaps
@@ -27,6 +28,7 @@ def test_nearest_name(name, nearest):
         (lambda: scheduler_class("UniPCMultistp"), "no scheduler named 'UniPCMultistp': .*; perhaps UniPCMultistep$"),
         (lambda: scheduler_class("unipcmultistepscheduler"), "perhaps UniPCMultistep$"),
         (lambda: scheduler_class("EtaDDMI"), "perhaps EtaDDIM$"),
+        (lambda: make_unet(layer_types=("resnet", "clsAtm")), "'clsAtm', .*; perhaps clsAtn$"),
         (lambda: load_model_config("rse_res"), "'rse_res', but .*; perhaps res_res$"),
         (lambda: ScoreOptions(reference="a", model="b", metrics=["FDI"]), "^metrics is 'FDI', .*; perhaps fid$"),
         (lambda: ReferenceOptions(output_dir="a", source="b", protocol="dinov"), "'dinov', .*; perhaps dinov2$"),
