@@ -27,7 +27,6 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..pipelines.image_grid import to_image
-from ..pipelines.sampler import Sampler
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer
 from ..utils.distributed import on_every_process, on_main_process
 from ..version import __version__
@@ -194,14 +193,13 @@ def evaluate_model(
     if state is None:
         with distributed_state(options.device) as state:
             return evaluate_model(options, state, extractor, quiet, revision)
-    sampler = Sampler.from_options(options)
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))
 
     def open_model() -> GeneratedImages:
         return GeneratedImages(
             options.model,
-            sampler,
+            options,
             options.num_images,
             class_labels=options.class_labels,
             class_counts=None if options.train_data_dir is None else count_classes(options.train_data_dir),

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import Any
 
-from ..pipelines.generation_options import GenerateOptions, SamplerOptions, check_class_labels
+from ..pipelines.generation_options import GenerateOptions, Sampler, check_class_labels
 from ..utils.command_line import CheckedOptions, option, option_list
 from .metrics import METRICS
 
@@ -16,7 +16,7 @@ PROTOCOLS = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "
 EXTRACTOR_DTYPES = ("float32", "float16", "bfloat16")
 FLOAT32_PROTOCOLS = ("clean", "legacy_tensorflow", "pixels")
 # the settings of a sampler, whose product a sweep evaluates
-SAMPLER_NAMES = tuple(item.name for item in fields(SamplerOptions))
+SAMPLER_NAMES = tuple(item.name for item in fields(Sampler))
 
 # options under a heading of the help
 _images, _output, _features, _speed, _scores, _samplers, _training = (
@@ -111,12 +111,10 @@ class SamplingOptions(CheckedOptions):
 
 
 @dataclass(kw_only=True)
-class ModelOptions(SamplerOptions, SamplingOptions, ExtractionOptions):
+class ModelOptions(Sampler, SamplingOptions, ExtractionOptions):
     """Options of `evaluate_model`."""
 
     model: str = _images(help="Pipeline folder or Hub id.", metavar="MODEL")
-    # as published FIDs are computed
-    guidance_scale: float = _as_generate("guidance_scale", 1.0)
     keep_images: str | None = _output(
         None, "Keep the images: png in a folder, or npz as guided-diffusion reads it.", choices=["png", "npz"]
     )

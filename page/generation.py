@@ -29,7 +29,6 @@ from ..pipelines.generation import (
 )
 from ..pipelines.generation_options import GenerateOptions
 from ..pipelines.image_grid import image_grid, save_animation, to_image
-from ..pipelines.sampler import Sampler
 from .app_options import AppOptions
 from .markup import done, gallery, problem, progress, side_by_side
 from .model_cache import ModelCache
@@ -109,8 +108,7 @@ class Generation:
                 self.frames.append(pixels)
             give(Step(step + 1, total, pixels))
 
-        sampler = Sampler.from_options(options)
-        self.images = sample_images(pipeline, sampler, class_ids, options.seed, callback_on_step_end=on_step_end)
+        self.images = sample_images(pipeline, options, class_ids, options.seed, callback_on_step_end=on_step_end)
 
 
 def end_all() -> None:
@@ -178,7 +176,7 @@ def write_files(generations: Sequence[Generation], folder: Path) -> list[Path]:
     animations: list[list[Image.Image]] = []
     for name, each in zip((".",) if len(generations) == 1 else ("left", "right"), generations, strict=True):
         pipeline, options, class_ids = each.request.pipeline, each.request.options, each.request.class_ids
-        manifests[name] = make_manifest(pipeline, options, class_ids, pipeline.timesteps)
+        manifests[name] = make_manifest(pipeline, options, class_ids)
         animations.append([image_grid(list(map(to_image, frame)), each.captions) for frame in each.frames])
         (everything / name).mkdir(parents=True)
         for image, entry in zip(each.images, manifests[name]["images"], strict=True):

@@ -9,7 +9,6 @@ from ..pipelines.generation import requested_class_ids
 from ..pipelines.generation_options import GenerateOptions
 from ..pipelines.loading import scheduler_class, scheduler_names
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..pipelines.sampler import Sampler
 from .app_options import AppOptions
 from .model_cache import ModelCache
 
@@ -115,7 +114,7 @@ def _read_side(form: Form, models: ModelCache, limits: AppOptions) -> Request:
     title = f"{type(pipeline.scheduler).__name__} of the model" if scheduler == OWN_SCHEDULER else scheduler
     if form["compare"] == TWO_SCALES:
         title = f"guidance {options.guidance_scale:g}"
-    Sampler.from_options(options).prepare(pipeline)
+    options.prepare(pipeline)
     # a guided step takes two evaluations for each image, and one of a scheduler of second order again two
     evaluations = number * form["num_inference_steps"] * getattr(pipeline.scheduler, "order", 1)
     return Request(pipeline, options, class_ids, title, evaluations * (2 if options.guidance_scale > 1 else 1))

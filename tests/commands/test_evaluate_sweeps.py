@@ -265,7 +265,7 @@ def test_wrong_sweeps(run, reference, prepared, tmp_path, capsys):
         ({"reference": ""}, "reference is empty"),
         ({"grid": tmp_path / "grid.yaml", "eta": 1}, "grid says how images are sampled, and so does eta"),
         ({"grid": tmp_path / "none.yaml"}, "No such file or directory"),
-        ({"eta": -1}, "eta is -1.0, but must be at least 0"),
+        ({"eta": -1}, "eta is -1.0, but must be in [0, inf)"),
         ({"output_dir": tmp_path / "taken"}, "which holds another results.csv"),
     ):
         common = {"reference": reference, "models": run, "output_dir": tmp_path / "sweep", **SWEEP}

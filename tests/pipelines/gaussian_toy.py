@@ -29,7 +29,6 @@ class GaussianToy(ModelMixin, ConfigMixin):
         standard_deviation: s, the same for all.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
         round_timesteps: Whether timesteps are rounded, as the time embeddings of the original program are.
-        prediction_error: Added to every prediction, for a network that is not perfect.
     """
 
     @register_to_config
@@ -40,12 +39,12 @@ class GaussianToy(ModelMixin, ConfigMixin):
         standard_deviation: float = 0.3,
         prediction_type: str = "epsilon",
         round_timesteps: bool = False,
-        prediction_error: float = 0.0,
         in_channels: int = 1,
-        sample_size: int = 32,
+        sample_size: int = 64,
         num_class_embeds: int = 3,
     ):
         super().__init__()
+        self.prediction_error = 0.0  # added to every prediction, for a network that is not perfect
         self.means = torch.nn.Parameter(torch.tensor(class_means), requires_grad=False)
         abar = torch.tensor(alphas_cumprod, dtype=torch.float64)
         self.log_noise_levels = -torch.logit(abar) / 2
@@ -70,7 +69,7 @@ class GaussianToy(ModelMixin, ConfigMixin):
         prediction = noise_rate * deviation
         if self.config.prediction_type == "v_prediction":
             prediction = signal_rate * prediction - noise_rate * (means + signal_rate * data_variance * deviation)
-        prediction = prediction + self.config.prediction_error
+        prediction = prediction + self.prediction_error
         # the lower end of the learned variance, that of the posterior
         return (torch.cat([prediction, -torch.ones_like(prediction)], dim=1).to(sample.dtype),)
 

@@ -53,25 +53,21 @@ class TestClasses:
         images = pipeline([0, 1], 2, generator=seeded(0, 1, 2, 3), num_inference_steps=3, output_type="pt").images
         assert torch.equal(images, generate(pipeline, [0, 0, 1, 1], steps=3))
 
-    def test_a_name_of_two_classes(self):
+    def test_names_that_do_not_say_which_class(self):
         names = {0: "crane, bird", 1: "crane, machine", 2: "dog"}
         pipeline = ClassConditionalPipeline(make_unet(), EtaDDIMScheduler(), names)
         with pytest.raises(ValueError, match=r"'crane' stands for several.*0 \(crane, bird\) or 1 \(crane, mac"):
             pipeline.get_label_ids("crane")
         assert pipeline.get_label_ids("machine") == [1]
         assert "crane" not in pipeline.labels
+        with pytest.raises(ValueError, match="no class names: give an id"):
+            ClassConditionalPipeline(make_unet(), EtaDDIMScheduler())("tabby")
 
     def test_without_classes(self):
         pipeline = make_pipeline(num_class_embeds=None, layer_types=("resnet",))
         assert len(pipeline(num_images_per_label=3, num_inference_steps=2).images) == 3
         with pytest.raises(ValueError, match="the network has no classes: leave them None"):
             pipeline(1)
-
-    def test_without_names(self):
-        pipeline = ClassConditionalPipeline(make_unet(), EtaDDIMScheduler())
-        with pytest.raises(ValueError, match="no class names: give an id"):
-            pipeline("tabby")
-        assert len(pipeline(2, num_inference_steps=1).images) == 1
 
 
 class TestGuidance:
@@ -109,11 +105,12 @@ class TestGuidance:
         torch.testing.assert_close(mixed[:1], null[:1], atol=1e-4, rtol=1e-4)
 
     def test_interval(self, pipeline, batches):
-        inside = generate(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.2, 0.7))
-        assert batches == [3] * 2 + [6] * 5 + [3] * 3
-        assert (inside != generate(pipeline, steps=10, guidance_scale=2.0)).any()
-        nowhere = generate(pipeline, steps=10, guidance_scale=2.0, guidance_interval=(0.5, 0.5))
-        assert torch.equal(nowhere, generate(pipeline, steps=10, guidance_scale=1.0))
+        options = {"steps": 10, "guidance_scale": 2.0}
+        inside = generate(pipeline, [0], guidance_interval=(0.2, 0.7), **options)
+        assert batches == [1] * 2 + [2] * 5 + [1] * 3
+        assert (inside != generate(pipeline, [0], **options)).any()
+        generate(pipeline, [0], guidance_interval=(0.5, 0.5), **options)
+        assert batches[20:] == [1] * 10
 
     def test_interval_in_hundredths(self):
         """0.29 * 100 is less than 29 in floating point."""
@@ -140,25 +137,20 @@ class TestSeeds:
         """Whatever the batch size and the place: at most one 8-bit level apart, which float32 rounding may make."""
         pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
         options = {"eta": 0.7} if scheduler_class is EtaDDIMScheduler else {}
-        labels, seeds = [0, 1, 2, None, 1], [10, 11, 12, 13, 14]
+        labels, seeds = [0, None, 1], [10, 11, 12]
         together = levels(generate(pipeline, labels, seeds, **options))
         assert together.std() > 10  # not blank
-        for size in (2, 1):
-            starts = range(0, 5, size)
-            parts = [generate(pipeline, labels[i : i + size], seeds[i : i + size], **options) for i in starts]
-            assert np.abs(together - levels(torch.cat(parts))).max() <= 1
-        backwards = levels(generate(pipeline, labels[::-1], seeds[::-1], **options))[::-1]
-        assert np.abs(together - backwards).max() <= 1
+        alone = [generate(pipeline, labels[i : i + 1], seeds[i : i + 1], **options) for i in range(3)]
+        backwards = generate(pipeline, labels[::-1], seeds[::-1], **options).flip(0)
+        for others in (torch.cat(alone), backwards):
+            assert np.abs(together - levels(others)).max() <= 1
         assert (levels(generate(pipeline, labels, [seed + 1 for seed in seeds], **options)) != together).any()
 
-    def test_one_generator_for_all(self, pipeline):
-        options = {"num_inference_steps": 2, "output_type": "pt"}
+    def test_one_generator_for_all_and_given_latents(self, pipeline):
+        options = {"num_inference_steps": 4, "output_type": "pt"}
         assert torch.equal(*(pipeline([0, 1], generator=seeded(0)[0], **options).images for _ in range(2)))
-
-    def test_given_latents(self, pipeline):
         latents = torch.cat([torch.randn(1, 1, 16, 16, generator=generator) for generator in seeded(0, 1, 2)])
-        images = pipeline([0, 1, 2], latents=latents, num_inference_steps=4, output_type="pt").images
-        assert torch.equal(images, generate(pipeline))
+        assert torch.equal(pipeline([0, 1, 2], latents=latents, **options).images, generate(pipeline))
 
 
 class TestSchedulers:
@@ -174,11 +166,6 @@ class TestSchedulers:
         pipeline.scheduler = stock.from_config(pipeline.scheduler.config)
         torch.testing.assert_close(generate(pipeline, steps=10, output_type="latent"), ours, atol=1e-4, rtol=1e-4)
 
-    def test_a_stock_scheduler_with_another_learned_variance(self, pipeline):
-        pipeline.scheduler = diffusers.DDPMScheduler(variance_type="learned")
-        with pytest.raises(ValueError, match="variance_type is 'learned', but the network predicts 'learned_range'"):
-            generate(pipeline)
-
     def test_own_timesteps(self, pipeline, batches):
         generate(pipeline, timesteps=[900, 400, 50])
         assert len(batches) == pipeline.num_timesteps == 3
@@ -186,6 +173,9 @@ class TestSchedulers:
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
         with pytest.raises(ValueError, match="timesteps were given, but DDIMScheduler chooses its own"):
             generate(pipeline, timesteps=[900, 400, 50])
+        pipeline.scheduler = diffusers.DDPMScheduler(variance_type="learned")
+        with pytest.raises(ValueError, match="variance_type is 'learned', but the network predicts 'learned_range'"):
+            generate(pipeline)
 
     def test_clipping(self, pipeline):
         as_configured = generate(pipeline, output_type="latent")
@@ -223,7 +213,9 @@ class TestOutput:
         assert {image.mode for image in generate(make_pipeline(in_channels=3), output_type="pil")} == {"RGB"}
         pipeline = make_pipeline(in_channels=6)
         assert generate(pipeline).shape == (3, 6, 16, 16)
-        with pytest.raises(ValueError, match="'pil' cannot hold images of 6 channels: take 'np' or 'pt'"):
+        with pytest.raises(
+            ValueError, match="output_type is 'pil', but must be 'np' or 'pt' for images of 6 channels"
+        ):
             generate(pipeline, output_type="pil")
 
     def test_half_precision_keeps_the_sample_in_float32(self, pipeline):
@@ -270,9 +262,12 @@ class TestCallback:
         ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval is \(0.5, 0.2\), but must be two fractions"),
         ({"guidance_interval": (0.0, 1.5)}, "guidance_interval"),
         ({"output_type": "jpg"}, r"output_type is 'jpg', but must be one of \('pil', 'np', 'pt', 'latent'\)"),
-        ({"generator": seeded(0, 1)}, "generator is a list of 2, but must be one, or one for each of 1 images"),
+        ({"generator": seeded(0, 1)}, "generator is a list of 2, but must be one, or of 1"),
         ({"latents": torch.zeros(2, 1, 16, 16)}, r"latents has shape \(2, 1, 16, 16\), but must be \(1, 1, 16, 16\)"),
-        ({"callback_on_step_end_tensor_inputs": ["image"]}, r"has \['image'\], but must be of \['latents', 'model_o"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["image"]},
+            r"inputs is \['image'\], but must be of \['latents', 'model_o",
+        ),
         ({"num_inference_steps": 1001}, "1001"),
         ({"eta": 2.0}, "eta"),
     ],
@@ -280,18 +275,6 @@ class TestCallback:
 def test_wrong_arguments(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"class_labels": 0, "num_inference_steps": 2, **options})
-
-
-def test_weights_written_to_between_calls():
-    """As an EMA is swapped in: through .data, which leaves no trace on the weight."""
-    pipeline, changed = make_pipeline(), make_pipeline()
-    before = generate(pipeline)
-    for network in (pipeline.unet, changed.unet):
-        for parameter in network.parameters():
-            parameter.data.mul_(1.2)
-    after = generate(pipeline)
-    assert (after - before).abs().max() > 1e-3
-    torch.testing.assert_close(after, generate(changed), rtol=0, atol=0)
 
 
 def test_weights_are_prepared_once_in_a_call_even_if_it_fails(monkeypatch):

@@ -46,7 +46,7 @@ def test_options(options, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "num_inference_steps is None and timesteps is None: give exactly one"),
+        ({}, "num_inference_steps is None and timesteps is None: give one"),
         ({"num_inference_steps": 2, "timesteps": [1, 0]}, "num_inference_steps is 2 and timesteps is [1, 0]"),
         ({"num_inference_steps": 1001}, "num_inference_steps is 1001, but must be an integer in [1, 1000]"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0, but must be an integer in [1, 1000]"),
@@ -56,7 +56,7 @@ def test_options(options, message):
         ({"timesteps": [3, -1]}, "timesteps[1] is -1, but must be an integer in [0, 999]"),
         ({"timesteps": [3, 2.5]}, "timesteps[1] is 2.5, but must be an integer in [0, 999]"),
         ({"timesteps": [3, 3]}, "timesteps is [3, 3], but must be strictly descending"),
-        ({"num_inference_steps": 1000}, "steps_offset is 1, so that the first timestep is 1000"),
+        ({"num_inference_steps": 1000}, "steps_offset is 1: the first timestep is 1000"),
     ],
 )
 def test_timesteps(arguments, message):
