@@ -55,10 +55,14 @@ def test_components_of_ones_own(folder):
     ("name", "library"), [("DPMSolverMultistep", "diffusers"), ("LearnedVarianceDDPM", "scheduling_ddim_eta")]
 )
 def test_another_scheduler_inside(tmp_path, name, library):
-    pipeline = make_pipeline()
-    swap_scheduler(pipeline, name)
-    expected = generate_two(pipeline)
-    pipeline.save_pretrained(tmp_path)
+    """Saving before or after the swap makes no difference."""
+    make_pipeline().save_pretrained(tmp_path)
+    pipelines = make_pipeline(), ClassConditionalPipeline.from_pretrained(tmp_path)
+    for pipeline in pipelines:
+        swap_scheduler(pipeline, name)
+    expected, again = map(generate_two, pipelines)
+    assert torch.equal(again, expected)
+    pipelines[0].save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == [library, f"{name}Scheduler"]
     for loaded in (ClassConditionalPipeline, DiffusionPipeline):
         assert torch.equal(generate_two(loaded.from_pretrained(tmp_path, trust_remote_code=True)), expected)

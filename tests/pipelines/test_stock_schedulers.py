@@ -23,8 +23,7 @@ from imagenet64_diffusion.pipelines.loading import (
     solvable_betas,
     swap_scheduler,
 )
-from imagenet64_diffusion.pipelines.pipeline_class_conditional import UNSUITABLE_SCHEDULERS
-from imagenet64_diffusion.tests.components import generate_two, make_pipeline, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, seeded
 from imagenet64_diffusion.tests.pipelines.gaussian_toy import (
     SCHEDULES,
     make_gaussian_pipeline,
@@ -174,7 +173,7 @@ def test_with_the_network(name):
     pipeline = make_pipeline(layer_types=("resnet", "class_attention"))
     for route in ("swap", "plain"):
         pipeline.scheduler = gaussian_pipeline("cosine", name, route).scheduler
-        options = {"guidance_scale": 2.0, "num_inference_steps": 6, "output_type": "latent"}
+        options = {"guidance_scale": 2.0, "num_inference_steps": 20, "output_type": "latent"}
         images = pipeline(0, generator=seeded(0), **options).images
         assert images.shape == (1, 1, 16, 16)
         assert images.isfinite().all()
@@ -218,11 +217,11 @@ class TestRefusals:
 
         pipeline = make_gaussian_pipeline("cosine")
         for scheduler, message in (
-            (MyLCMScheduler(), "MyLCMScheduler cannot generate.*only a network distilled"),
-            (NextYearsScheduler(), "NextYearsScheduler cannot generate.*it has no alphas_cumprod"),
+            (MyLCMScheduler(), "only a network dist"),
+            (NextYearsScheduler(), "no alphas_cumprod"),
         ):
             pipeline.scheduler = scheduler
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=f"{type(scheduler).__name__} cannot generate.*{message}"):
                 pipeline(0, num_inference_steps=2)
 
     def test_lms_keeps_equal_noise_levels(self):
@@ -273,15 +272,6 @@ class TestSwapping:
         assert torch.equal(sample_gaussian(pipeline, 10).images, exact)
         assert pipeline.scheduler.config.trained_betas == config.trained_betas
 
-    def test_saving_before_makes_no_difference(self, tmp_path):
-        pipeline = make_pipeline()
-        pipeline.save_pretrained(tmp_path)
-        images = []
-        for each in (pipeline, ClassConditionalPipeline.from_pretrained(tmp_path)):
-            swap_scheduler(each, "EulerDiscrete")
-            images.append(generate_two(each))
-        assert torch.equal(*images)
-
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_solvable_betas(self, schedule):
         abar = make_gaussian_pipeline(schedule).scheduler.alphas_cumprod
@@ -305,27 +295,14 @@ class TestSwapping:
             scheduler_class("DPMSolverSDE")
 
 
-def print_table() -> None:
-    """Computes everything that the tables above and docs/schedulers.md hold."""
+if __name__ == "__main__":
     diffusers.utils.logging.set_verbosity_error()
-    for title, compute, names, all_steps in (
-        ("error, % of the standard deviation", lambda *cell: f"{solver_error(*cell) / 10:.2f}", SOLVERS, STEPS),
-        ("standard deviation, %", lambda *cell: f"{sampler_deviation(*cell)[0]:.1f}", SAMPLERS, SAMPLER_STEPS),
-    ):
+    for compute, names, all_steps in ((solver_error, SOLVERS, STEPS), (sampler_deviation, SAMPLERS, SAMPLER_STEPS)):
         cells = [(schedule, steps, "swap") for schedule in SCHEDULES for steps in all_steps]
         cells += [(schedule, all_steps[0], "plain") for schedule in SCHEDULES]
-        print(f"\n| {title} | {' | '.join(' '.join(map(str, cell)) for cell in cells)} |\n|---|{'---|' * len(cells)}")
         for name in names:
-            row = []
             for schedule, steps, route in cells:
                 try:
-                    row.append(compute(schedule, name, steps, route))
+                    print(name, schedule, steps, route, compute(schedule, name, steps, route), flush=True)
                 except ValueError:
-                    row.append("refused")
-            print(f"| `{name}` | {' | '.join(row)} |", flush=True)
-    for name, reason in UNSUITABLE_SCHEDULERS.items():
-        print(f"| `{name}` | {reason} |")
-
-
-if __name__ == "__main__":
-    print_table()
+                    print(name, schedule, steps, route, "refused")
