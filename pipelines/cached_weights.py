@@ -36,8 +36,12 @@ def cached_weights(network: nn.Module) -> Iterator[None]:
     """
     with _lock:
         _users[network] = _users.get(network, 0) + 1
-        if _users[network] == 1:
-            _attach(network)
+        modules = list(network.modules())
+        compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
+        for module in modules if _users[network] == 1 and not compiled else ():
+            # where the instance has a forward of its own, somebody else (offloading, quantisation) has wrapped it
+            if "forward" not in vars(module) and _can_be_cached(module):
+                module.forward = _CachedConvolution(module)
     try:
         yield
     finally:
@@ -48,16 +52,6 @@ def cached_weights(network: nn.Module) -> Iterator[None]:
                 for module in network.modules():
                     if isinstance(vars(module).get("forward"), _CachedConvolution):
                         del module.forward
-
-
-def _attach(network: nn.Module) -> None:
-    modules = list(network.modules())
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
-        return
-    for module in modules:
-        # where the instance has a forward of its own, somebody else (offloading, quantisation) has wrapped it
-        if "forward" not in vars(module) and _can_be_cached(module):
-            module.forward = _CachedConvolution(module)
 
 
 def _can_be_cached(module: nn.Module) -> bool:
@@ -76,7 +70,7 @@ class _CachedConvolution:
     _taps = ((3, 1), (2, 0))
 
     def __init__(self, conv: Any):
-        self.conv = conv
+        self.conv, self.options = conv, (conv.padding, conv.stride, conv.dilation, conv.groups)
         # what the weights were made of, and they: one assignment, as threads may share a network
         self.kept: tuple[tuple, tuple[torch.Tensor, ...]] = ((), ())
 
@@ -98,7 +92,7 @@ class _CachedConvolution:
         if len(weights) == 4:
             return self._double(images, weights)
         if weights[0].is_mkldnn:
-            return _convolve(images, weights[0], conv.bias, _options(conv))
+            return _convolve(images, weights[0], conv.bias, self.options)
         if isinstance(conv, nn.ConvTranspose2d):
             return type(conv).forward(conv, images)
         return conv._conv_forward(images, weights[0], conv.bias)
@@ -116,7 +110,7 @@ class _CachedConvolution:
             return tuple(
                 _pack(filters[:, :, rows][:, :, :, columns], padded) for rows in self._taps for columns in self._taps
             )
-        return (_pack(weight, shape, _options(conv)),)
+        return (_pack(weight, shape, self.options),)
 
     def _double(self, images: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """The transposed convolution as four 2x2 ones whose results interleave, in half the time of oneDNN's."""
@@ -134,10 +128,6 @@ class _CachedConvolution:
 
 # padding, stride, dilation and groups of the four convolutions that double
 _PLAIN = ((0, 0), (1, 1), (1, 1), 1)
-
-
-def _options(conv: Any) -> tuple[Any, ...]:
-    return conv.padding, conv.stride, conv.dilation, conv.groups
 
 
 def _pack(weight: torch.Tensor, shape: Sequence[int], options: tuple[Any, ...] = _PLAIN) -> torch.Tensor:

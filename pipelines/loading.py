@@ -36,10 +36,8 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
             raise ValueError(f"{candidate} needs a library that is not installed: pip install {libraries}")
     # without their common ending, which would make any two of them look alike
     known = [n.removesuffix("Scheduler") for n in (*OUR_SCHEDULERS, *dir(diffusers)) if n.endswith("Scheduler")]
-    raise ValueError(
-        f"there is no scheduler named {name!r}: take {', '.join(OUR_SCHEDULERS)}, or one of diffusers such as"
-        f" DDIMScheduler or UniPCMultistepScheduler{perhaps(name.removesuffix('Scheduler'), known)}"
-    )
+    wanted = f"take {', '.join(OUR_SCHEDULERS)}, or one of diffusers such as UniPCMultistepScheduler"
+    raise ValueError(f"there is no scheduler named {name!r}: {wanted}{perhaps(name.removesuffix('Scheduler'), known)}")
 
 
 def scheduler_names() -> list[str]:
@@ -206,10 +204,8 @@ def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path
         with file.open("rb") as opened:
             digest = sha_fileobj(opened).hex()
         if digest != announced.name:
-            raise OSError(
-                f"{file} is damaged: its SHA-256 is {digest}, but the Hub announced {announced.name}; load it once"
-                " more with force_download=True"
-            )
+            told = f"its SHA-256 is {digest}, but the Hub announced {announced.name}; pass force_download=True"
+            raise OSError(f"{file} is damaged: {told}")
     return folder
 
 

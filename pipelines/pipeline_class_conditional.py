@@ -75,27 +75,20 @@ def _check_noise_levels(scheduler: SchedulerMixin) -> None:
     steps = getattr(scheduler, "num_inference_steps", len(timesteps))
     name, names = type(scheduler).__name__, {base.__name__ for base in type(scheduler).__mro__}
     if not timesteps.isfinite().all():
-        raise ValueError(
-            f"{name} finds no {steps} timesteps on this noise schedule: take more, or timestep_spacing='leading'"
-        )
+        raise ValueError(f"{name} finds no {steps} timesteps on this noise schedule: take more, or 'leading' spacing")
     # schedulers of second order have a timestep of their own between any two
     visited = timesteps[:: getattr(scheduler, "order", 1)].to(torch.int64).clamp(0, len(scheduler.alphas_cumprod) - 1)
     levels = scheduler.alphas_cumprod.detach().cpu()[visited]
     equal = (levels[1:] == levels[:-1]).nonzero().flatten().tolist()
     # the upper end of a learned variance is a beta, whose logarithm is taken
     if equal and (names & _NEED_DIFFERENT_NOISE_LEVELS or _takes_learned_variance(scheduler)):
-        first, second = visited[equal[0] : equal[0] + 2].tolist()
-        raise ValueError(
-            f"{name} needs a different noise level at every step, but those of timesteps {first} and {second} are the"
-            f" same: take fewer than {steps} steps, or EulerDiscreteScheduler"
-        )
+        remedy = f"take fewer than {steps} steps, or EulerDiscreteScheduler"
+        raise ValueError(f"{name} needs a different noise level at every step, but two are the same: {remedy}")
     # x_0 = (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t), and the next sample has sqrt(abar_next) of it
     gain = ((levels[1] if len(levels) > 1 else 1.0) / levels[0]) ** 0.5
     if scheduler.config.get("prediction_type") == "epsilon" and gain > _MAX_FIRST_STEP_GAIN:
-        logger.warning(
-            f"the first of {steps} steps of {name}, from timestep {visited[0].item()}, multiplies errors of the noise"
-            f" prediction by {gain:.0f}: take timestep_spacing='leading'"
-        )
+        told = f"the first step, from timestep {visited[0].item()}, multiplies errors of the noise prediction by"
+        logger.warning(f"{name}: {told} {gain:.0f}; take timestep_spacing='leading'")
 
 
 def _takes_learned_variance(scheduler: SchedulerMixin) -> bool:
@@ -103,9 +96,7 @@ def _takes_learned_variance(scheduler: SchedulerMixin) -> bool:
     if not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
         return getattr(scheduler, "accepts_learned_variance", False)
     if scheduler.config.variance_type == "learned":
-        raise ValueError(
-            "the scheduler's variance_type is 'learned', but the network predicts 'learned_range': change its config"
-        )
+        raise ValueError("the scheduler's variance_type is 'learned', but the network predicts 'learned_range'")
     return scheduler.config.variance_type == "learned_range"
 
 
@@ -204,10 +195,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for label in labels:
             index = self.get_label_ids(label)[0] if isinstance(label, str) else label
             if index is not None and not 0 <= index <= num_classes:
-                raise ValueError(
-                    f"class label {label} is out of range: ids go from 0 to {num_classes - 1}, and {num_classes} or"
-                    " None is the null class"
-                )
+                known = f"ids go from 0 to {num_classes - 1}, and {num_classes} or None is the null class"
+                raise ValueError(f"class label {label} is out of range: {known}")
             ids.append((num_classes or 0) if index is None else int(index))
         return ids
 

@@ -56,10 +56,8 @@ def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> 
 class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
     """Options, tables of double precision, timesteps and variances of the schedulers of this package.
 
-    Attributes:
-        betas, alphas, alphas_cumprod: Tables of shape (num_train_timesteps,), float64 on the CPU.
-        timesteps: The active timesteps in descending order, int64; T - 1 ... 0 before `set_timesteps`.
-        accepts_learned_variance: Tells pipelines that `step` takes 2C channels, which most stock schedulers cannot.
+    ``betas``, ``alphas`` and ``alphas_cumprod`` are (num_train_timesteps,), float64 on the CPU; ``timesteps`` are the
+    active ones in descending order, int64. ``accepts_learned_variance`` tells pipelines that `step` takes 2C channels.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012
@@ -254,10 +252,8 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
 
         (batch, channels, *size), shape = sample.shape, tuple(model_output.shape)
         if shape not in ((batch, channels, *size), (batch, 2 * channels, *size)):
-            raise ValueError(
-                f"model_output has shape {shape} for a sample of shape {tuple(sample.shape)}, but must have {channels}"
-                f" channels (prediction) or {2 * channels} (with variance), else the same shape."
-            )
+            wanted = f"{channels} channels (prediction) or {2 * channels} (with variance), else the same shape"
+            raise ValueError(f"model_output has shape {shape} for a sample of {tuple(sample.shape)}, not {wanted}.")
         output = model_output.to(torch.promote_types(sample.dtype, torch.float32))
         interpolation = None if shape[1] == channels else output[:, channels:]
         return StepCoefficients(*row.unbind()), output[:, :channels], interpolation, sample.to(output.dtype)

@@ -23,12 +23,8 @@ SCHEDULES = ("original", "cosine")
 class GaussianToy(ModelMixin, ConfigMixin):
     """The exact prediction for Gaussian images, computed in float64, with the call of the class-conditional U-Net.
 
-    Args:
-        alphas_cumprod: The noise schedule. Between two timesteps the logarithm of the noise level is linear.
-        class_means: The mean of each class and, last, that of the null class.
-        standard_deviation: s, the same for all.
-        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
-        round_timesteps: Whether timesteps are rounded, as the time embeddings of the original program are.
+    Between two timesteps the logarithm of the noise level is linear; ``round_timesteps`` is as the time embeddings of
+    the original program do. The last of the class means is that of the null class.
     """
 
     @register_to_config
@@ -75,10 +71,7 @@ class GaussianToy(ModelMixin, ConfigMixin):
 
 
 def make_gaussian_pipeline(schedule: str, **options) -> ClassConditionalPipeline:
-    """A pipeline as the converter makes it ("original") or the training ("cosine"); options go to the toy.
-
-    Nothing is clipped: a clipped Gaussian is none.
-    """
+    """A pipeline as the converter makes it ("original") or the training ("cosine"), without clipping."""
     if schedule == "original":
         scheduler = EtaDDIMScheduler(**original_cosine_options())
         options = {"round_timesteps": True, **options}
@@ -105,7 +98,7 @@ class GaussianSamples:
     standard_deviation: float
 
     def error(self, end: str) -> float:
-        """Root mean square distance from the solution of the ODE, as a fraction of the standard deviation."""
+        """Root mean square distance from the solution, as a fraction of the standard deviation."""
         return (self.images - self.ends[end]).square().mean().sqrt().item() / self.standard_deviation
 
     @property
@@ -122,10 +115,7 @@ class GaussianSamples:
 def sample_gaussian(
     pipeline: ClassConditionalPipeline, num_inference_steps: int, guidance_scale: float = 2.0, **options
 ) -> GaussianSamples:
-    """Generates an image of every class, each from its own generator, and the solution for the same starting noise.
-
-    The solution starts where the scheduler does: at what it first gives to the network, and at that timestep.
-    """
+    """An image of every class, and the solution from where the scheduler starts: its first input and timestep."""
     toy, first_inputs = pipeline.unet, []
     hook = toy.register_forward_pre_hook(lambda module, arguments: first_inputs.append(arguments[:2]))
     labels = list(range(toy.config.num_class_embeds))

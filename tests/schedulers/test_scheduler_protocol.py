@@ -93,13 +93,6 @@ class SchedulerProtocol:
             alone = self.step(scheduler, prediction[i : i + 1], 50, sample[i : i + 1], i).prev_sample
             assert torch.equal(alone, together[i : i + 1])
 
-    @pytest.mark.parametrize("limit", [0.5, 1.0])
-    def test_clipping_bounds_the_output(self, limit):
-        out = self.step(self.make(clip_sample_range=limit), 10 * torch.randn(SHAPE), 0, torch.randn(SHAPE))
-        assert out.pred_original_sample.abs().max() == limit
-        # The last step ends at the predicted clean sample
-        torch.testing.assert_close(out.prev_sample, out.pred_original_sample, rtol=0, atol=1e-6)
-
     def test_noise_and_velocity_of_a_batch(self):
         scheduler, clean, noise, timesteps = self.make(), torch.randn(SHAPE), torch.randn(SHAPE), [0, 50, 99]
         abar = scheduler.alphas_cumprod[timesteps].double().reshape(3, 1, 1, 1)
@@ -108,19 +101,6 @@ class SchedulerProtocol:
         velocity = scheduler.get_velocity(clean, noise, torch.tensor(timesteps))
         torch.testing.assert_close(noisy, signal * clean + rate * noise, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(velocity, signal * noise - rate * clean, rtol=1e-5, atol=1e-6)
-
-    @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-    def test_a_perfect_model_recovers_the_image(self, prediction_type):
-        scheduler = self.make(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2")
-        clean = torch.rand(SHAPE, generator=seeded(2)) * 1.8 - 0.9
-        sample = torch.randn(SHAPE, generator=seeded(3))
-        for t in scheduler.timesteps:
-            abar = scheduler.alphas_cumprod[t].float()
-            noise = (sample - abar.sqrt() * clean) / (1 - abar).sqrt()
-            velocity = scheduler.get_velocity(clean, noise, t.expand(3))
-            target = {"epsilon": noise, "sample": clean, "v_prediction": velocity}[prediction_type]
-            sample = self.step(scheduler, target, t, sample).prev_sample
-        torch.testing.assert_close(sample, clean, rtol=0, atol=1e-4)
 
 
 class OurProtocol(SchedulerProtocol):
@@ -174,10 +154,9 @@ class OurProtocol(SchedulerProtocol):
             assert torch.equal(noisy, function(sample, prediction[:, :2], torch.full((3,), 7)))
 
     def test_without_a_variance_the_smaller_is_taken(self):
-        sample, prediction = torch.randn(SHAPE), torch.randn(SHAPE)
         learned, fixed = (self.make(variance_type=name) for name in ("learned_range", "fixed_small"))
-        results = [self.step(each, prediction, 5, sample).prev_sample for each in (learned, fixed)]
-        assert torch.equal(*results)
+        sample, prediction = torch.randn(SHAPE), torch.randn(SHAPE)
+        assert torch.equal(*(self.step(each, prediction, 5, sample).prev_sample for each in (learned, fixed)))
 
     def test_betas_of_zero(self):
         scheduler = self.scheduler_class(num_train_timesteps=4, trained_betas=[0.0, 0.0, 0.1, 0.0])

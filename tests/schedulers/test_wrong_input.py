@@ -65,8 +65,8 @@ def test_timesteps(arguments, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_output": torch.zeros(2, 9, 4, 4)}, "model_output has shape (2, 9, 4, 4) for a sample of shape (2,"),
-        ({"model_output": torch.zeros(2, 1, 4, 4)}, "must have 3 channels (prediction) or 6"),
+        ({"model_output": torch.zeros(2, 9, 4, 4)}, "model_output has shape (2, 9, 4, 4) for a sample of (2,"),
+        ({"model_output": torch.zeros(2, 1, 4, 4)}, "not 3 channels (prediction) or 6"),
         ({"model_output": torch.zeros(2, 6, 4, 1)}, "model_output has shape (2, 6, 4, 1)"),
         ({"timestep": 1000}, "timestep is 1000, but must be an integer in [0, 999]"),
         ({"timestep": torch.tensor(5.0)}, "timestep is a tensor of () torch.float32"),
