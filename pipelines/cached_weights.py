@@ -70,7 +70,7 @@ class _CachedConvolution:
     _taps = ((3, 1), (2, 0))
 
     def __init__(self, conv: Any):
-        self.conv, self.options = conv, (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.conv = conv
         # what the weights were made of, and they: one assignment, as threads may share a network
         self.kept: tuple[tuple, tuple[torch.Tensor, ...]] = ((), ())
 
@@ -92,7 +92,7 @@ class _CachedConvolution:
         if len(weights) == 4:
             return self._double(images, weights)
         if weights[0].is_mkldnn:
-            return _convolve(images, weights[0], conv.bias, self.options)
+            return _convolve(images, weights[0], conv.bias, (conv.padding, conv.stride, conv.dilation, conv.groups))
         if isinstance(conv, nn.ConvTranspose2d):
             return type(conv).forward(conv, images)
         return conv._conv_forward(images, weights[0], conv.bias)
@@ -110,7 +110,7 @@ class _CachedConvolution:
             return tuple(
                 _pack(filters[:, :, rows][:, :, :, columns], padded) for rows in self._taps for columns in self._taps
             )
-        return (_pack(weight, shape, self.options),)
+        return (_pack(weight, shape, (conv.padding, conv.stride, conv.dilation, conv.groups)),)
 
     def _double(self, images: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """The transposed convolution as four 2x2 ones whose results interleave, in half the time of oneDNN's."""
