@@ -115,6 +115,8 @@ class ModelOptions(Sampler, SamplingOptions, ExtractionOptions):
     """Options of `evaluate_model`."""
 
     model: str = _images(help="Pipeline folder or Hub id.", metavar="MODEL")
+    # as published FIDs are computed
+    guidance_scale: float = _as_generate("guidance_scale", 1.0)
     keep_images: str | None = _output(
         None, "Keep the images: png in a folder, or npz as guided-diffusion reads it.", choices=["png", "npz"]
     )

@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], list[str], type, list[str]
             "Hub",
         ],
     ),
-    "generate_images.py": (generate_images.main, [], GenerateOptions, ["model", "images", "output", "sampling"]),
+    "generate_images.py": (generate_images.main, [], GenerateOptions, ["sampling", "model", "images", "output"]),
     "convert_checkpoints.py": (
         convert_checkpoints.main,
         [],
