@@ -158,12 +158,6 @@ class TestSchedulers:
         generate(pipeline, timesteps=[900, 400, 50])
         assert len(batches) == pipeline.num_timesteps == 3
         assert pipeline.timesteps.tolist() == [900, 400, 50]
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
-        with pytest.raises(ValueError, match="timesteps were given, but DDIMScheduler chooses its own"):
-            generate(pipeline, timesteps=[900, 400, 50])
-        pipeline.scheduler = diffusers.DDPMScheduler(variance_type="learned")
-        with pytest.raises(ValueError, match="variance_type is 'learned', but the network predicts 'learned_range'"):
-            generate(pipeline)
 
     def test_clipping(self, pipeline):
         as_configured = generate(pipeline, output_type="latent")
@@ -171,9 +165,23 @@ class TestSchedulers:
         clipped = generate(pipeline, clip_sample=True, output_type="latent")
         assert clipped.abs().max() <= 1 + 1e-5 < as_configured.abs().max()
         assert pipeline.scheduler.config.clip_sample is False
-        pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-        with pytest.raises(ValueError, match="clip_sample is True, but DPMSolverMultistepScheduler has no such"):
-            generate(pipeline, clip_sample=True)
+
+    @pytest.mark.parametrize(
+        ("scheduler", "options", "message"),
+        [
+            (diffusers.DDIMScheduler(), {"timesteps": [900, 50]}, "were given, but DDIMScheduler chooses its own"),
+            (
+                diffusers.UniPCMultistepScheduler(),
+                {"clip_sample": True},
+                "True, but UniPCMultistepScheduler has no such",
+            ),
+            (diffusers.DDPMScheduler(variance_type="learned"), {}, "but the network predicts 'learned_range'"),
+        ],
+    )
+    def test_what_stock_cannot(self, pipeline, scheduler, options, message):
+        pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=message):
+            generate(pipeline, **options)
 
     def test_eta(self, pipeline, caplog):
         assert (generate(pipeline, eta=1.0) != generate(pipeline)).any()
