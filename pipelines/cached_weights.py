@@ -38,7 +38,7 @@ def cached_weights(network: nn.Module) -> Iterator[None]:
         _users[network] = _users.get(network, 0) + 1
         modules = list(network.modules())
         compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
-        for module in modules if _users[network] == 1 and not compiled else ():
+        for module in modules if _users[network] == 1 and not compiled else []:
             # where the instance has a forward of its own, somebody else (offloading, quantisation) has wrapped it
             if "forward" not in vars(module) and _can_be_cached(module):
                 module.forward = _CachedConvolution(module)

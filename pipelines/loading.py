@@ -186,7 +186,7 @@ def load_pipeline(
 
 
 # Not all connection errors are OSErrors: they are those of the client's HTTP library, which has changed twice.
-_HUB_ERRORS = (OSError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__)
+_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__)
 
 
 def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path:
