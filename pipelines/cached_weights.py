@@ -1,7 +1,6 @@
 """Faster sampling on a CPU: what depends on a network's weights alone is computed once, not at every denoising step.
 
-Only speed is here; results stay those of the network. The file imports torch only, and a repository on the Hub carries
-it beside the pipeline's.
+The file imports torch only, because a repository on the Hub carries it.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""Generating images to a folder: numbered PNGs, a labelled grid, an animation, and a manifest of how they were made.
-
-The same command again resumes a run that was stopped or killed: what tells how far it came are the images themselves.
-"""
+"""Generating images to a folder, and resuming that: the images themselves tell how far a run came."""
 
 import contextlib
 import datetime
