@@ -46,7 +46,7 @@ _MAY_DIFFER = {"unfinished", "versions", "device", "batch_size", "output_dir"}
 def generate(options: GenerateOptions) -> Path:
     """Generates the images that the options ask for, on all ranks, or resumes that; returns their folder."""
     on_cpu = (options.device or best_device()) == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-    # one rank may have the last batch of an hour while the others wait for it
+    # a rank that waits for a slower one must not give up
     state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=7))
     folder = Path(options.output_dir)
 

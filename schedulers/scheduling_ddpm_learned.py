@@ -1,4 +1,4 @@
-"""The DDPM scheduler; its file is that of the DDIM scheduler, as from the Hub diffusers fetches one for a scheduler."""
+"""The DDPM scheduler. Its file is that of the DDIM scheduler: from the Hub diffusers fetches one for a scheduler."""
 
 from .scheduling_ddim_eta import LearnedVarianceDDPMScheduler
 
