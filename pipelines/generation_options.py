@@ -19,7 +19,7 @@ _sampling, _model, _images, _output = (
 )
 
 
-@dataclass(unsafe_hash=True)
+@dataclass
 class Sampler(CheckedOptions):
     """Settings of a sampling run. The help texts say what each one is.
 
@@ -62,13 +62,15 @@ class Sampler(CheckedOptions):
     def __post_init__(self) -> None:
         """Checks the values."""
         super().__post_init__()
-        # which can be hashed
-        interval = self.guidance_interval = tuple(self.guidance_interval)  # type: ignore[assignment]
+        interval = self.guidance_interval = list(self.guidance_interval)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             wanted = "two fractions of the steps, 0 <= begin <= end <= 1"
-            raise ValueError(f"guidance_interval is {interval}, but must be {wanted}")
+            raise ValueError(f"guidance_interval is {tuple(interval)}, but must be {wanted}")
         if self.num_inference_steps is not None and self.step_size is not None:
             raise ValueError("num_inference_steps and step_size both say the number of steps: give one of them")
+
+    def __hash__(self) -> int:
+        return hash(self.title())
 
     def prepare(self, pipeline: "ClassConditionalPipeline") -> None:
         """Gives the pipeline the scheduler, if another one than its own is asked for; raises as `swap_scheduler`."""

@@ -58,7 +58,7 @@ def test_the_product_of_the_options():
     # where nothing is guided, the interval is no setting
     grid = sampler_grid(options(guidance_scale=[1.0, 3.0], guidance_interval=[0.2, 0.5], eta=[0.0, 1.0]))
     found = [(sampler.guidance_interval, sampler.eta) for sampler in grid]
-    assert found == [(interval, eta) for interval in ((0.0, 1.0), (0.2, 0.5)) for eta in (0.0, 1.0)]
+    assert found == [(interval, eta) for interval in ([0.0, 1.0], [0.2, 0.5]) for eta in (0.0, 1.0)]
 
 
 @pytest.mark.parametrize(

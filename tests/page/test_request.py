@@ -16,7 +16,7 @@ def test_a_good_form(models, limits):
     options = request.options
     assert (options.seed, options.num_inference_steps, options.guidance_scale) == (7, 4, 2.5)
     assert isinstance(options.seed, int)
-    assert (options.guidance_interval, options.eta, options.scheduler) == ((0.2, 0.9), 0.5, None)
+    assert (options.guidance_interval, options.eta, options.scheduler) == ([0.2, 0.9], 0.5, None)
 
 
 @pytest.mark.parametrize(

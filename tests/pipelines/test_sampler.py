@@ -12,7 +12,7 @@ from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seed
 
 def test_what_the_pipeline_is_called_with():
     pipeline = make_pipeline()
-    defaults = {"guidance_scale": 1.0, "guidance_interval": (0.0, 1.0), "eta": 0.0, "clip_sample": None}
+    defaults = {"guidance_scale": 1.0, "guidance_interval": [0.0, 1.0], "eta": 0.0, "clip_sample": None}
     assert Sampler().arguments(pipeline) == {"num_inference_steps": 100, **defaults}
     values = {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), "eta": 0.5, "clip_sample": True}
     by_sampler = sample_images(pipeline, Sampler(step_size=400, **values), [0, None], 3, output_type="pt")
