@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,64 +22,43 @@ def _run(module: str, function: str, options: Any) -> Any:
 
 
 def reference(options: ReferenceOptions) -> Path:
-    """Evaluates real images and returns the folder of the evaluation."""
+    """Evaluates real images, to compare models with, into a folder."""
     return _run("evaluating", "evaluate_reference", options)
 
 
 def model(options: ModelOptions) -> Path:
-    """Generates images with a model, evaluates them and returns the folder of the evaluation."""
+    """Generates images with a model and evaluates them into a folder. The same call resumes one that was stopped; with
+    accelerate launch several ranks share the work."""
     return _run("evaluating", "evaluate_model", options)
 
 
 def score(options: ScoreOptions) -> dict[str, Any]:
-    """Computes metrics from two evaluations and returns them with their protocol."""
+    """FID and other numbers from two evaluations, with their protocol."""
     return _run("scoring", "score", options)
 
 
 def sweep(options: SweepOptions) -> Path:
-    """Evaluates many models under many samplers and returns the table."""
+    """Many models under many samplers: a table and charts. The same call resumes one that was stopped."""
     return _run("sweeping", "sweep", options)
 
 
 def classifier(options: ClassifierOptions) -> Path:
-    """Trains a small classifier and returns its folder."""
+    """Trains a small classifier on a dataset, to evaluate with. Say --protocol classifier --weights its_folder."""
     return _run("classifier_training", "train_classifier", options)
 
 
+_EXAMPLES: dict[Callable[[Any], Any], str] = {
+    reference: "--source outputs/digits\n--output_dir outputs/reference --protocol pixels",
+    model: "--model outputs/train/model\n--output_dir outputs/evaluated --protocol pixels\n--num_images 500"
+    " --num_inference_steps 20",
+    score: "--reference outputs/reference\n--model outputs/evaluated",
+    sweep: "--reference outputs/reference\n--models outputs/train --output_dir outputs/sweep\n"
+    "--protocol pixels --num_images 100\n--num_inference_steps 10 20 --eta 0 1",
+    classifier: "--train_data_dir outputs/digits\n--output_dir outputs/classifier",
+}
 COMMANDS = {
-    "reference": SubCommand(
-        ReferenceOptions,
-        reference,
-        "Evaluates real images, to compare models with.",
-        "--source outputs/digits\n--output_dir outputs/reference --protocol pixels",
-    ),
-    "model": SubCommand(
-        ModelOptions,
-        model,
-        "Generates images with a model and evaluates them. The same call resumes one that was stopped; with accelerate"
-        " launch several ranks share the work.",
-        "--model outputs/train/model\n--output_dir outputs/evaluated --protocol pixels\n--num_images 500"
-        " --num_inference_steps 20",
-    ),
-    "score": SubCommand(
-        ScoreOptions,
-        score,
-        "FID and other numbers from two evaluations, with their protocol.",
-        "--reference outputs/reference\n--model outputs/evaluated",
-    ),
-    "sweep": SubCommand(
-        SweepOptions,
-        sweep,
-        "Many models under many samplers: a table and charts. The same call resumes one that was stopped.",
-        "--reference outputs/reference\n--models outputs/train --output_dir outputs/sweep\n"
-        "--protocol pixels --num_images 100\n--num_inference_steps 10 20 --eta 0 1",
-    ),
-    "classifier": SubCommand(
-        ClassifierOptions,
-        classifier,
-        "Trains a small classifier on a dataset, to evaluate with. Say --protocol classifier --weights its_folder.",
-        "--train_data_dir outputs/digits\n--output_dir outputs/classifier",
-    ),
+    command.__name__: SubCommand(command.__annotations__["options"], command, command.__doc__ or "", example)
+    for command, example in _EXAMPLES.items()
 }
 
 

@@ -26,6 +26,8 @@ SOURCES = {
 }
 
 EXAMPLE = "--source mnist --output_dir outputs/digits"
+_NAME = {"group": "source", "metavar": "NAME"}
+_DECODED = {"group": "images of imagefolder and dataset"}
 
 
 @dataclasses.dataclass
@@ -54,37 +56,28 @@ class PrepareOptions(CheckedOptions):
         group="source",
         metavar="FILE",
     )
-    split: str = option("train", "The split to read; imagenet64 also has validation.", group="source", metavar="NAME")
-    image_column: str | None = option(
-        None, "The column of images of a dataset (default: found by its type).", group="source", metavar="NAME"
-    )
-    label_column: str | None = option(
-        None, "The column of labels of a dataset (default: found by its type).", group="source", metavar="NAME"
-    )
+    split: str = option("train", "The split to read; imagenet64 also has validation.", **_NAME)
+    image_column: str | None = option(None, "The column of images of a dataset (default: found by its type).", **_NAME)
+    label_column: str | None = option(None, "The column of labels of a dataset (default: found by its type).", **_NAME)
 
     resolution: int | None = option(
-        None,
-        "Height and width in pixels, at least 1 (default: 64); the other sources have their own.",
-        at_least=1,
-        group="images of imagefolder and dataset",
+        None, "Height and width in pixels (default: 64); the other sources have their own.", at_least=1, **_DECODED
     )
     resize_filter: str | None = option(
         None,
         "How they are resampled (default: box, as ImageNet-64 was).",
         choices=["box", "bilinear", "bicubic", "lanczos"],
-        group="images of imagefolder and dataset",
+        **_DECODED,
     )
-    color_mode: str | None = option(
-        None, "Their colours (default: rgb).", choices=["rgb", "grayscale"], group="images of imagefolder and dataset"
-    )
+    color_mode: str | None = option(None, "Their colours (default: rgb).", choices=["rgb", "grayscale"], **_DECODED)
 
 
 def prepare(options: PrepareOptions) -> pathlib.Path:
     """Writes the prepared dataset, unless it is already there, and returns its folder.
 
     Raises:
-        DataError: an option or the data is not what it should be; nothing has been written then.
-        OSError: another process is writing to output_dir, or it cannot be written.
+        DataError: An option or the data is not what it should be; nothing has been written then.
+        OSError: Another process is writing to output_dir, or it cannot be written.
     """
     from imagenet64_diffusion.data.preparation import find_finished, write_prepared
 

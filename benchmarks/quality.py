@@ -1,10 +1,6 @@
-"""What each correction of the original's design is worth, measured with the same budget.
+"""What each correction of the original's design is worth, with the same number of steps and the same computing time.
 
-Trains a small network on the 5,000 MNIST digits, first as the original program has it and then with one correction
-after the other, for the same number of steps and for the same computing time, with two seeds. Every model generates
-digits without guidance; a fixed classifier reads them, and FID, precision and recall are computed in its features.
-All by train_imagenet64.py and evaluate_models.py. A second call resumes one that was stopped. Writes
-benchmarks/results/quality-<processor>.json, a chart, samples of each model, and the table in docs/corrections.md:
+Trains small networks on digits, and has a fixed classifier read what they generate. A second call resumes:
 
     python benchmarks/quality.py --data outputs/demo/data --output_dir outputs/quality
 """
@@ -26,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from networks import make_inputs, recipe_config
 from performance_page import table
-from report import DIGITS_DATA, DIGITS_PROTOCOL, ROOT, alternate, parse_options, seconds_of, write_result
+from report import DIGITS_DATA, DIGITS_PROTOCOL, ROOT, alternate_seconds, parse_options, ratios_to, write_result
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.pipelines.image_grid import image_grid, to_image
@@ -36,6 +32,7 @@ from imagenet64_diffusion.utils.chart_style import BLUE, ORANGE, finish_axes, sa
 PAGE = ROOT / "docs" / "corrections.md"
 MARKS = "<!-- table of benchmarks/quality.py -->\n", "<!-- end of the table -->\n"
 UNET_OPTIONS = ("time_embedding_type", "class_attention_type", "output_head_type")
+COSINE = "squaredcos_cap_v2"
 ORIGINAL = {
     "time_embedding_type": "original_interleaved",
     "class_attention_type": "identity",
@@ -49,10 +46,7 @@ CORRECTIONS = {
     "+ sinusoidal time encoding": {"time_embedding_type": "sinusoidal"},
     "+ class attention that attends": {"class_attention_type": "channel"},
     "+ convolutional head": {"output_head_type": "conv"},
-    "+ velocity, unclamped cosine (default)": {
-        "prediction_type": "v_prediction",
-        "beta_schedule": "squaredcos_cap_v2",
-    },
+    "+ velocity, unclamped cosine (default)": {"prediction_type": "v_prediction", "beta_schedule": COSINE},
 }
 CHANGES = {
     "default, no EMA": {"use_ema": False},
@@ -63,6 +57,7 @@ CHANGES = {
     "default, importance sampling": {"timestep_sampling": "importance"},
     "default, min-SNR 5": {"snr_gamma": 5},
 }
+METRICS = ("class_accuracy", "fid", "precision", "recall")
 # the original, the corrections one after the other, the default without one each, two options: name -> options
 VARIANTS: dict[str, dict[str, Any]] = {"as the original has it": ORIGINAL}
 for _name, _correction in CORRECTIONS.items():
@@ -74,14 +69,11 @@ TRAINING |= {"checkpointing_steps": 0, "num_sample_classes": 1, "num_samples_per
 
 
 def run(script: str, *words: Any, **options: Any) -> None:
-    """Runs a command of the project on one thread; its output is seen if it fails."""
+    """Runs a command of the project on one thread."""
     for name, value in options.items():
         words += (f"--{name}", *(value if isinstance(value, tuple) else (value,)))
     command = [sys.executable, str(ROOT / script), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {finished.returncode}: {finished.stderr[-2000:]}")
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True)
 
 
 def relative_costs(variants: dict[str, dict[str, Any]], rounds: int = 15) -> dict[str, float]:
@@ -99,71 +91,67 @@ def relative_costs(variants: dict[str, dict[str, Any]], rounds: int = 15) -> dic
     for kind in set(kinds.values()):
         unet = ClassConditionalUNet2DModel(**{**config, **dict(zip(UNET_OPTIONS, kind, strict=True))})
         steps[kind] = partial(step, unet, torch.optim.AdamW(unet.parameters(), fused=True))
-    seconds = alternate({kind: partial(seconds_of, each) for kind, each in steps.items()}, rounds)
-    last = seconds[list(kinds.values())[-1]]
-    ratios = {kind: [own / other for own, other in zip(each, last, strict=True)] for kind, each in seconds.items()}
-    return {name: statistics.median(ratios[kind]) for name, kind in kinds.items()}
+    last = list(kinds.values())[-1]
+    ratios = {last: {"median": 1.0}, **ratios_to(last, alternate_seconds(steps, rounds))}
+    return {name: ratios[kind]["median"] for name, kind in kinds.items()}
 
 
 def train_and_evaluate(options: argparse.Namespace, name: str, seed: int, steps: int) -> dict[str, Any]:
     """The scores of a variant after so many steps."""
     slug = "".join(character if character.isalnum() else "_" for character in name)
     folder = options.output_dir / f"{slug}_seed{seed}_{steps}"
-    model, evaluated = folder / "model", folder / "evaluated"
+    model, evaluated, scores = folder / "model", folder / "evaluated", folder / "evaluated" / "scores.json"
     if not (model / "model_index.json").is_file():
         paths = {"train_data_dir": options.data, "output_dir": folder, "report_to": "none"}
         fixed = {"model_config_name_or_path": "demo", **NETWORK, **TRAINING, "max_train_steps": steps, "seed": seed}
         run("train_imagenet64.py", **paths, **fixed, **VARIANTS[name])
-    scores = evaluated / "scores.json"
     if not scores.is_file():
         sampling = {"num_images": options.num_images, "num_inference_steps": options.num_inference_steps}
         words = ("model", *DIGITS_PROTOCOL, "--keep_images", "npz", "--batch_size", 100)
         run("evaluate_models.py", *words, model=model, output_dir=evaluated, **sampling)
         run("evaluate_models.py", "score", reference=options.output_dir / "reference", model=evaluated)
-    found = json.loads(scores.read_text(encoding="utf-8"))["metrics"]
-    metrics = {metric: found[metric] for metric in ("class_accuracy", "fid", "precision", "recall")}
-    return {**metrics, "steps": steps, "folder": folder.name}
+    metrics = json.loads(scores.read_text(encoding="utf-8"))["metrics"]
+    return {**{metric: metrics[metric] for metric in METRICS}, "steps": steps, "folder": folder.name}
 
 
 def evaluate_all(options: argparse.Namespace, variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The figures of every variant with both budgets, for each seed."""
-    found = {name: {"variant": name, "options": settings} for name, settings in variants.items()}
-
-    def evaluate(budget: str, steps: dict[str, int]) -> None:
-        tasks = list(itertools.product(variants, options.seeds))
-        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-            results = pool.map(lambda task: train_and_evaluate(options, *task, steps[task[0]]), tasks)
-            for (name, seed), scores in zip(tasks, results, strict=True):
-                print(f"{budget}, {name}, seed {seed}: {scores}", flush=True)
-                found[name].setdefault(budget, []).append(scores)
-
-    evaluate("same_steps", dict.fromkeys(variants, options.steps))
     # of the networks alone: the pace of the commands changes with whatever else the machine does
     costs = relative_costs(variants)
     # to tenths of the steps, so that networks of about the same cost are not trained twice
-    unit, budget = max(1, options.steps // 10), options.steps * statistics.median(costs.values())
-    evaluate("same_seconds", {name: unit * max(1, round(budget / cost / unit)) for name, cost in costs.items()})
-    return [{**entry, "relative_cost": costs[name]} for name, entry in found.items()]
+    unit, seconds = max(1, options.steps // 10), options.steps * statistics.median(costs.values())
+    budgets = {
+        "same_steps": dict.fromkeys(variants, options.steps),
+        "same_seconds": {name: unit * max(1, round(seconds / cost / unit)) for name, cost in costs.items()},
+    }
+    found = [{"variant": name, "options": variants[name], "relative_cost": cost} for name, cost in costs.items()]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for budget, steps in budgets.items():
+            tasks = list(itertools.product(variants, options.seeds))
+            scores = pool.map(lambda task, steps=steps: train_and_evaluate(options, *task, steps[task[0]]), tasks)
+            for entry in found:
+                entry[budget] = list(itertools.islice(scores, len(options.seeds)))
+                print(f"{budget}, {entry['variant']}: {entry[budget]}", flush=True)
+    return found
 
 
 def make_table(results: list[dict[str, Any]]) -> str:
     """The figures of every variant in Markdown: means over the seeds, and their range for FID."""
 
-    def values(budget: str, metric: str) -> dict[str, list[float]]:
-        return {result["variant"]: [run[metric] for run in result[budget]] for result in results}
+    def figures(words: str, metric: str, budget: str = "same_steps") -> dict[str, str]:
+        values = {result["variant"]: [run[metric] for run in result[budget]] for result in results}
+        return {name: words.format(statistics.mean(each), min(each), max(each)) for name, each in values.items()}
 
-    def means(metric: str) -> dict[str, str]:
-        return {name: f"{statistics.mean(each):.3f}" for name, each in values("same_steps", metric).items()}
-
-    def ranges(budget: str) -> dict[str, str]:
-        words = "{:.2f} ({:.2f} to {:.2f})"
-        found = values(budget, "fid").items()
-        return {name: words.format(statistics.mean(each), min(each), max(each)) for name, each in found}
-
-    columns = {"class accuracy": means("class_accuracy"), "FID": ranges("same_steps")}
-    columns |= {metric: means(metric) for metric in ("precision", "recall")}
-    columns["cost of a step"] = {result["variant"]: f"{result['relative_cost']:.2f}" for result in results}
-    return table("", {**columns, "FID, same time": ranges("same_seconds")}) + "\n"
+    with_range = "{:.2f} ({:.2f} to {:.2f})"
+    columns = {
+        "class accuracy": figures("{:.3f}", "class_accuracy"),
+        "FID": figures(with_range, "fid"),
+        "precision": figures("{:.3f}", "precision"),
+        "recall": figures("{:.3f}", "recall"),
+        "cost of a step": {result["variant"]: f"{result['relative_cost']:.2f}" for result in results},
+        "FID, same time": figures(with_range, "fid", "same_seconds"),
+    }
+    return table("", columns) + "\n"
 
 
 def plot_samples(results: list[dict[str, Any]], folder: Path, file: Path, count: int = 20) -> None:
@@ -198,31 +186,30 @@ def plot_bars(results: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
     options = parse_options(
         __doc__,
-        steps=(200, 2, "optimizer steps of each training"),
-        num_images=(500, 20, "digits of each model"),
-        num_inference_steps=(20, 2, "DDIM steps"),
-        data={"type": Path, "default": DIGITS_DATA, "help": "the prepared digits"},
-        output_dir={"type": Path, "default": ROOT / "outputs" / "quality", "help": "models and evaluations"},
+        steps=("optimizer steps of each training", 200, 2),
+        num_images=("digits of each model", 500, 20),
+        num_inference_steps=("DDIM steps", 20, 2),
+        data=DIGITS_DATA,
+        output_dir=("models and evaluations", ROOT / "outputs" / "quality"),
         seeds={"type": int, "nargs": "+", "default": [0, 1]},
-        jobs={"type": int, "default": os.cpu_count(), "help": "trainings at a time, one thread each"},
+        jobs=("trainings at a time, one thread each", os.cpu_count()),
     )
     words = ("--source", options.data, "--output_dir", options.output_dir / "reference")
     run("evaluate_models.py", "reference", *words, *DIGITS_PROTOCOL)
     variants = dict(list(VARIANTS.items())[:: len(VARIANTS) - 1]) if options.small else VARIANTS
     results = evaluate_all(options, variants)
-    settings = {name: str(getattr(options, name)) for name in ("steps", "num_images", "num_inference_steps")}
-    write_result("quality", {"settings": settings, "seeds": options.seeds, "results": results}, options)
+    settings = {name: getattr(options, name) for name in ("steps", "num_images", "num_inference_steps", "seeds")}
+    write_result("quality", options, settings=settings, results=results)
     print(make_table(results))
     images = options.results_dir if options.small else ROOT / "docs" / "images"
     plot_bars(results, images / "quality.png")
     plot_samples(results, options.output_dir, images / "quality_samples.png")
     if not options.small:
-        before, begin, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
-        PAGE.write_text("".join([before, begin, make_table(results), MARKS[1], after]), encoding="utf-8")
+        PAGE.write_text(before + make_table(results).join(MARKS) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import statistics
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,25 @@ from torch.utils.benchmark import timer  # waits for the device
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DIGITS_DATA = ROOT / "outputs" / "demo" / "data"
+DIGITS_DATA = ("the prepared digits", ROOT / "outputs" / "demo" / "data")
+DEVICE = ("such as cpu, cuda", "cpu")
 DIGITS_PROTOCOL = ("--protocol", "classifier", "--weights", str(ROOT / "evaluation" / "digits_classifier"))
 
 
-def parse_options(description: str, device: bool = False, **options: Any) -> argparse.Namespace:
-    """Parses the options of a benchmark, named with their default, default with ``--small`` and help, or as a dict of
-    arguments of ``add_argument``; and those that every benchmark has."""
+def parse_options(description: str, **options: Any) -> argparse.Namespace:
+    """Parses the options of a benchmark: arguments of ``add_argument``, or help, default, and default with --small."""
     is_small = "--small" in sys.argv
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
     parser.set_defaults(device="cpu")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
     where = "folder of the JSON (default: benchmarks/results, with --small outputs/bench)"
     results_dir = ROOT / "outputs" / "bench" if is_small else RESULTS
     parser.add_argument("--results_dir", type=Path, default=results_dir, help=where)
-    if device:
-        parser.add_argument("--device", help="such as cpu, cuda (default: cpu)")
     for name, settings in options.items():
         if isinstance(settings, tuple):
-            usual, small, words = settings
-            settings = {"default": small if is_small else usual, "help": f"{words} (default: {usual})"}
-            settings["type"] = type(usual)
+            words, usual, *small = settings
+            default = small[0] if small and is_small else usual
+            settings = {"type": type(usual), "default": default, "help": f"{words} (default: {usual})"}
         parser.add_argument(f"--{name}", **settings)
     return parser.parse_args()
 
@@ -61,7 +60,7 @@ def processor(device: str = "cpu") -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def command_line() -> str:
@@ -77,16 +76,16 @@ def command_line() -> str:
 
 
 def write_result(
-    benchmark: str, figures: Mapping[str, Any], options: argparse.Namespace, libraries: Sequence[str] = ()
+    benchmark: str, options: argparse.Namespace, libraries: tuple[str, ...] = (), **figures: Any
 ) -> dict[str, Any]:
-    """Writes ``{results_dir}/{benchmark}-{processor}.json`` with the machine, and returns its content."""
+    """Writes {results_dir}/{benchmark}-{processor}.json with the machine, and returns its content."""
     machine = {"processor": processor(), "cores": os.cpu_count()}
     if options.device.startswith("cuda"):
         machine["gpu"] = processor(options.device)
     versions = {name: importlib.metadata.version(name) for name in sorted(("diffusers", "torch", *libraries))}
     machine |= {"python": platform.python_version(), **versions}
-    shared = {"command": command_line(), "device": options.device, "threads": torch.get_num_threads()}
-    result = {**shared, **figures, "machine": machine}
+    rounded = json.loads(json.dumps(figures), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    result = {"command": command_line(), "threads": torch.get_num_threads(), **rounded, "machine": machine}
     options.results_dir.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", processor(options.device).lower()).strip("-")
     file = options.results_dir / f"{benchmark}-{slug}.json"
@@ -95,13 +94,10 @@ def write_result(
     return result
 
 
-# ------------------------------------------------------------------ timing
-
-
-def seconds_of(function: Callable[[], Any]) -> float:
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
     """Seconds of a call, with the work that it leaves to the device."""
     begin = timer()
-    function()
+    function(*arguments)
     return timer() - begin
 
 
@@ -110,22 +106,20 @@ def alternate(measures: Mapping[str, Callable[[], Any]], rounds: int, warmup: in
     found: dict[str, list[Any]] = {name: [] for name in measures}
     for number in range(-warmup, rounds):
         for name in measures if number % 2 else reversed(measures):
-            result = measures[name]()
-            if number >= 0:
-                found[name].append(result)
-    return found
+            found[name].append(measures[name]())
+    return {name: results[warmup:] for name, results in found.items()}
 
 
-def rounded(value: float, digits: int = 4) -> float:
-    """A number to so many significant digits."""
-    return float(f"{value:.{digits}g}")
+def alternate_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """The seconds of functions that are called alternately."""
+    return alternate({name: partial(seconds_of, call) for name, call in calls.items()}, rounds, warmup)
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
     """``median`` and ``quartiles`` of some numbers."""
     values = list(values)
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": rounded(middle), "quartiles": [rounded(low), rounded(high)]}
+    return {"median": middle, "quartiles": [low, high]}
 
 
 def ratios_to(reference: str, seconds: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
@@ -137,29 +131,31 @@ def ratios_to(reference: str, seconds: Mapping[str, list[float]]) -> dict[str, d
     }
 
 
-class Clock:
-    """Sums the seconds spent in methods, for each part that they belong to, in ``seconds``."""
+def time_methods(*methods: tuple[Any, str, str]) -> dict[str, float]:
+    """Times methods, (owner, name, part of the work), from now on; gives the seconds of each part, to which calls add.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._running = threading.local()
+    Timed methods that others call do not count twice.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    running = threading.local()
 
-    def around(self, owner: Any, name: str, part: str) -> None:
-        """Times a method of a class or object from now on; timed methods that it calls do not count twice."""
-        method = getattr(owner, name)
-
+    def around(method: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
-            if getattr(self._running, "part", None):
+            if getattr(running, "is_timed", False):
                 return method(*arguments, **options)
-            self._running.part = part
+            running.is_timed = True
             begin = timer()
             try:
                 return method(*arguments, **options)
             finally:
-                self.seconds[part] += timer() - begin
-                self._running.part = None
+                seconds[part] += timer() - begin
+                running.is_timed = False
 
-        setattr(owner, name, timed)
+        return timed
+
+    for owner, name, part in methods:
+        setattr(owner, name, around(getattr(owner, name), part))
+    return seconds
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,9 +1,4 @@
-"""A guided denoising step and whole images: our pipeline against a stock diffusers U-Net of as many operations.
-
-Both run alternately in one process, with random weights. A step is both branches of guidance and the scheduler. Beside
-the times stand the operations and their share of the ceiling (benchmarks/networks.py). Writes
-benchmarks/results/sampling-<dtype>-batch<size>-<processor>.json, with the recipes in its name if they are chosen.
-"""
+"""A guided denoising step and whole images: our pipeline against a stock diffusers U-Net of as many operations."""
 
 import argparse
 import itertools
@@ -14,10 +9,10 @@ from typing import Any
 
 import networks
 import torch
-from diffusers import UNet2DModel
-from networks import OURS, STOCK, Ceilings
-from performance_page import publish
-from report import alternate, parse_options, ratios_to, rounded, seconds_of, spread, timer
+from diffusers import DDIMScheduler, UNet2DModel
+from networks import OURS, STOCK
+from performance_page import cell, publish
+from report import DEVICE, alternate, alternate_seconds, parse_options, ratios_to, spread, timer
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 
@@ -30,8 +25,8 @@ def stock_sampler(
     config: dict[str, Any], latents: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> Callable[..., torch.Tensor]:
     """A loop around diffusers' network as their pipelines have it, with both branches of guidance in one batch."""
-    unet = networks.make_stock_unet(config).to(latents.device, dtype)
-    scheduler = networks.make_stock_scheduler()
+    unet = networks.make_unet(UNet2DModel, config).to(latents.device, dtype)
+    scheduler = DDIMScheduler(**networks.COSINE)
     both = torch.cat([torch.full_like(labels, config["num_class_embeds"] - 1), labels])
 
     @torch.no_grad()
@@ -58,8 +53,8 @@ def step_seconds(generate: Callable[..., Any], steps: int) -> tuple[float, float
     return statistics.median(others), first - statistics.median(others)
 
 
-def measure_recipe(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Steps and whole images of one recipe, as JSON values."""
+def measure_recipe(recipe: str, options: argparse.Namespace) -> list[Any]:
+    """Steps and whole images of one recipe, as blocks of the page."""
     config, dtype = networks.recipe_config(recipe, options.small), getattr(torch, options.dtype)
     flops = networks.network_flops(ClassConditionalUNet2DModel, config)
     stock = networks.stock_config(config, flops)
@@ -73,52 +68,51 @@ def measure_recipe(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     pipeline = networks.make_pipeline(config).to(options.device, dtype)
     call = {"class_labels": labels, "guidance_scale": GUIDANCE_SCALE, "latents": latents, "output_type": "pt"}
     loops = {OURS: partial(pipeline, **call), STOCK: stock_sampler(stock, latents, labels, dtype)}
-    ceilings = Ceilings(config, options.device, dtype, branches, options.small)
-    steps = alternate(
-        {name: partial(step_seconds, loop, options.steps) for name, loop in loops.items()}, options.repeats
-    )
+    measures = {name: partial(step_seconds, loop, options.steps) for name, loop in loops.items()}
+    steps = alternate(measures, options.repeats)
     seconds = {name: [step for step, _ in values] for name, values in steps.items()}
     count = options.num_inference_steps
-    images = {name: partial(seconds_of, partial(loop, num_inference_steps=count)) for name, loop in loops.items()}
-    whole = alternate(images, options.image_repeats, warmup=0)
-    return {
-        "step_seconds": {name: spread(values) for name, values in seconds.items()},
-        **ceilings.compare(seconds, step_flops),
-        "once_per_call_seconds": spread(more for _, more in steps[OURS]),
-        "gflop_per_step": {name: rounded(flops / 1e9) for name, flops in step_flops.items()},
-        "image": {
-            "num_inference_steps": count,
-            "seconds_per_image": {
-                name: spread(value / options.batch_size for value in values) for name, values in whole.items()
-            },
-            "ratio_to_ours": ratios_to(OURS, whole),
+    images = {name: partial(loop, num_inference_steps=count) for name, loop in loops.items()}
+    whole = alternate_seconds(images, options.image_repeats, warmup=0)
+    kernels = networks.kernels(config, options.device, dtype, branches, options.small)
+    columns, ceiling = networks.compare(seconds, step_flops, kernels, options.small)
+    columns = {
+        "seconds per step": {name: spread(values) for name, values in seconds.items()},
+        "GFLOP": {name: flops / 1e9 for name, flops in step_flops.items()},
+        **columns,
+        f"seconds per image of {count} steps": {
+            name: spread(value / options.batch_size for value in values) for name, values in whole.items()
         },
-        "stock": {key: stock[key] for key in ("block_out_channels", "layers_per_block")},
+        "relative time per image": ratios_to(OURS, whole),
     }
+    once = cell(statistics.median(more for _, more in steps[OURS]))
+    text = (
+        f"Our first step of a call takes {once} s more. Stock diffusers is a `UNet2DModel` of as many operations,"
+        f" widths {stock['block_out_channels']} with {stock['layers_per_block']} layers per block. {ceiling}"
+    )
+    return [(f"`{recipe}`", columns), text]
 
 
 def main() -> None:
-    """The command line."""
     options = parse_options(
         __doc__,
-        device=True,
-        repeats=(9, 2, "rounds of steps"),
-        image_repeats=(3, 1, "rounds of whole images"),
-        num_inference_steps=(10, 2, "steps of whole images"),
-        steps=(2, 2, "steps that count in each call of the pipeline"),
-        batch_size=(1, 1, "images, each in two branches"),
+        device=DEVICE,
+        repeats=("rounds of steps", 9, 2),
+        image_repeats=("rounds of whole images", 3, 1),
+        num_inference_steps=("steps of whole images", 10, 2),
+        steps=("steps that count in each call of the pipeline", 2),
+        batch_size=("images, each in two branches", 1),
         config={"nargs": "+", "default": RECIPES, "help": f"recipes (default: {' '.join(RECIPES)})"},
         dtype={"choices": ["float32", "bfloat16", "float16"], "default": "float32"},
     )
-    figures = {
-        "dtype": options.dtype,
-        "batch_size": options.batch_size,
-        "rounds": options.repeats,
-        "guidance_scale": GUIDANCE_SCALE,
-        "recipes": {recipe: measure_recipe(recipe, options) for recipe in options.config},
-    }
+    blocks: list[Any] = [
+        f"Guided steps in {options.dtype}, batches of {options.batch_size}: both branches and the scheduler."
+        f" {options.repeats} rounds."
+    ]
+    for recipe in options.config:
+        blocks += measure_recipe(recipe, options)
     chosen = "" if options.config == RECIPES else "-" + "-".join(name.replace("/", "_") for name in options.config)
-    publish(f"sampling-{options.dtype}-batch{options.batch_size}{chosen}", figures, options)
+    publish(f"sampling-{options.dtype}-batch{options.batch_size}{chosen}", options, blocks)
 
 
 if __name__ == "__main__":

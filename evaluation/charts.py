@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# an entry of the table: column -> value, without the metrics that were not computed
 Row = dict[str, Any]
-"""An entry of the table: column -> value, without the metrics that were not computed."""
+# title, columns of x and y, and lines by their names
 Panel = tuple[str, str, str, Mapping[str, list[Row]]]
-"""Title, columns of x and y, and lines by their names."""
 
 _SETTINGS = {
     "guidance_scale": "guidance scale (1: none)",
@@ -32,19 +32,12 @@ _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "text.parse_math": Fa
 
 
 def make_sweep_charts(rows: list[Row], folder: Path) -> list[Path]:
-    """Makes those charts for which the rows have enough, each as PNG and SVG by atomic writes; returns the PNG files.
+    """Makes the charts for which there are enough rows with a finite FID, as PNG and SVG, and returns the PNG files.
 
-    ``fid_over_steps_<family>`` for each family with at least two steps: FID over the training step, a line for each
-    sampler. ``fid_minima``, if these are more than one: the lowest FID of each family with each sampler.
-    ``trade_offs``: of each family's best checkpoint the metrics over the guidance scale and the denoising steps.
-
-    Args:
-        rows: Entries of the table that `sweeping.sweep` writes. Those without a finite ``fid`` are passed over.
-        folder: Where the charts go.
+    ``fid_over_steps_<family>``: FID over the training, a line for each sampler; ``fid_minima``: the lowest FID of each
+    family with each sampler; ``trade_offs``: metrics of each family's best checkpoint over guidance and steps.
     """
     rows = [row for row in rows if _has(row, "fid")]
-    if not rows:
-        return []
     # importing it takes a second
     import matplotlib
 
@@ -121,8 +114,7 @@ def _lines(rows: list[Row], setting: str) -> dict[str, list[Row]]:
         # without guidance its interval does not matter: such a row begins the line of each interval
         begins_all = setting == "guidance_scale" and row["guidance_scale"] <= 1
         for interval in intervals if begins_all else [row["guidance_interval"]]:
-            key = (interval, *others)
-            groups[key][row[setting]] = row
+            groups[(interval, *others)][row[setting]] = row
     lines = [[line[value] for value in sorted(line)] for line in groups.values() if len(line) > 1]
     # a line is called by its sampler without the setting that changes along it
     words = (r"guidance [^ ,]+", "guided") if setting == "guidance_scale" else (r", (\d+ steps|step size \d+)", "")
@@ -150,8 +142,8 @@ def _figure(title: str, rows: list[Row], height: float, count: int = 1) -> "tupl
     numbers = " to ".join(f"{number:,}" for number in dict.fromkeys((counts[0], counts[-1])))
     figure = Figure(figsize=(12, height), dpi=DPI, layout="constrained")
     figure.suptitle(f"{title}\n{protocols} protocol, {numbers} images", fontsize=15)
-    columns = min(2, count)
-    return figure, [figure.add_subplot(math.ceil(count / columns), columns, place + 1) for place in range(count)]
+    places = (math.ceil(count / 2), min(2, count))
+    return figure, [figure.add_subplot(*places, number + 1) for number in range(count)]
 
 
 def _plot(title: str, rows: list[Row], panels: list[Panel]) -> "Figure":

@@ -32,10 +32,6 @@ def train_classifier(options: ClassifierOptions) -> Path:
     """Trains a small ResNet on nine tenths of each class, tries it on the last one, and returns its folder.
 
     It runs on the CPU, where one seed gives the same weights again on one machine with one number of threads.
-
-    Raises:
-        ValueError: If there is nothing to tell apart, or nothing to try it on, or the folder holds other files.
-        OSError: If the folder cannot be written.
     """
     folder = Path(options.output_dir)
     with only_writer(folder):
@@ -53,8 +49,8 @@ def train_classifier(options: ClassifierOptions) -> Path:
         network = _train(dataset, np.setdiff1d(np.arange(len(dataset)), held_out), options).eval()
         right = 0
         with torch.no_grad():
-            for start in range(0, len(held_out), options.batch_size):
-                batch = dataset[held_out[start : start + options.batch_size]]
+            for indices in torch.from_numpy(held_out).split(options.batch_size):
+                batch = dataset[indices.numpy()]
                 answers = network(pixel_values=to_model_range(batch["pixel_values"])).logits.argmax(dim=1)
                 right += int((answers == batch["class_labels"]).sum())
         accuracy = right / len(held_out)
@@ -79,17 +75,11 @@ def _train(dataset: PreparedImages, indices: np.ndarray, options: ClassifierOpti
     # transformers takes seconds to import, for which wrong options should not wait
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(
-        num_channels=dataset.channels,
-        embedding_size=16,
-        hidden_sizes=[16, 32, 64],
-        depths=[1, 1, 1],
-        layer_type="basic",
-        id2label=dataset.id2label,
-        label2id={name: label for label, name in dataset.id2label.items()},
-        # the size that the extractor brings other images to
-        image_size=list(dataset.image_size),
-    )
+    small = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"}
+    label2id = {name: label for label, name in dataset.id2label.items()}
+    # the size that the extractor brings other images to
+    seen = {"num_channels": dataset.channels, "image_size": list(dataset.image_size)}
+    config = ResNetConfig(**small, **seen, id2label=dataset.id2label, label2id=label2id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         network = ResNetForImageClassification(config).train()
@@ -110,9 +100,8 @@ def _train(dataset: PreparedImages, indices: np.ndarray, options: ClassifierOpti
                 logits = network(pixel_values=padded[:, :, y : y + height, x : x + width]).logits
                 loss = F.cross_entropy(logits, batch["class_labels"], label_smoothing=0.05)
                 if not loss.isfinite():
-                    raise ValueError(
-                        f"the loss is {loss.item()}: give a smaller learning_rate than {options.learning_rate:g}"
-                    )
+                    rate = options.learning_rate
+                    raise ValueError(f"the loss is {loss.item()}: give a smaller learning_rate than {rate:g}")
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

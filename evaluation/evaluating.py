@@ -1,12 +1,10 @@
-"""Evaluating images, real ones or those that a model generates, by many ranks: features in parts, then a folder.
+"""Evaluating images, real ones or those that a model generates, by many ranks.
 
-``statistics.npz`` comes last, so a folder that has it is whole. Beside it may lie ``features.npy``,
-``probabilities.npy``, ``labels.npy`` and ``indices.npy`` (which images the rows are), all of as many rows, and the
-images themselves: ``images/`` (PNG) or ``images.npz`` (arr_0 uint8 (images, height, width, channels), arr_1 labels, as
-the evaluator of guided-diffusion reads them; -1 is the null class, and models without classes have no arr_1).
-
-Until then ``parts`` holds what has been extracted: ``{start}-{stop}.npz`` for each stretch of images. An image takes
-4 bytes there for each feature and class probability: 12 kB with the Inception of ``clean``.
+What is extracted goes to ``parts``: ``{start}-{stop}.npz`` for each stretch of images, 4 bytes an image for each
+feature and class probability. At the end they become arrays of equally many rows, ``features.npy``,
+``probabilities.npy``, ``labels.npy`` and ``indices.npy`` (which images the rows are), the images if they are kept
+(``images/``, or ``images.npz`` as guided-diffusion reads it, label -1 for the null class), and ``statistics.npz``. It
+comes last: a folder that has it is whole.
 """
 
 import contextlib
@@ -47,9 +45,6 @@ from .statistics import FeatureStatistics
 
 STATISTICS_NAME = "statistics.npz"
 _PARTS_NAME = "parts"
-_SETTINGS_NAME = "settings.json"
-# tells the other ranks that one of them cannot go on
-_FAILED_NAME = "failed"
 _ROW_ARRAYS = ("features", "probabilities", "labels")
 _PART = re.compile(r"(\d+)-(\d+)\.npz")
 # names, places and commits, beside which stand digests of what is there
@@ -60,14 +55,9 @@ _NOT_COMPARED = {"source", "model", "revision"}
 class Evaluation:
     """An evaluated set of images.
 
-    Attributes:
-        folder: Where it lies.
-        statistics: Mean and covariance of the features of all images.
-        header: ``protocol``: how features are made; ``images``: which images these are; ``kept``: what lies beside
-            the statistics; ``versions``.
-        features: float32 (rows, features) of some or all of the images, mapped from the disk; None if not kept.
-        probabilities: float32 (rows, classes) of a classifier, likewise.
-        labels: int64 (rows,) of the images, -1 for none, likewise.
+    The header says how features are made (``protocol``), which ``images`` these are, what is ``kept``, and
+    ``versions``. Arrays are mapped from the disk, and None if not kept: float32 (rows, features) and (rows, classes),
+    and int64 labels (rows,), -1 for none.
     """
 
     folder: Path
@@ -81,13 +71,11 @@ class Evaluation:
     def load(cls, path: str | Path) -> "Evaluation":
         """Opens a folder, or its ``statistics.npz`` alone, by whatever name; ValueError if there is no whole one."""
         path = Path(path)
-        folder, file = (path, path / STATISTICS_NAME) if path.is_dir() else (path.parent, path)
+        file = path / STATISTICS_NAME if path.is_dir() else path
+        folder = file.parent
         if not file.is_file():
             unfinished = ", which is not finished" if (folder / _PARTS_NAME).is_dir() else ""
-            raise ValueError(
-                f"{path} is not an evaluation{unfinished}: give a folder with {STATISTICS_NAME}, as"
-                " evaluate_models.py reference and model write it"
-            )
+            raise ValueError(f"{path} is not an evaluation{unfinished}: give a folder with {STATISTICS_NAME}")
         statistics = FeatureStatistics.load(file)
         if not all(isinstance(statistics.header.get(part), dict) for part in ("protocol", "images")):
             raise ValueError(f"{file} does not say by which protocol its features were made, and of which images")
@@ -105,15 +93,13 @@ class Evaluation:
             return None
         protocol, images = self.header["protocol"], self.header["images"]
         ours, theirs = images.get("id2label"), protocol.get("id2label")
+        same = ours == theirs
         if ours is None or theirs is None:
             same = protocol.get("num_classes") == images.get("num_classes") == self.probabilities.shape[1]
-        else:
-            same = ours == theirs
         return self.labels if same else None
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file by an atomic write."""
     with atomic_file(file) as writing:
         writing.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -141,19 +127,14 @@ class _EvenlySpread(ImageBatches):
         self._images, self._indices = images, evenly_spread(count, len(images)).tolist()
         self.image_size, self._num_images = images.image_size, len(self._indices)
 
-    def _read(self, start: int, stop: int) -> ImageBatch:
+    def read(self, start: int, stop: int) -> ImageBatch:
         batches = [self._images.read(index, index + 1) for index in self._indices[start:stop]]
         labels = [batch.labels for batch in batches if batch.labels is not None]
         return ImageBatch(torch.cat([batch.pixels for batch in batches]), torch.cat(labels) if labels else None)
 
 
 def evaluate_reference(options: ReferenceOptions) -> Path:
-    """Evaluates real images and returns the folder.
-
-    Raises:
-        ValueError: If options and images do not fit each other or the protocol, or the folder holds something else.
-        OSError: If something cannot be read or written, or another process evaluates into the same folder.
-    """
+    """Evaluates real images and returns the folder; ValueError or OSError if that cannot be."""
     with distributed_state(options.device) as state:
         images = on_every_process(
             state, lambda: open_images(options.source, options.split, options.resolution, options.color_mode)
@@ -178,26 +159,20 @@ def evaluate_model(
     options: ModelOptions,
     state: PartialState | None = None,
     extractor: FeatureExtractor | None = None,
-    quiet: bool = False,
     revision: str | None = None,
 ) -> Path:
     """Generates images with a model, evaluates them and returns the folder; raises as `evaluate_reference`.
 
-    Args:
-        options: What to generate and to evaluate, and how.
-        state: The ranks that share the work; by default those that accelerate has started.
-        extractor: That of the options, if it has been made already.
-        quiet: Whether to print nothing at the end.
-        revision: Commit of the Hub repository; by default the latest one.
+    A sweep gives its ranks, the extractor of the options, and the commit of a Hub repository.
     """
     if state is None:
         with distributed_state(options.device) as state:
-            return evaluate_model(options, state, extractor, quiet, revision)
+            return evaluate_model(options, state)
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))
-
-    def open_model() -> GeneratedImages:
-        return GeneratedImages(
+    images = on_every_process(
+        state,
+        lambda: GeneratedImages(
             options.model,
             options,
             options.num_images,
@@ -207,14 +182,13 @@ def evaluate_model(
             device=options.device or state.device,
             dtype=getattr(torch, options.dtype),
             revision=commit,
-        )
-
-    images = on_every_process(state, open_model)
-    return _evaluate(images, images.description, options, state, extractor, quiet)
+        ),
+    )
+    return _evaluate(images, images.description, options, state, extractor)
 
 
 def open_extractor(options: ExtractionOptions, channels: int, state: PartialState) -> FeatureExtractor:
-    """The extractor that the options name, in every rank; ``channels`` is what the images have."""
+    """The extractor that the options name, in every rank, for images of so many channels."""
     return on_every_process(
         state,
         lambda: make_extractor(
@@ -233,12 +207,11 @@ def _evaluate(
     facts: Mapping[str, Any],
     options: ExtractionOptions,
     state: PartialState,
-    extractor: FeatureExtractor | None = None,
-    quiet: bool = False,
+    given: FeatureExtractor | None = None,
 ) -> Path:
     """Evaluates images, or resumes that, or finds that it is done; ``facts`` is all that they depend on, as JSON."""
     folder, keep_images = Path(options.output_dir), getattr(options, "keep_images", None)
-    extractor = extractor or open_extractor(options, images.image_size[0], state)
+    extractor = given or open_extractor(options, images.image_size[0], state)
     header = {
         "protocol": {**extractor.header, "id2label": extractor.id2label},
         "images": facts,
@@ -249,8 +222,6 @@ def _evaluate(
     with contextlib.ExitStack() as stack:
 
         def begin() -> bool:
-            if keep_images == "png" and images.image_size[0] not in (1, 3, 4):
-                raise ValueError(f"keep_images is png, which cannot hold {images.image_size[0]} channels: take npz")
             stack.enter_context(only_writer(folder))
             is_done = prepare_folder(folder, header)
             stack.callback(_remove_if_nothing_was_done, folder)
@@ -266,7 +237,8 @@ def _evaluate(
         except OSError as error:
             reason = error if error.errno is None else f"could not write {folder} ({error.strerror})"
             raise OSError(f"{reason}; what has been evaluated stays, and the same call resumes") from error
-    if state.is_main_process and not quiet:
+    # a sweep says it in its own words
+    if state.is_main_process and given is None:
         what = "evaluated already" if done else f"evaluated {len(images):,} images with {options.protocol}"
         print(f"{what}: {folder}")
     return folder
@@ -282,13 +254,14 @@ def extract_parts(
 ) -> None:
     """Sees to it that every image is in a part; what has none is cut into batches and shared out among the ranks."""
     parts = folder / _PARTS_NAME
-    failed = parts / _FAILED_NAME
-    if state.is_main_process:
+    # tells the other ranks that one of them cannot go on
+    failed = parts / "failed"
+
+    def find_missing() -> list[tuple[int, int]]:
         failed.unlink(missing_ok=True)
-    state.wait_for_everyone()
-    batches = list(missing_batches(parts, len(images), batch_size))
-    # nobody writes before everybody has looked
-    state.wait_for_everyone()
+        return list(missing_batches(parts, len(images), batch_size))
+
+    batches = on_main_process(state, find_missing)
 
     def extract_mine() -> None:
         with tqdm(
@@ -306,21 +279,15 @@ def extract_parts(
                 try:
                     pixels, labels = images.read(start, stop)
                     features, probabilities = extractor(pixels)
-                    found = {"features": features.float(), "probabilities": probabilities, "labels": labels}
-                    found["pixels"] = pixels if keep_pixels else None
-                    arrays: dict[str, Any] = {
-                        name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None
-                    }
+                    found: dict[str, Any] = {"features": features.float(), "labels": labels}
+                    found |= {"probabilities": probabilities, "pixels": pixels if keep_pixels else None}
+                    arrays = {name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None}
                     with atomic_file(parts / f"{start:09d}-{stop:09d}.npz") as writing:
                         np.savez(writing, **arrays)
                 except Exception as error:
-                    if state.num_processes > 1:
-                        failed.touch()
+                    failed.touch()
                     if isinstance(error, torch.OutOfMemoryError):
-                        raise ValueError(
-                            f"the device's memory is too small for {stop - start} images at a time: give a smaller"
-                            " batch_size"
-                        ) from error
+                        raise ValueError(f"memory is too small for batch_size {stop - start}: lower it") from error
                     raise
                 # the others do as much in the same time
                 progress_bar.update(min((stop - start) * state.num_processes, len(images) - progress_bar.n))
@@ -355,8 +322,7 @@ def missing_batches(folder: Path, num_images: int, batch_size: int) -> Iterator[
 
 def prepare_folder(folder: Path, header: Mapping[str, Any]) -> bool:
     """Readies a folder for an evaluation; whether it is there already. ValueError if the folder has something else."""
-    parts = folder / _PARTS_NAME
-    settings = parts / _SETTINGS_NAME
+    parts, settings = folder / _PARTS_NAME, folder / _PARTS_NAME / "settings.json"
     is_done = (folder / STATISTICS_NAME).is_file()
     if is_done:
         before = Evaluation.load(folder).header
@@ -376,14 +342,14 @@ def prepare_folder(folder: Path, header: Mapping[str, Any]) -> bool:
     entries += [("kept", "features")] if is_done and asked["features"] > kept.get("features", 0) else []
     entries += [("kept", "images")] if asked["images"] is not None else []
     for part, entry in entries:
-        one, other = (each.get(part, {}).get(entry) for each in (before, header))
+        one, other = (json.dumps(each.get(part, {}).get(entry), sort_keys=True) for each in (before, header))
         if one != other:
             what = "an evaluation" if is_done else "an unfinished evaluation"
             of = before["images"].get("source", before["images"].get("model"))
-            name = f"{part} {entry}" if part == "kept" else entry
+            name = f"kept {entry}" if part == "kept" else entry
             raise ValueError(
-                f"{folder} has {what} of {of} with {name} {json.dumps(one)[:200]}, not {json.dumps(other)[:200]}:"
-                " give another output_dir, or remove it"
+                f"{folder} has {what} of {of} with {name} {one[:200]}, not {other[:200]}: give another output_dir, or"
+                " remove it"
             )
     if is_done:
         # left by a call that was killed at its very end
@@ -392,10 +358,9 @@ def prepare_folder(folder: Path, header: Mapping[str, Any]) -> bool:
 
 
 def read_parts(folder: Path, num_images: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(number of its first image, arrays) of each part, in the order of the images, each of which comes once.
+    """(number of its first image, arrays) of each part, so that each image comes once; ValueError if one is missing.
 
-    Parts may overlap: when one rank alone is killed, the others may still write a last part while the next run has
-    begun with batches of another size. Raises ValueError if an image is in no part.
+    Parts overlap where one rank alone was killed, and the others wrote a last part beside those of the next run.
     """
     position = 0
     for start, stop, file in [*find_parts(folder), (num_images, num_images, folder)]:
@@ -410,11 +375,7 @@ def read_parts(folder: Path, num_images: int) -> Iterator[tuple[int, dict[str, n
 def write_evaluation(
     folder: Path, header: Mapping[str, Any], num_images: int, num_rows: int, keep_images: str | None = None
 ) -> None:
-    """Puts the parts of an evaluation together and removes them; memory holds what is kept.
-
-    The features of ``num_rows`` of the images are kept, evenly spread, and the images as ``"png"`` or ``"npz"`` if the
-    parts have their pixels. ValueError if an image is missing. After an OSError the parts stay, to call this again.
-    """
+    """Puts the parts together, and removes them unless that fails; keeps ``num_rows`` rows, evenly spread."""
     parts, indices = folder / _PARTS_NAME, evenly_spread(num_rows, num_images)
     statistics = FeatureStatistics(header["protocol"]["num_features"])
     images: dict[str, list[np.ndarray]] = {"arr_0": [], "arr_1": []}
@@ -436,11 +397,10 @@ def write_evaluation(
             for index, image in enumerate(arrays["arr_0"]):
                 to_image(image).save(writing / f"{index:0{max(5, len(str(num_images)))}d}.png")
     for name, found in {**rows, "indices": [indices]}.items():
-        file = folder / f"{name}.npy"
         # what a call that was killed here has written may be of another number of rows
-        file.unlink(missing_ok=True)
+        (folder / f"{name}.npy").unlink(missing_ok=True)
         if found and len(indices):
-            with atomic_file(file) as writing:
+            with atomic_file(folder / f"{name}.npy") as writing:
                 np.save(writing, np.concatenate(found))
     statistics.save(folder / STATISTICS_NAME, header)
     shutil.rmtree(parts)

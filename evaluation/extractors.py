@@ -14,7 +14,6 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 
 from ..pipelines.loading import download_snapshot
 from ..utils.devices import find_device
@@ -24,19 +23,16 @@ from .weights import INCEPTION_2015, TORCHVISION_INCEPTION, file_digest, find_we
 
 
 class Features(NamedTuple):
-    """What an extractor says of some images, on its device: float32 (images, num_features); and float32 (images,
-    num_classes), rows that sum to 1, or None where the network knows no classes."""
+    """Of some images, float32: (images, num_features), and (images, num_classes) where the network knows classes."""
 
     features: torch.Tensor
     probabilities: torch.Tensor | None
 
 
 class FeatureExtractor(abc.ABC):
-    """A network that turns images into ``num_features`` numbers each, under one protocol.
+    """A network that turns each image into features; the others of a batch matter by rounding only.
 
-    The features of an image do not depend on the images beside it, beyond rounding in the network's dtype: 1e-5 of
-    their size in float32, 1e-2 in float16 and bfloat16. A subclass sets the attributes and completes ``facts``, which
-    is what the header says. ``channels`` is what images must have; those of one are repeated where this is 3.
+    A subclass sets the attributes and completes ``facts``, which is what the header says.
     """
 
     num_features: int
@@ -48,34 +44,28 @@ class FeatureExtractor(abc.ABC):
         self, protocol: str, device: str | torch.device = "cpu", dtype: str | None = None, batch_size: int = 64
     ) -> None:
         self.device, self.batch_size = find_device(device), batch_size
-        nothing: dict[str, Any] = {"weights": None, "weights_sha256": None, "note": None, "libraries": []}
-        self.facts: dict[str, Any] = {"protocol": protocol, "dtype": "float32", **nothing, **PROTOCOLS[protocol]}
+        self.facts: dict[str, Any] = {"protocol": protocol, "dtype": "float32", "libraries": []}
+        self.facts |= dict.fromkeys(("weights", "weights_sha256", "note")) | PROTOCOLS[protocol]
         self.facts["dtype"] = dtype or self.facts["dtype"]
-        self._dtype: torch.dtype = getattr(torch, self.facts["dtype"])
+        self.dtype: torch.dtype = getattr(torch, self.facts["dtype"])
 
     @property
     def header(self) -> dict[str, Any]:
-        """The protocol as JSON values; `protocols.check_comparable` says whether two are the same."""
+        """The protocol as JSON values."""
         facts = {name: value for name, value in self.facts.items() if name != "libraries"}
         versions = {name: importlib.metadata.version(name) for name in sorted({"torch", *self.facts["libraries"]})}
         numbers = {"num_features": self.num_features, "num_classes": self.num_classes}
         return {**facts, "versions": versions, **numbers, "device": self.device.type}
 
     def __call__(self, images: torch.Tensor) -> Features:
-        """Extracts the features of images, uint8 (images, channels, height, width), at least one, on any device.
-
-        Raises:
-            ValueError: The images have another type, shape or number of channels, or features are not finite.
-        """
+        """Extracts the features of images on any device; grey ones are repeated for a network of three channels."""
         protocol, dtype = self.facts["protocol"], self.facts["dtype"]
-        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
+        channels = (1, 3) if self.channels == 3 else (self.channels,)
+        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1] not in channels:
+            wanted = f"torch.uint8 (images, {' or '.join(map(str, channels))}, height, width)"
             raise ValueError(
-                f"the images are {images.dtype} of shape {tuple(images.shape)}, but must be torch.uint8 (images,"
-                " channels, height, width)"
+                f"the images are {images.dtype} {tuple(images.shape)}, but must be {wanted} for {protocol}"
             )
-        if images.shape[1] != self.channels and (images.shape[1], self.channels) != (1, 3):
-            wanted = "1 channel (grey, repeated) or 3 (RGB)" if self.channels == 3 else f"{self.channels} channels"
-            raise ValueError(f"the images have {images.shape[1]} channels, but {protocol} takes images with {wanted}")
         with torch.no_grad(), full_float32():
             chunks = images.expand(-1, self.channels, -1, -1).split(self.batch_size)
             features, probabilities = zip(*map(self._extract, chunks), strict=True)
@@ -90,11 +80,11 @@ class FeatureExtractor(abc.ABC):
 
     @abc.abstractmethod
     def _extract(self, images: torch.Tensor) -> Features:
-        """Extracts the features of one chunk, uint8 (images, channels, height, width) on any device."""
+        """Those of one chunk, uint8 (images, channels, height, width)."""
 
 
 class PixelExtractor(FeatureExtractor):
-    """Images of some number of channels, averaged over boxes to 8x8 pixels, for tests and toys."""
+    """Images averaged over boxes to 8x8 pixels, for tests and toys."""
 
     def __init__(self, protocol: str = "pixels", weights: None = None, channels: int = 3, **options: Any) -> None:
         super().__init__(protocol, **options)
@@ -102,20 +92,15 @@ class PixelExtractor(FeatureExtractor):
         self.facts["features"] = f"{channels} channels"
 
     def _extract(self, images: torch.Tensor) -> Features:
-        if min(images.shape[2:]) < 8:
-            raise ValueError(
-                f"the images have {images.shape[2]}x{images.shape[3]} pixels, too few to be averaged to 8x8"
-            )
+        height, width = images.shape[2:]
+        if min(height, width) < 8:
+            raise ValueError(f"the images have {height}x{width} pixels, too few to be averaged to 8x8")
         averaged = F.adaptive_avg_pool2d(images.to(self.device, torch.float32) / 255, 8)
         return Features(averaged.flatten(1), None)
 
 
 class TorchScriptInception(FeatureExtractor):
-    """The Inception of 2015-12-05: StyleGAN2-ADA's file, whose code is run.
-
-    The probabilities are the softmax over the output layer's 1008 values without its bias, as in the original
-    Inception Score.
-    """
+    """The Inception of 2015-12-05: StyleGAN2-ADA's file, whose code is run."""
 
     def __init__(self, protocol: str, weights: str | Path | None, **options: Any) -> None:
         super().__init__(protocol, **options)
@@ -126,15 +111,11 @@ class TorchScriptInception(FeatureExtractor):
             self._resize = build_resizer("clean")
         file, self.facts["weights_sha256"] = find_weights(INCEPTION_2015, weights)
         self.facts["weights"] = file.name
-        try:
-            with warnings.catch_warnings():
-                # the file exists in this form only, so that the advice to use another helps nobody
-                warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated")
-                self._network = torch.jit.load(str(file), map_location=self.device).eval()
-            self.num_classes, self.num_features = self._network.output.weight.shape
-        except (RuntimeError, AttributeError) as error:
-            url = INCEPTION_2015.url
-            raise ValueError(f"weights {file} cannot be read as the Inception of {url} ({_line(error)})") from error
+        with warnings.catch_warnings():
+            # the file exists in this form only
+            warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated")
+            self._network = torch.jit.load(str(file), map_location=self.device).eval()
+        self.num_classes, self.num_features = self._network.output.weight.shape
 
     def _extract(self, images: torch.Tensor) -> Features:
         if self._resize is None:
@@ -143,6 +124,7 @@ class TorchScriptInception(FeatureExtractor):
             resized = _resize_each(images, self._resize).to(self.device, memory_format=torch.contiguous_format)
             features = self._network.layers((resized - 128) / 128)
         features = features.reshape(len(images), -1)
+        # without the bias, as in the original Inception Score
         return Features(features, F.linear(features, self._network.output.weight).softmax(dim=1))
 
 
@@ -157,59 +139,24 @@ class TorchvisionInception(FeatureExtractor):
         self.facts["weights"] = file.name
         # as torchvision makes it for these weights
         network = inception_v3(weights=None, init_weights=False, transform_input=True)
-        try:
-            network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        # torch has no common class for what its readers raise
-        except Exception as error:
-            raise ValueError(f"weights {file} are not those of torchvision's Inception v3 ({_line(error)})") from error
-        network.to(self.device, self._dtype).eval()
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        network.to(self.device, self.dtype).eval()
         self.num_classes, self.num_features = network.fc.out_features, network.fc.in_features
         self._network, self._head, network.fc = network, network.fc, torch.nn.Identity()
 
     def _extract(self, images: torch.Tensor) -> Features:
         images = images.to(self.device, torch.float32) / 255
         images = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
-        features = self._network(_normalize(images).to(self._dtype))
+        features = self._network(_normalize(images).to(self.dtype))
         return Features(features.float(), self._head(features).float().softmax(dim=1))
 
 
-class _TransformersExtractor(FeatureExtractor):
-    """A network of transformers: a folder, or a repository of the Hub, of which the snapshot is taken."""
-
-    def _open(self, auto_class: str, weights: str | Path) -> Path:
-        """Opens the network, in the dtype of the protocol, and gives its folder."""
-        # transformers takes seconds to import
-        import transformers
-
-        folder = Path(weights).expanduser()
-        if folder.is_file():
-            raise OSError(f"weights {weights} is a file, but must be a folder of a transformers model or a Hub id")
-        # without the place on this machine
-        self.facts["weights"] = folder.absolute().name if folder.exists() else str(weights)
-        if not folder.exists():
-            folder = download_snapshot(str(weights), ["*.json", "*.safetensors"])
-        try:
-            # the code in a repository is never run, and pickles are never read
-            loading = {"dtype": self._dtype, "use_safetensors": True, "local_files_only": True}
-            network = getattr(transformers, auto_class).from_pretrained(folder, **loading)
-        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"weights {folder} cannot be loaded with {auto_class} ({_line(error)})") from error
-        self.facts["network"] = type(network).__name__
-        self.facts["weights_sha256"] = file_digest(*sorted(folder.glob("*.safetensors")))
-        self._network: Any = network.eval().to(self.device)
-        return folder
-
-
-class DinoV2(_TransformersExtractor):
-    """The features of FD-DINOv2: the class token of a DINOv2 network, by default ViT-L/14.
-
-    transformers interpolates the encoding of positions by the sizes themselves, where the authors' network adds 0.1
-    before dividing, so the two differ a little more than by rounding.
-    """
+class DinoV2(FeatureExtractor):
+    """The class token; transformers interpolates positions without the authors' offset of 0.1: nearly the same."""
 
     def __init__(self, protocol: str, weights: str | Path | None, **options: Any) -> None:
         super().__init__(protocol, **options)
-        self._open("AutoModel", weights or "facebook/dinov2-large")
+        self._network, _ = _load_transformers(self, "AutoModel", weights or "facebook/dinov2-large")
         self.num_features = self._network.config.hidden_size
 
     def _extract(self, images: torch.Tensor) -> Features:
@@ -217,21 +164,19 @@ class DinoV2(_TransformersExtractor):
             return np.asarray(PIL.Image.fromarray(image).resize((224, 224), PIL.Image.Resampling.BICUBIC))
 
         images = _resize_each(images, resize).to(self.device).float() / 255
-        answer = self._network(pixel_values=_normalize(images).to(self._dtype))
+        answer = self._network(pixel_values=_normalize(images).to(self.dtype))
         return Features(answer.last_hidden_state[:, 0].float(), None)
 
 
-class Classifier(_TransformersExtractor):
-    """Any image classifier of transformers.
+class Classifier(FeatureExtractor):
+    """Any image classifier of transformers, with its image processor, if its folder has one.
 
-    Images become what the model's image processor makes of them, where the folder has one. Without one they are
-    resized to the configuration's ``image_size``, if it has one, and mapped to x / 127.5 - 1, which is what models
-    trained on this package's data see.
+    Without, images get the configuration's size and what this package's models see: x / 127.5 - 1.
     """
 
     def __init__(self, protocol: str, weights: str | Path, **options: Any) -> None:
         super().__init__(protocol, **options)
-        folder = self._open("AutoModelForImageClassification", weights)
+        self._network, folder = _load_transformers(self, "AutoModelForImageClassification", weights)
         config = self._network.config
         size = getattr(config, "image_size", None)
         self._size = (size, size) if isinstance(size, int) else size and tuple(size)
@@ -255,19 +200,38 @@ class Classifier(_TransformersExtractor):
         heads[-1].register_forward_pre_hook(lambda head, arguments: self._inputs.append(arguments[0]))
 
     def _extract(self, images: torch.Tensor) -> Features:
-        logits = self._network(pixel_values=self._prepare(images).to(self.device, self._dtype)).logits
-        return Features(self._inputs.pop().float().reshape(len(images), -1), logits.float().softmax(dim=1))
-
-    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         if self._processor is not None:
             images = images.contiguous().to(self.device)
             # named, because it cannot be told from the shape of small images of few channels
             processed = self._processor(images=list(images), return_tensors="pt", input_data_format="channels_first")
-            return processed["pixel_values"]
-        images = images.to(self.device, torch.float32)
-        if self._size is not None and images.shape[2:] != self._size:
-            images = F.interpolate(images, self._size, mode="bilinear", align_corners=False, antialias=True)
-        return images / 127.5 - 1
+            inputs = processed["pixel_values"].to(self.device)
+        else:
+            inputs = images.to(self.device, torch.float32)
+            if self._size is not None and inputs.shape[2:] != self._size:
+                inputs = F.interpolate(inputs, self._size, mode="bilinear", align_corners=False, antialias=True)
+            inputs = inputs / 127.5 - 1
+        logits = self._network(pixel_values=inputs.to(self.dtype)).logits
+        return Features(self._inputs.pop().float().reshape(len(images), -1), logits.float().softmax(dim=1))
+
+
+def _load_transformers(extractor: FeatureExtractor, auto_class: str, weights: str | Path) -> tuple[Any, Path]:
+    """A network in the dtype of the protocol, from a folder or the snapshot of a Hub repository, and its folder."""
+    # transformers takes seconds to import
+    import transformers
+
+    folder = Path(weights).expanduser()
+    if folder.is_file():
+        raise OSError(f"weights {weights} is a file, but must be a folder of a transformers model or a Hub id")
+    # without the place on this machine
+    extractor.facts["weights"] = folder.absolute().name if folder.exists() else str(weights)
+    if not folder.exists():
+        folder = download_snapshot(str(weights), ["*.json", "*.safetensors"])
+    # the code in a repository is never run, and pickles are never read
+    loading = {"dtype": extractor.dtype, "use_safetensors": True, "local_files_only": True}
+    network = getattr(transformers, auto_class).from_pretrained(folder, **loading)
+    extractor.facts["network"] = type(network).__name__
+    extractor.facts["weights_sha256"] = file_digest(*sorted(folder.glob("*.safetensors")))
+    return network.eval().to(extractor.device), folder
 
 
 _EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {
@@ -280,47 +244,38 @@ _EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {
 }
 
 
-def make_extractor(
-    protocol: str,
-    *,
-    weights: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: str | None = None,
-    batch_size: int = 64,
-    **options: int,
-) -> FeatureExtractor:
-    """Makes the extractor of one of `protocols.PROTOCOLS`; ``options`` are ``channels``, for ``pixels`` alone.
+def make_extractor(protocol: str, weights: str | Path | None = None, **options: Any) -> FeatureExtractor:
+    """Makes the extractor of a protocol; ``weights`` is a file, folder or Hub id, None fetches the published ones.
 
-    ``weights`` is a file, or for ``dinov2`` and ``classifier`` a folder or a Hub id; None fetches the published ones.
-    ``dtype`` is one of `options.EXTRACTOR_DTYPES`; another one than the protocol's own makes another protocol.
-    ``batch_size`` images go through the network at once, which changes memory and not the features.
-
-    Raises:
-        ValueError: The protocol does not exist or does not take an argument, or the weights are others.
-        OSError: The weights are not there and cannot be fetched.
-        ImportError: A library that the protocol needs is not installed.
+    The options are those of `FeatureExtractor`, and ``channels`` for ``pixels``.
     """
     if protocol not in PROTOCOLS:
-        near = perhaps(protocol, PROTOCOLS)
-        raise ValueError(f"there is no protocol {protocol!r}: take one of {', '.join(PROTOCOLS)}{near}")
+        names = ", ".join(PROTOCOLS) + perhaps(protocol, PROTOCOLS)
+        raise ValueError(f"there is no protocol {protocol!r}: take one of {names}")
     if protocol == "pixels" and weights is not None:
         raise ValueError(f"the protocol pixels has no network, but weights is {weights}")
     if protocol == "classifier" and weights is None:
         raise ValueError("the protocol classifier needs weights: a folder of an image classifier, or a Hub id")
     try:
-        return _EXTRACTORS[protocol](protocol, weights, device=device, dtype=dtype, batch_size=batch_size, **options)
+        return _EXTRACTORS[protocol](protocol, weights, **options)
     except ImportError as error:
         raise ImportError(
             f"the protocol {protocol} needs another library: pip install 'imagenet64-diffusion[eval]' ({error})"
         ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        # torch, safetensors and transformers have no common class for what they raise; these two name the weights
+        if not isinstance(error, OSError | ValueError):
+            reason = f"weights {weights} cannot be read for the protocol {protocol} ({reason})"
+        raise ValueError(reason) from error
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Keeps float32 from being rounded to TF32 or bfloat16, and algorithms from being chosen by their speed.
 
-    Since 2.9 torch has these settings twice. Where a program has set both, reading the older ones raises, so they are
-    read only once ``fp32_precision`` of each operation, which has the last word, says what is wanted here.
+    Since 2.9 torch has these settings twice. Where a program has set both, reading the older ones raises, so the newer
+    ones, which have the last word, come first.
     """
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
@@ -340,17 +295,13 @@ def full_float32() -> Iterator[None]:
 
 
 def _resize_each(images: torch.Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
-    """Resizes uint8 (images, channels, height, width) with a function for one image (height, width, channels)."""
+    """Resizes images with a function for one, (height, width, channels)."""
     arrays = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
     with ThreadPoolExecutor() as pool:
         return torch.from_numpy(np.stack(list(pool.map(resize, arrays)))).permute(0, 3, 1, 2)
 
 
 def _normalize(images: torch.Tensor) -> torch.Tensor:
-    """By ImageNet's mean and standard deviation of every channel; values from 0 to 1."""
+    """By ImageNet's mean and standard deviation."""
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)[..., None, None]
     return (images - mean) / std
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,6 @@
-"""The metrics: Frechet distance, KID, the Inception Score, class accuracy, precision, recall, density and coverage.
+"""The metrics, in float64, of features that may be memory maps.
 
-The work is done in float64. Features may be memory maps: KID reads its subsets alone, the Inception Score a split at a
-time; the manifolds keep both sets in float64 on their device (0.8 GB for 50,000 images of 2048 features).
+Precision, recall, density and coverage keep both sets on their device (0.8 GB for 50,000 images of 2048 features).
 """
 
 from typing import NamedTuple
@@ -36,8 +35,8 @@ class PrecisionRecall(NamedTuple):
 
 
 class DensityCoverage(NamedTuple):
-    """In how many balls around real images a generated one lies, divided by k (about 1 for equal distributions); and
-    the share of real images, from 0 to 1, whose ball has a generated image in it."""
+    """How many real images' balls hold a generated one, over k (about 1 for equal distributions); and the share of
+    real images, from 0 to 1, whose ball holds one."""
 
     density: float
     coverage: float
@@ -53,25 +52,31 @@ def frechet_distance(
     covariances are exact to rounding, and nothing is added to a diagonal.
 
     Args:
-        mean_a: (features,), an array or tensor of any floating type and on any device.
-        covariance_a: (features, features), symmetric, without negative eigenvalues but for rounding.
-        mean_b: As ``mean_a``.
-        covariance_b: As ``covariance_a``.
+        mean_a, mean_b: (features,), arrays or tensors of any floating type and on any device.
+        covariance_a, covariance_b: (features, features), symmetric, without negative eigenvalues but for rounding.
 
     Returns:
         The distance, in squared units of the features, at least 0.
 
     Raises:
-        ValueError: Shapes do not fit, or a covariance is not finite, not symmetric or has a negative eigenvalue.
+        ValueError: Shapes do not fit, or values are not finite or are no covariance.
     """
-    mean_a, covariance_a = _check_moments("a", mean_a, covariance_a)
-    mean_b, covariance_b = _check_moments("b", mean_b, covariance_b)
-    if mean_a.shape != mean_b.shape:
+    # a copy of arrays, because torch takes none that is read-only, such as a memory map
+    moments = [
+        values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.tensor(np.array(values, float))
+        for values in (mean_a, covariance_a, mean_b, covariance_b)
+    ]
+    shapes, size = [tuple(values.shape) for values in moments], moments[0].numel()
+    if size == 0 or shapes != [(size,), (size, size)] * 2:
         raise ValueError(
-            f"mean_a has {len(mean_a)} features and mean_b has {len(mean_b)}: statistics of one extractor are needed"
+            "mean_a, covariance_a, mean_b and covariance_b must have the shapes (features,) and (features, features),"
+            f" twice, but have {shapes}: statistics of one extractor are needed"
         )
+    mean_a, covariance_a, mean_b, covariance_b = moments
     root = _factor(covariance_a, "covariance_a").T @ _factor(covariance_b, "covariance_b")
     distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace()
+    if not distance.isfinite():
+        raise ValueError("mean_a or mean_b has a NaN or an infinity")
     # rounding makes that of equal distributions negative, by about 1e-15 of the traces
     return max(0.0, (distance - 2 * _sum_singular_values(root)).item())
 
@@ -95,8 +100,7 @@ def kernel_distance(
     both, one subset is taken.
 
     Args:
-        features_a: (images, features), at least 2 images, of any floating type.
-        features_b: Likewise, of the same number of features.
+        features_a, features_b: (images, features), at least 2 images, of any floating type.
         num_subsets: At least 1.
         max_subset_size: At least 2.
         seed: Of the subsets; one seed, one result.
@@ -105,9 +109,10 @@ def kernel_distance(
         ValueError: Shapes do not fit, a number is too small, or a row that was read is not finite.
     """
     check_pair(2, features_a=features_a, features_b=features_b)
-    for name, value, least in (("num_subsets", num_subsets, 1), ("max_subset_size", max_subset_size, 2)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, but is {value}")
+    if num_subsets < 1 or max_subset_size < 2:
+        raise ValueError(
+            f"num_subsets is {num_subsets} and max_subset_size is {max_subset_size}, but must be at least 1 and 2"
+        )
     size = min(len(features_a), len(features_b), max_subset_size)
     if len(features_a) == len(features_b) == size:
         num_subsets = 1
@@ -132,7 +137,7 @@ def kernel_distance(
 def inception_score(
     predictions: FeatureRows, num_splits: int = 10, from_logits: bool = False, seed: int = 0
 ) -> Estimate:
-    """Inception Score: ``exp(E_x KL(p(y|x) || p(y)))``, the mean over splits of equal size.
+    """Inception Score: ``exp(E_x KL(p(y|x) || p(y)))``, from 1 to the number of classes, over splits of equal size.
 
     Salimans et al. 2016 (https://arxiv.org/abs/1606.03498), section 4. A permutation deals out the images to the
     splits, as they often come class by class. Compare scores of the same number of images and splits only.
@@ -142,9 +147,6 @@ def inception_score(
         num_splits: At least 1 and at most the number of images.
         from_logits: Whether the rows are logits.
         seed: Of the permutation.
-
-    Returns:
-        The mean, from 1 to the number of classes, and the standard deviation over the splits.
 
     Raises:
         ValueError: There are fewer images than splits, or a row is not finite or no probabilities.
@@ -173,10 +175,7 @@ def inception_score(
 
 
 def class_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The share of images, from 0 to 1, whose most probable class, of (images, classes), is their label, (images,).
-
-    Images of label -1 were asked for without a class and do not count.
-    """
+    """The share of images, from 0 to 1, whose most probable class is their label; those of label -1 do not count."""
     labels = np.asarray(labels)
     return float((np.asarray(probabilities).argmax(axis=1) == labels)[labels >= 0].mean())
 
@@ -190,8 +189,7 @@ def precision_and_recall(
     Neighbours are exact. Compare equal numbers of images only (the paper has 50,000 of each).
 
     Args:
-        real_features: (images, features), of any floating type, more than k images.
-        generated_features: Likewise, of the same number of features.
+        real_features, generated_features: (images, features), of any floating type, more than k images.
         k: Which neighbour gives the radius; the paper's is 3.
         device: Where distances are computed.
 
@@ -214,32 +212,19 @@ def density_and_coverage(
     """
     real, generated = _to_device(real_features, generated_features, device)
     balls_of_generated, generated_in_ball = _count_balls(generated, real, k, "real_features")
-    return DensityCoverage(
-        balls_of_generated.double().mean().item() / k, (generated_in_ball > 0).double().mean().item()
-    )
-
-
-def _check_moments(side: str, *moments: FeatureRows) -> tuple[torch.Tensor, torch.Tensor]:
-    # a copy of arrays, because torch takes none that is read-only, such as a memory map
-    mean, covariance = (
-        values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.tensor(np.array(values, float))
-        for values in moments
-    )
-    if mean.ndim != 1 or len(mean) == 0 or covariance.shape != 2 * mean.shape:
-        raise ValueError(
-            f"mean_{side} and covariance_{side} must have the shapes (features,) and (features, features), but have"
-            f" {tuple(mean.shape)} and {tuple(covariance.shape)}"
-        )
-    if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise ValueError(f"mean_{side} or covariance_{side} has a NaN or an infinity")
-    asymmetry = (covariance - covariance.T).abs().max()
-    if asymmetry > _FLOAT32_ROUNDING * covariance.abs().max():
-        raise ValueError(f"covariance_{side} is not symmetric: values that should be equal differ by {asymmetry:.3g}")
-    return mean, (covariance + covariance.T) / 2
+    density = balls_of_generated.double().mean().item() / k
+    return DensityCoverage(density, (generated_in_ball > 0).double().mean().item())
 
 
 def _factor(covariance: torch.Tensor, name: str) -> torch.Tensor:
     """F with ``covariance = F F^T``, (features, rank): by Cholesky where the rank is full, else by eigenvectors."""
+    # NaN where a value is not finite
+    asymmetry = (covariance - covariance.T).abs().max()
+    if not asymmetry <= _FLOAT32_ROUNDING * covariance.abs().max():
+        raise ValueError(
+            f"{name} must be finite and symmetric, but values that should be equal differ by {asymmetry:.3g}"
+        )
+    covariance = (covariance + covariance.T) / 2
     rounding = len(covariance) * torch.finfo(torch.float64).eps
     triangle, failed_at = torch.linalg.cholesky_ex(covariance)
     if failed_at == 0 and triangle.diagonal().min().square() > rounding * covariance.diagonal().max():
@@ -253,11 +238,8 @@ def _factor(covariance: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _sum_singular_values(matrix: torch.Tensor) -> torch.Tensor:
-    """Adds up singular values, as roots of the eigenvalues of the square where that is as good.
-
-    That takes half the time, but may lose those below 1e-8 of the largest, which the determinant shows: where their
-    logarithms agreed to 1e-3, the sum was right to 1e-10. With the largest columns first small ones mostly survive.
-    """
+    """By roots of the eigenvalues of the square, in half the time, unless the determinant shows that small ones are
+    lost: where logarithms agreed to 1e-3, the sum was right to 1e-10. Largest columns first, they mostly survive."""
     if 0 < matrix.shape[0] == matrix.shape[1]:
         graded = matrix[:, matrix.norm(dim=0).argsort(descending=True)]
         squares = torch.linalg.eigvalsh(graded.T @ graded)

@@ -1,10 +1,12 @@
-"""Images by their number, so that ranks share them and stopped work resumes: of files and datasets, or of a model."""
+"""Images by their number, so that ranks share them and stopped work resumes."""
 
 import abc
+import contextlib
 import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import tempfile
@@ -18,7 +20,7 @@ import torch
 
 from ..data.dataset import PreparedImages
 from ..data.errors import DataError
-from ..data.image_source import ImageDatasetSource, convert_image, decode_image
+from ..data.image_source import ImageDatasetSource, decode_image
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
 from ..pipelines.generation import class_id, open_model, plain_config, sample_images, weights_digest
@@ -45,12 +47,7 @@ class ImageBatch(NamedTuple):
 
 
 class ImageBatches(abc.ABC):
-    """Images of one size that are read by their number, a stretch at a time.
-
-    Attributes:
-        image_size: (channels, height, width) of every image.
-        fingerprint: Hexadecimal digits; sources of one kind that have the same are the same images in the same order.
-    """
+    """Images of one size, (channels, height, width), whose fingerprint is of them and their order."""
 
     image_size: tuple[int, int, int]
     fingerprint: str
@@ -59,74 +56,61 @@ class ImageBatches(abc.ABC):
     def __len__(self) -> int:
         return self._num_images
 
-    def read(self, start: int, stop: int) -> ImageBatch:
-        """Those from start to stop; DataError for an image that is broken, or of another size than the first."""
-        return self._read(start, stop)
-
     @abc.abstractmethod
-    def _read(self, start: int, stop: int) -> ImageBatch: ...
+    def read(self, start: int, stop: int) -> ImageBatch:
+        """Those from start to stop; DataError for one that is broken, or of another size than the first."""
 
 
 def open_images(
     source: str | Path, split: str | None = None, resolution: int | None = None, color_mode: str = "rgb"
 ) -> ImageBatches:
-    """Opens images for an evaluation; DataError where there are none, or where an option does not belong to them.
+    """Opens a prepared folder, .npz files, a dataset (also of the Hub), or images at any depth of a folder.
 
-    Args:
-        source: A folder that imagenet64-prepare wrote; one that datasets.save_to_disk wrote, or one of .parquet or
-            .arrow files; an .npz file as `data.npz_source` has it, or a folder with nothing but such files; a folder
-            with images at any depth, in the natural order of their paths; or the id of a dataset of the Hub.
-        split: For datasets, by default "train".
-        resolution: Height and width to make of image files and of images of datasets; None takes them as they are.
-        color_mode: "rgb" or "grayscale", what to make of them.
+    DataError where there are none, or where an option does not belong to them.
     """
     path = Path(source).expanduser()
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    # without hidden ones
-    files = [file for file in files if not any(part[0] == "." for part in file.relative_to(path).parts)]
-    kind = _find_kind(path, str(source), files)
-    takers = {"split": (split, {"dataset"}), "resolution": (resolution, {"dataset", "folder of images"})}
-    for option, (value, kinds) in takers.items():
-        if value is not None and kind not in kinds:
-            raise DataError(f"{option} is {value}, but {source} is a {kind}, which has no such choice")
+    inside = [file for file in path.rglob("*") if file.is_file()]
+    # without hidden ones, part2 before part10
+    files = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
+    files = sorted(files, key=lambda file: natural_order(file.relative_to(path))) or [path]
+    suffixes = {file.suffix.lower() for file in files if file.is_file()}
+    # what datasets writes into a folder of save_to_disk
+    is_dataset = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if not path.exists():
+        is_dataset = path.suffix != ".npz" and _HUB_ID.fullmatch(str(source)) is not None
+    elif path.is_dir() and suffixes & {".parquet", ".arrow"}:
+        is_dataset = is_dataset or not suffixes & {".npz", *_IMAGE_SUFFIXES}
+    kinds = {
+        "prepared folder": (path / RECORD_NAME).is_file(),
+        "dataset": is_dataset,
+        "folder of images": path.is_dir() and bool(suffixes & _IMAGE_SUFFIXES),
+        "set of .npz images": ".npz" in suffixes,
+    }
+    kind = next((kind for kind, is_it in kinds.items() if is_it), None)
+    if kind is None:
+        found = ", ".join(sorted(suffix or "files without ending" for suffix in suffixes)) or "nothing"
+        found = f" holds {found}" if path.exists() else ": no such file or folder"
+        raise DataError(
+            f"{source}{found}, but must hold images, .npz files, a dataset, or what imagenet64-prepare writes, or be"
+            " the id of a Hub dataset"
+        )
+    if split is not None and kind != "dataset":
+        raise DataError(f"split is {split}, but {source} is a {kind}, which has no such choice")
+    if resolution is not None and kind not in ("dataset", "folder of images"):
+        raise DataError(f"resolution is {resolution}, but {source} is a {kind}, which has no such choice")
     if kind == "prepared folder":
         return _PreparedBatches(path)
     if kind == "set of .npz images":
         return _NpzBatches(path)
     if kind == "dataset":
-        found: ImageDatasetSource | list[Path] = ImageDatasetSource("dataset", [str(source)], split or "train")
+        taken: Any = ImageDatasetSource("dataset", [str(source)], split or "train")
     else:
-        found = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
-        found.sort(key=lambda file: natural_order(file.relative_to(path)))
-    return _DecodedBatches(str(path), found, (resolution, RESIZE_FILTER, color_mode))
-
-
-def _find_kind(path: Path, source: str, files: list[Path]) -> str:
-    if not path.exists():
-        if _HUB_ID.fullmatch(source) and path.suffix != ".npz":
-            return "dataset"
-        raise DataError(f"{source}: no such file or folder, and it cannot be the id of a Hub dataset either")
-    if (path / RECORD_NAME).is_file():
-        return "prepared folder"
-    suffixes = {file.suffix.lower() for file in files}
-    if path.is_dir():
-        # what datasets writes into a folder of save_to_disk
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return "dataset"
-        if suffixes & _IMAGE_SUFFIXES:
-            return "folder of images"
-        if suffixes & {".parquet", ".arrow"} and ".npz" not in suffixes:
-            return "dataset"
-    if ".npz" in suffixes:
-        return "set of .npz images"
-    found = ", ".join(sorted(suffix or "files without ending" for suffix in suffixes)) or "nothing"
-    raise DataError(
-        f"{source} holds {found}, but must hold images, .npz files, a dataset, or what imagenet64-prepare writes"
-    )
+        taken = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
+    return _DecodedBatches(str(path), taken, (resolution, RESIZE_FILTER, color_mode))
 
 
 def _digest_of(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class _PreparedBatches(ImageBatches):
@@ -135,7 +119,7 @@ class _PreparedBatches(ImageBatches):
         self._num_images, self.fingerprint = len(self._images), self._images.fingerprint
         self.image_size = (self._images.channels, *self._images.image_size)
 
-    def _read(self, start: int, stop: int) -> ImageBatch:
+    def read(self, start: int, stop: int) -> ImageBatch:
         batch = self._images[range(start, stop)]
         return ImageBatch(batch["pixel_values"], batch["class_labels"])
 
@@ -144,25 +128,22 @@ class _NpzBatches(ImageBatches):
     """Images of .npz files, which can be read forwards only: going back begins again."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._npz = path, NpzSource([path])
-        stream = self._npz.open(path)
-        # its headers say how many there are
+        # the first reading begins
+        self._path, self._npz, self._next = path, NpzSource([path]), math.inf
+        # its headers say how many there are, and its zip the CRC-32 of every array
+        stream, files = self._npz.open(path), self._npz.description["files"]
         self.image_size, self._num_images = stream.image_size, stream.num_images
-        # the CRC-32 of every array is in its zip
-        checksums = [file["crc32"] for file in self._npz.description["files"]]
-        self._has_labels = bool({"labels", "arr_1"}.intersection(checksums[0]))
-        images = [each.get("images") or each["arr_0"] for each in checksums]
-        self.fingerprint = _digest_of("npz", self.image_size, len(self), images)
-        # so that the first reading begins
-        self._next = self._num_images + 1
+        self._has_labels = bool({"labels", "arr_1"}.intersection(files[0]["crc32"]))
+        checksums = [file["crc32"].get("images") or file["crc32"]["arr_0"] for file in files]
+        self.fingerprint = _digest_of("npz", self.image_size, len(self), checksums)
 
-    def _read(self, start: int, stop: int) -> ImageBatch:
+    def read(self, start: int, stop: int) -> ImageBatch:
         if start < self._next:
             blocks = self._npz.open(self._path).blocks
             self._rows = (row for block in blocks for row in zip(block.pixels, block.labels, strict=True))
             self._next = 0
         # after an error the next reading begins again
-        position, self._next = self._next, self._num_images + 1
+        position, self._next = int(self._next), math.inf
         pixels, labels = zip(*itertools.islice(self._rows, start - position, stop - position), strict=True)
         self._next = stop
         return ImageBatch(torch.from_numpy(np.stack(pixels)), torch.tensor(labels) if self._has_labels else None)
@@ -174,16 +155,19 @@ class _DecodedBatches(ImageBatches):
     def __init__(
         self, source: str, found: ImageDatasetSource | list[Path], conversion: tuple[int | None, str, str]
     ) -> None:
-        self._source, self._conversion, self._files = source, conversion, list[Path]()
+        self._source, self._conversion, self._found = source, conversion, found
         self._images: Any
         self._labels: np.ndarray | None = None
         if isinstance(found, list):
-            self._files, self._images = found, [{"": {"path": str(file), "bytes": None}} for file in found]
+            self._images = [{"": {"path": str(file), "bytes": None}} for file in found]
         else:
             # what datasets writes for local files lies here as long as the images are used
             self._work_folder = tempfile.TemporaryDirectory(prefix="imagenet64_images_")
-            loaded = found.load(Path(self._work_folder.name), needs_labels=False)
-            self._source, self._images, self._labels = found.summary, loaded.images, loaded.labels
+            dataset, self._images = found.load(Path(self._work_folder.name))
+            self._source = found.summary
+            # without a column of them, or more than one, or no whole one
+            with contextlib.suppress(DataError):
+                self._labels, *_ = found.read_labels(dataset)
         if not len(self._images):
             raise DataError(f"{self._source} has no images")
         # Pillow's decoders run without the interpreter's lock
@@ -193,6 +177,8 @@ class _DecodedBatches(ImageBatches):
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
         """Of what is in the files, for which all are read; of datasets their own, which copies may not share."""
+        if not isinstance(self._found, list):
+            return _digest_of("dataset", self._conversion, self._images._fingerprint)
 
         def digest(file: Path) -> str:
             try:
@@ -200,11 +186,9 @@ class _DecodedBatches(ImageBatches):
             except OSError as error:
                 raise DataError(f"{file} cannot be read ({error.strerror})") from error
 
-        if self._files:
-            return _digest_of("imagefolder", self._conversion, list(self._pool.map(digest, self._files)))
-        return _digest_of("dataset", self._conversion, self._images._fingerprint)
+        return _digest_of("imagefolder", self._conversion, list(self._pool.map(digest, self._found)))
 
-    def _read(self, start: int, stop: int) -> ImageBatch:
+    def read(self, start: int, stop: int) -> ImageBatch:
         pixels = np.stack(list(self._pool.map(self._decode, range(start, stop))))
         labels = None if self._labels is None else torch.tensor(self._labels[start:stop])
         return ImageBatch(torch.from_numpy(pixels), labels)
@@ -212,7 +196,7 @@ class _DecodedBatches(ImageBatches):
     def _decode(self, number: int) -> np.ndarray:
         (stored,) = self._images[number].values()
         name = (stored and stored["path"]) or f"{self._source} image {number}"
-        pixels = decode_image(stored, name, lambda image: convert_image(image, *self._conversion))
+        pixels = decode_image(stored, name, *self._conversion)
         if number and pixels.shape != self.image_size:
             found, right = (f"{width}x{height}" for _, height, width in (pixels.shape, self.image_size))
             raise DataError(
@@ -223,15 +207,10 @@ class _DecodedBatches(ImageBatches):
 
 
 class GeneratedImages(ImageBatches):
-    """Images that a model generates, by their number.
+    """Images that a model generates: image i from the noise of seed + i, of a class that is a function of i.
 
-    Image i is made of the noise of ``torch.Generator().manual_seed(seed + i)`` on the CPU and has a class that is a
-    function of i. So rank and batch do not matter, beyond what rounding in the network leaves.
-
-    The classes are ``["uniform"]``: i modulo their number; ``["frequencies"]``: as often as in ``class_counts``,
-    (num_classes,); or ids and names, of which image i has the i-th, and again from the first; ``null`` is the null
-    class. ``revision`` is a commit of a Hub repository, as `find_revision` gives it. ``description`` has all that the
-    images depend on, as JSON values. Raises ValueError for settings that do not fit the model.
+    The classes are uniform (i modulo their number), frequencies (as in ``class_counts``), or ids and names in turn.
+    ``description`` has all that the images depend on, as JSON values.
     """
 
     def __init__(
@@ -275,8 +254,8 @@ class GeneratedImages(ImageBatches):
             "id2label": plain_config(self.pipeline.config).get("id2label"),
         }
 
-    def _read(self, start: int, stop: int) -> ImageBatch:
-        """The pixels that generate_images.py writes, and labels, -1 for the null class."""
+    def read(self, start: int, stop: int) -> ImageBatch:
+        """The pixels as generate_images.py writes them, and labels, -1 for the null class."""
         labels = self._labels[start:stop]
         generated = sample_images(self.pipeline, self._sampler, labels, self.seed + start, output_type="pt")
         broken = (~generated.flatten(1).isfinite()).any(dim=1).nonzero()
@@ -285,7 +264,6 @@ class GeneratedImages(ImageBatches):
                 f"{self.model} generates image {start + int(broken[0])} with values that are not finite, under"
                 f" {self.description['scheduler']}"
             )
-        # as they would be read from files
         pixels = (generated.float() * 255).round().to(torch.uint8).cpu()
         has_classes = self.pipeline.unet.config.num_class_embeds is not None
         given = torch.tensor([-1 if label is None else label for label in labels]) if has_classes else None
@@ -309,21 +287,20 @@ def _choose_classes(
         if len(counts) != num_classes:
             raise ValueError(f"train_data_dir has {len(counts)} classes, but the model has {num_classes}")
         # all at once, and so the same whatever part of them is generated
-        uniforms = np.random.default_rng([_CLASS_STREAM, seed]).random(num_images)
-        # class k where cumulative[k - 1] <= u < cumulative[k]
-        chosen = np.searchsorted(np.cumsum(counts) / np.sum(counts), uniforms, side="right").tolist()
+        rng = np.random.default_rng([_CLASS_STREAM, seed])
+        chosen = rng.choice(num_classes, num_images, p=counts / counts.sum()).tolist()
     else:
         chosen = [class_id(pipeline, label, num_classes) for label in asked]
     return [chosen[index % len(chosen)] for index in range(num_images)]
 
 
 def find_revision(model: str) -> str | None:
-    """The commit that a Hub id stands for now, None for a folder; OSError if there is neither, or no network."""
+    """The commit that a Hub id stands for now, None for a folder."""
     # the folder of a snapshot has the name of its commit
     return None if Path(model).is_dir() else download_snapshot(model, [ClassConditionalPipeline.config_name]).name
 
 
 def count_classes(folder: str | Path) -> np.ndarray:
-    """Images of each class in a prepared dataset, int64 (num_classes,); ValueError if it is none."""
+    """Images of each class in a prepared dataset, int64 (num_classes,)."""
     images = PreparedImages(folder)
     return np.bincount(images.labels(), minlength=images.num_classes)

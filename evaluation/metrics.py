@@ -1,40 +1,30 @@
-"""The table of metrics, which scoring, sweeps, charts and the command line read. It is read without torch.
-
-To add a metric: write its function, add a line to `METRICS`, and a test.
-"""
+"""The table of metrics, read without torch. To add one: write its function, add a line to `METRICS`, and a test."""
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """One metric of generated images against real ones.
 
-    Attributes:
-        label: Its name in charts.
-        function: One of `feature_metrics`, or ``module:function`` of this package. It returns a number, a named tuple
-            of which one entry has the metric's name, or an `Estimate`. It is given `needs`, then `settings` by name,
-            and ``seed`` and ``device`` where it takes them.
-        needs: What it is given, of ``reference`` or ``model``: ``statistics``, ``features``, ``probabilities`` or
-            ``known_labels`` (see `Evaluation`).
-        settings: Its arguments, which scores.json repeats.
-        min_images: How many images (or rows of features) it needs of either.
-        lower_is_better: Which direction is good.
+    Its function is one of `feature_metrics`, or ``module:function`` of this package. It is given ``needs``, then
+    ``settings`` by name, and ``seed`` and ``device`` where it takes them; it returns a number, a named tuple of which
+    one entry has the metric's name, or an `Estimate`.
     """
 
     label: str
     function: str
+    # of reference or model: statistics, features, probabilities or known_labels, as an `Evaluation` has them
     needs: tuple[str, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = {}
+    # or rows of features, of either
     min_images: int = 1
     lower_is_better: bool = False
 
     @property
     def direction(self) -> str:
-        """What a chart says of it."""
+        """The label, and which direction is good."""
         return f"{self.label} ({'lower' if self.lower_is_better else 'higher'} is better)"
 
     def load(self) -> Callable[..., Any]:

@@ -10,18 +10,12 @@ from ..utils.command_line import CheckedOptions, option, option_list
 from .metrics import METRICS
 
 
-# what docs/evaluation.md says of each; here, because --help should not wait for torch
+# here, because --help should not wait for torch
 PROTOCOLS = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "pixels")
-# what an extractor can compute in, and the protocols that are defined in float32
-EXTRACTOR_DTYPES = ("float32", "float16", "bfloat16")
-FLOAT32_PROTOCOLS = ("clean", "legacy_tensorflow", "pixels")
-# the settings of a sampler, whose product a sweep evaluates
 SAMPLER_NAMES = tuple(item.name for item in fields(Sampler))
 
-# options under a heading of the help
-_images, _output, _features, _speed, _scores, _samplers, _training = (
-    partial(option, group=group)
-    for group in ("images", "output", "features", "speed", "metrics", "samplers", "training")
+_images, _output, _features, _speed, _scores, _training = (
+    partial(option, group=group) for group in ("images", "output", "features", "speed", "metrics", "training")
 )
 _folder = partial(option, metavar="FOLDER")
 
@@ -35,7 +29,7 @@ def _as_generate(name: str, default: Any = MISSING, **changes: Any) -> Any:
 
 @dataclass(kw_only=True)
 class ExtractionOptions(CheckedOptions):
-    """What evaluating images has in common, wherever they are from. The help texts say what each one is."""
+    """What evaluating images has in common, wherever they are from."""
 
     output_dir: str = _folder(help="Folder for the evaluation; the same call resumes one.", group="output")
     protocol: str = _features(
@@ -52,20 +46,17 @@ class ExtractionOptions(CheckedOptions):
     )
     extractor_dtype: str | None = _features(
         None,
-        "What the extractor computes in; another one is another protocol (default: the protocol's own,"
-        " which is float16 for original and else float32). On a CPU original is 20 times as fast in float32.",
-        choices=list(EXTRACTOR_DTYPES),
+        "What the extractor computes in; another one is another protocol (default: float16 for original, which is 20"
+        " times as fast in float32 on a CPU, and else float32).",
+        choices=["float32", "float16", "bfloat16"],
     )
-    num_features: int = _features(
-        50_000, "Keep the features of so many images, evenly spread, for KID, precision and so on.", at_least=0
-    )
+    num_features: int = _features(50_000, "Keep the features of so many images, for KID and so on.", at_least=0)
     batch_size: int = _speed(64, "Images at a time; it does not change the numbers beyond rounding.", at_least=1)
     device: str | None = _as_generate("device", group="speed")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
         super().__post_init__()
-        if self.protocol in FLOAT32_PROTOCOLS and self.extractor_dtype not in (None, "float32"):
+        if self.protocol in ("clean", "legacy_tensorflow", "pixels") and self.extractor_dtype not in (None, "float32"):
             raise ValueError(
                 f"extractor_dtype is {self.extractor_dtype}, but the protocol {self.protocol} is defined in float32"
             )
@@ -73,7 +64,7 @@ class ExtractionOptions(CheckedOptions):
 
 @dataclass(kw_only=True)
 class ReferenceOptions(ExtractionOptions):
-    """Options of `evaluate_reference`."""
+    """Options of evaluating real images."""
 
     source: str = _images(
         help="A prepared folder, a folder of image files, an .npz of images, or a dataset saved or on the Hub.",
@@ -92,8 +83,7 @@ class SamplingOptions(CheckedOptions):
     num_images: int = _images(50_000, "How many are sampled. Numbers compare only between equal ones.", at_least=1)
     class_labels: list[str] = option_list(
         ["uniform"],
-        "uniform: every class as often; frequencies: as often as in train_data_dir; or classes by id or name, null for"
-        " none.",
+        "uniform: every class as often; frequencies: as in train_data_dir; or classes by id or name, null for none.",
         group="images",
         metavar="CLASS",
     )
@@ -102,7 +92,6 @@ class SamplingOptions(CheckedOptions):
     dtype: str = _as_generate("dtype", group="speed")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
         super().__post_init__()
         self.class_labels = [str(label) for label in self.class_labels]
         check_class_labels(self.class_labels, ("uniform", "frequencies"))
@@ -154,10 +143,8 @@ class SweepOptions(SamplingOptions, ExtractionOptions):
     guidance_interval: list[float] = _as_generate("guidance_interval", [0.0, 1.0], group="samplers")
     eta: list[float] = _as_generate("eta", [0.0], group="samplers")
     clip_sample: bool | None = _as_generate("clip_sample", group="samplers")
-    grid: str | None = _samplers(
-        None,
-        "YAML or JSON file: a list of samplers, each with some of the options above, instead of their product.",
-        metavar="FILE",
+    grid: str | None = option(
+        None, "YAML or JSON: a list of samplers, instead of the product of these.", group="samplers", metavar="FILE"
     )
     share: str = _speed(
         "images",
@@ -167,15 +154,10 @@ class SweepOptions(SamplingOptions, ExtractionOptions):
     keep_features: bool = _output(False, "Keep the evaluation of each entry, with its features.")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
         super().__post_init__()
-        for name in ("scheduler", "guidance_scale", "eta"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: name at least one, or leave it out")
         usual = SweepOptions(output_dir="-", reference="-", models=["-"]) if self.grid else self
-        for name in SAMPLER_NAMES:
-            if getattr(self, name) != getattr(usual, name):
-                raise ValueError(f"grid says how images are sampled, and so does {name}: give one of them")
+        if changed := [name for name in SAMPLER_NAMES if getattr(self, name) != getattr(usual, name)]:
+            raise ValueError(f"grid says how images are sampled, and so does {changed[0]}: give one of them")
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,4 @@
-"""The protocols by which features are extracted, by name, and which of them may be compared.
-
-A number such as an FID means something only beside its protocol: which network, which weights, how images got their
-size. Every statistics file carries the header of its extractor, and files with different headers are not compared.
-"""
+"""The protocols by which features are extracted, and which may be compared; read without torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +9,8 @@ _PILLOW = {"library": "Pillow", "filter": "bicubic", "antialias": True}
 _TORCH = {"library": "torch", "filter": "bilinear", "quantized": False}
 _IMAGENET = "ImageNet's mean and standard deviation"
 
-# What a header says of each, as far as it does not depend on weights: what computes the features; which of its values
-# they are; how images get its size; what it is given of a value x from 0 to 255; what it computes in, if not in
-# float32; the packages, beside torch, that have a part in the numbers; and what a reader of the numbers should know.
+# What a header says of each, as far as it does not depend on weights: normalization is of x from 0 to 255, dtype is
+# float32 where nothing is said, and libraries, beside torch, are those that have a part in the numbers.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     # the network of the usual FID; clean-fid's antialiased resizing (Parmar et al. 2022, arXiv 2104.11222)
     "clean": {
@@ -62,16 +57,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 # The entries of a header that must be equal for two sets of features to be comparable. Versions of libraries and the
 # kind of device change the numbers by rounding only, and the name of a file does not change them.
-COMPARED_ENTRIES = (
-    *("protocol", "network", "features", "resize", "normalization"),
-    *("dtype", "weights_sha256", "num_features", "num_classes"),
-)
+_COMPARED = "protocol network features resize normalization dtype weights_sha256 num_features num_classes"
+COMPARED_ENTRIES = tuple(_COMPARED.split())
 
 
 def check_comparable(
     header_a: Mapping[str, Any], header_b: Mapping[str, Any], name_a: str = "the first", name_b: str = "the second"
 ) -> None:
-    """Raises ValueError, with every difference, if features of two headers, which errors name, may not be compared."""
+    """Raises ValueError, with every difference, if features of two headers may not be compared."""
     differences = [
         f"{entry} is {header_a.get(entry)} in {name_a} and {header_b.get(entry)} in {name_b}"
         for entry in COMPARED_ENTRIES

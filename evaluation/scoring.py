@@ -19,19 +19,9 @@ _IMAGES_PER_FEATURE = 5
 
 
 def score(options: ScoreOptions) -> dict[str, Any]:
-    """Computes metrics, writes them to a JSON file and prints them.
-
-    Returns:
-        What the file has: ``metrics``: name -> value or values; ``protocol``, ``reference`` and ``model``: what they
-        depend on; ``warnings``: what to mind.
-
-    Raises:
-        ValueError: If the evaluations have different protocols, or lack what an asked metric needs.
-        OSError: If the file cannot be written.
-    """
+    """Computes metrics, writes them to a JSON file, prints them and returns what `compare` gives."""
     reference, model = Evaluation.load(options.reference), Evaluation.load(options.model)
-    names = None if "all" in options.metrics else options.metrics
-    found = compare(reference, model, names, seed=options.seed, device=options.device)
+    found = compare(reference, model, options.metrics, seed=options.seed, device=options.device)
     file = Path(options.output) if options.output else model.folder / "scores.json"
     write_json(file, found)
     print(
@@ -39,9 +29,8 @@ def score(options: ScoreOptions) -> dict[str, Any]:
         f" {reference.statistics.count:,} of {reference.folder}"
     )
     for name, value in found["metrics"].items():
-        is_estimate = isinstance(value, dict)
-        shown = f"{value['mean']:.6g} +- {value['standard_deviation']:.2g}" if is_estimate else f"{value:.6g}"
-        print(f"  {name:<20} {shown}")
+        mean, spread = value.values() if isinstance(value, dict) else (value, None)
+        print(f"  {name:<20} {mean:.6g}" + (f" +- {spread:.2g}" if spread is not None else ""))
     for warning in found["warnings"]:
         print(f"  warning: {warning}")
     print(f"with its protocol in {file}")
@@ -51,22 +40,22 @@ def score(options: ScoreOptions) -> dict[str, Any]:
 def compare(
     reference: Evaluation,
     model: Evaluation,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] = ("all",),
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """The metrics of generated images against real ones, as `score` returns them.
+    """Metrics of generated images against real ones, with all that they depend on, as JSON values.
 
-    ``names`` are of `METRICS`, or None for all that can be computed; ``seed`` is of random subsets and splits. Raises
-    ValueError if the evaluations have different protocols, or lack what a metric needs.
+    Raises:
+        ValueError: If the evaluations have different protocols, or lack what a metric needs that is asked for by name.
     """
     check_comparable(reference.header["protocol"], model.header["protocol"], str(reference.folder), str(model.folder))
     sides = {"reference": reference, "model": model}
     metrics: dict[str, Any] = {}
     computed: dict[str, Any] = {}
     reasons = []
-    for name in METRICS if names is None else names:
+    for name in METRICS if "all" in names else names:
         metric = METRICS[name]
         try:
             needs = [_find(need, sides, metric.min_images) for need in metric.needs]
@@ -78,11 +67,10 @@ def compare(
             function, options = metric.load(), {"seed": seed, "device": device}
             taken = {key: options[key] for key in options.keys() & inspect.signature(function).parameters}
             computed[metric.function] = function(*needs, **metric.settings, **taken)
-        value = computed[metric.function]
-        if isinstance(value, tuple):
-            value = getattr(value, name) if hasattr(value, name) else value._asdict()  # type: ignore[attr-defined]
-        metrics[name] = value
-    if reasons and (names is not None or not metrics):
+        values = computed[metric.function]
+        values = values._asdict() if isinstance(values, tuple) else {name: values}  # type: ignore[attr-defined]
+        metrics[name] = values.get(name, values)
+    if reasons and ("all" not in names or not metrics):
         raise ValueError(reasons[0])
     return {
         "metrics": metrics,
@@ -91,8 +79,7 @@ def compare(
         "rows_of_features": {
             side: None if found.features is None else len(found.features) for side, found in sides.items()
         },
-        "settings": {"seed": seed}
-        | {name: dict(METRICS[name].settings) for name in metrics if METRICS[name].settings},
+        "settings": {"seed": seed} | {name: METRICS[name].settings for name in metrics if METRICS[name].settings},
         "versions": {side: found.header.get("versions") for side, found in sides.items()},
         "warnings": _warnings(reference, model),
     }
@@ -122,9 +109,8 @@ def _warnings(reference: Evaluation, model: Evaluation) -> list[str]:
             found.append(f"{has} for {num_features:,} features: its covariance is singular: the distance tells little")
         elif evaluation.statistics.count < _IMAGES_PER_FEATURE * num_features:
             found.append(f"{has}: the distance is too large, the more so the fewer there are; compare equal numbers")
-    real, generated = (
-        "x".join(map(str, evaluation.header["images"].get("image_size", [])[1:])) for evaluation in (reference, model)
-    )
+    sizes = (each.header["images"].get("image_size", [])[1:] for each in (reference, model))
+    real, generated = ("x".join(map(str, size)) for size in sizes)
     if real != generated and real and generated:
         found.append(f"the real images are {real} and the generated ones {generated} pixels (height x width)")
     note = model.header["protocol"].get("note")

@@ -19,19 +19,14 @@ _FORMAT = {"name": "imagenet64_diffusion.feature_statistics", "version": 1}
 
 
 def to_float64(rows: FeatureRows, name: str = "features") -> np.ndarray:
-    """Gives rows (images, features) of any floating type and device as a numpy array of float64.
-
-    Raises:
-        ValueError: They have another shape, are no floating-point numbers, or have a NaN or an infinity.
-    """
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise ValueError(f"{name} must have the shape (images, features), but have {tuple(rows.shape)}")
+    """Rows (images, features) of any floating type and device as numpy's float64; ValueError if one is not finite."""
     if isinstance(rows, torch.Tensor):
         is_floating, array = rows.is_floating_point(), rows.detach().cpu().double().numpy()
     else:
         is_floating, array = np.issubdtype(rows.dtype, np.floating), np.asarray(rows, np.float64)
-    if not is_floating:
-        raise ValueError(f"{name} must be floating-point numbers, but are {rows.dtype}")
+    if array.ndim != 2 or array.shape[1] == 0 or not is_floating:
+        found = f"{rows.dtype} {tuple(rows.shape)}"
+        raise ValueError(f"{name} must be floating-point numbers (images, features), but are {found}")
     finite = np.isfinite(array).all(axis=1)
     if not finite.all():
         raise ValueError(f"{name} must be finite, but row {finite.argmin()} is not")
@@ -39,30 +34,21 @@ def to_float64(rows: FeatureRows, name: str = "features") -> np.ndarray:
 
 
 def check_pair(min_images: int, **features: FeatureRows) -> None:
-    """Raises ValueError if two sets of features, which errors call by their keywords, have other numbers of features.
-
-    Or if one is not of the shape (images, features), with at least ``min_images`` images.
-    """
-    for name, rows in features.items():
-        if rows.ndim != 2:
-            raise ValueError(f"{name} must have the shape (images, features), but has {tuple(rows.shape)}")
-        if len(rows) < min_images:
-            raise ValueError(f"{name} has {len(rows)} images, but at least {min_images} are needed")
+    """Raises ValueError unless two sets, given by name, have equally many features, and ``min_images`` at least."""
     (name_a, a), (name_b, b) = features.items()
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"{name_a} has {a.shape[1]} features an image and {name_b} has {b.shape[1]}: they must match")
+    if not (a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] and min(len(a), len(b)) >= min_images):
+        raise ValueError(
+            f"{name_a} and {name_b} must be (images, features), at least {min_images} images with as many features,"
+            f" but have the shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        )
 
 
 class FeatureStatistics:
     """Mean and covariance in float64 of features that come in batches.
 
-    Rows are gathered in blocks of 1024; each block joins those before by the pairwise update of Chan, Golub and
-    LeVeque (1983), which stays exact where the mean is far from 0. The size of the batches changes nothing at all, the
-    order of rows and merging the last digits only. 2048 features take 140 MB.
-
-    Attributes:
-        num_features: Features an image, at least 1.
-        header: What :meth:`load` found beside the statistics, as JSON values.
+    Blocks of 1024 rows join by the pairwise update of Chan, Golub and LeVeque (1983), which stays exact where the mean
+    is far from 0. The size of batches changes nothing, the order of rows the last digits only. 2048 features take
+    140 MB. ``header`` is what :meth:`load` found beside the statistics, as JSON values.
     """
 
     def __init__(self, num_features: int):
@@ -98,11 +84,7 @@ class FeatureStatistics:
         return (self._scatter + self._scatter.T) / (2 * (self._count - 1))
 
     def update(self, features: FeatureRows) -> None:
-        """Takes in a batch, (images, features), of any floating type and on any device.
-
-        Raises:
-            ValueError: The shape or type is wrong, or a row is not finite. Nothing of the batch is taken in then.
-        """
+        """Takes in a batch, (images, features), of any floating type and on any device; or none of it: ValueError."""
         rows = to_float64(features)
         if rows.shape[1] != self.num_features:
             raise ValueError(f"these statistics are of {self.num_features} features, but there are {rows.shape[1]}")
@@ -125,8 +107,7 @@ class FeatureStatistics:
     def save(self, file: str | Path, header: Mapping[str, Any] | None = None) -> None:
         """Writes an .npz file atomically: ``mean``, ``covariance``, ``count``, and JSON ``format`` and ``header``.
 
-        The header says what the statistics are of, by default that of the file they were loaded from; ValueError if it
-        is not JSON. Equal statistics and headers make equal files.
+        The header is by default that of the file they were loaded from. Equal statistics make equal files.
         """
         try:
             text = json.dumps(dict(self.header if header is None else header), allow_nan=False, sort_keys=True)
@@ -135,22 +116,14 @@ class FeatureStatistics:
         self._join_waiting()
         # one row has no spread, so that nothing is lost by writing zeros
         covariance = self.covariance if self._count > 1 else np.zeros_like(self._scatter)
-        moments: dict[str, Any] = {
-            "count": np.array(self._count, np.int64),
-            "mean": self._mean,
-            "covariance": covariance,
-        }
+        arrays: dict[str, Any] = {"format": np.array(json.dumps(_FORMAT)), "header": np.array(text)}
+        arrays |= {"count": np.array(self._count, np.int64), "mean": self._mean, "covariance": covariance}
         with atomic_file(file) as writing, writing.open("wb") as opened:
-            np.savez(opened, format=np.array(json.dumps(_FORMAT)), header=np.array(text), **moments)
+            np.savez(opened, **arrays)
 
     @classmethod
     def load(cls, file: str | Path) -> "FeatureStatistics":
-        """Reads what :meth:`save` wrote; more rows can be taken in.
-
-        Raises:
-            ValueError: The file is damaged or is another kind of file, or its values cannot be. The message names it.
-            FileNotFoundError: There is none.
-        """
+        """Reads what :meth:`save` wrote; ValueError, with its name, for a damaged file or one of another kind."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 found, header = (json.loads(str(arrays[name])) for name in ("format", "header"))
@@ -163,16 +136,19 @@ class FeatureStatistics:
         if found != _FORMAT or not isinstance(header, dict):
             raise ValueError(f"{file} must be of the format {json.dumps(_FORMAT)}, but says {json.dumps(found)[:200]}")
         kinds = [(each.dtype.name, each.shape) for each in (count, mean, covariance)]
-        if kinds != [("int64", ()), ("float64", (mean.size,)), ("float64", (mean.size, mean.size))] or mean.size == 0:
+        if not (
+            kinds == [("int64", ()), ("float64", (mean.size,)), ("float64", (mean.size, mean.size))]
+            and mean.size > 0
+            and np.isfinite(mean).all()
+            and np.isfinite(covariance).all()
+            and np.array_equal(covariance, covariance.T)
+            and covariance.diagonal().min() >= 0
+            and count >= (2 if covariance.any() else int(mean.any()))
+        ):
             raise ValueError(
-                f"{file}: count, mean and covariance must be int64 (), float64 (features,) and float64 (features,"
-                f" features), but are {kinds}"
+                f"{file}: count, mean and covariance are {kinds}, {count} images, but must be int64 (), float64"
+                " (features,) and (features, features), finite, symmetric and without negative variances"
             )
-        finite = np.isfinite(mean).all() and np.isfinite(covariance).all()
-        if not (finite and np.array_equal(covariance, covariance.T) and covariance.diagonal().min() >= 0):
-            raise ValueError(f"{file}: mean or covariance is not finite, not symmetric or has a negative variance")
-        if count < 0 or (count < 2 and covariance.any()) or (count < 1 and mean.any()):
-            raise ValueError(f"{file}: count is {count}, which cannot be of this mean and covariance")
         statistics = cls(len(mean))
         statistics.header, statistics._count, statistics._mean = header, int(count), mean
         statistics._scatter = covariance * max(int(count) - 1, 0)

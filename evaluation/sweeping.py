@@ -9,11 +9,10 @@ import json
 import re
 import shutil
 import sys
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import yaml
 from accelerate.utils import gather_object
@@ -24,14 +23,7 @@ from ..utils.command_line import Parser
 from ..utils.distributed import on_every_process, on_main_process
 from ..utils.nearest_names import perhaps
 from .charts import make_sweep_charts
-from .evaluating import (
-    STATISTICS_NAME,
-    Evaluation,
-    distributed_state,
-    evaluate_model,
-    open_extractor,
-    write_json,
-)
+from .evaluating import STATISTICS_NAME, Evaluation, distributed_state, evaluate_model, open_extractor, write_json
 from .extractors import FeatureExtractor
 from .images import find_revision
 from .options import SAMPLER_NAMES, ModelOptions, SamplingOptions, SweepOptions
@@ -42,14 +34,12 @@ from .weights import file_digest
 
 RESULTS_NAME = "results.csv"
 _ENTRIES_NAME = "cells"
-_CHARTS_NAME = ".charts.json"
 _PIPELINE_NAME = "model_index.json"
 _STEP = re.compile(r"(?:step_|checkpoint-|\d+e_)(\d+)s?")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One evaluation of a sweep: its file, what the table says of it before the metrics, and how it is made."""
 
     file: Path
@@ -58,48 +48,37 @@ class Entry:
 
 
 def sweep(options: SweepOptions) -> Path:
-    """Evaluates every model under every sampler, and scores them against one reference.
+    """Evaluates every model under every sampler, scores them against one reference, and returns ``results.csv``.
 
-    Every finished entry is a file in ``cells``, from which ``results.csv`` and the charts are made anew each time.
-    They have what is asked for now; entries of other calls stay in their files. Charts that are not made any more go,
-    unless someone has changed them. A model whose folder has changed, or whose Hub repository has another commit, is
-    evaluated anew. An entry that fails is a row with its reason as ``error``, and the next call tries it again.
-
-    Returns:
-        ``results.csv``.
-
-    Raises:
-        ValueError: If a setting does not fit; or, at the end, if entries failed.
-        OSError: If something cannot be read or written, or another run sweeps into the same folder.
+    Every finished entry is a file in ``cells``, from which the table and the charts of what is asked for now are made
+    anew each time. Charts that are not made any more go, unless someone has changed them. An entry that fails is a
+    row with its reason as ``error``, ends in a ValueError after all others, and is tried again by the next call.
     """
     folder = Path(options.output_dir)
     with distributed_state(options.device) as state, contextlib.ExitStack() as stack:
         reference = on_every_process(state, lambda: Evaluation.load(options.reference))
         extractor = open_extractor(options, reference.header["images"].get("image_size", [3])[0], state)
 
-        def begin() -> list[Entry]:
+        def begin() -> tuple[list[Entry], list[Entry]]:
             entries = list_entries(options, reference, extractor)
             stack.enter_context(only_writer(folder))
             if (folder / RESULTS_NAME).exists() and not (folder / _ENTRIES_NAME).is_dir():
                 raise ValueError(f"output_dir is {folder}, which holds another {RESULTS_NAME}: name another folder")
             (folder / _ENTRIES_NAME).mkdir(parents=True, exist_ok=True)
-            done = [entry for entry in entries if entry.file.is_file()]
-            print(f"{len(entries)} evaluations, of which {len(done)} are there already", flush=True)
-            for entry in () if options.keep_features else done:
-                # left by a call that was killed just then
-                shutil.rmtree(entry.options.output_dir, ignore_errors=True)
-            return entries
+            missing = [entry for entry in entries if not entry.file.is_file()]
+            print(f"{len(entries)} evaluations, of which {len(entries) - len(missing)} are there already", flush=True)
+            for entry in entries:
+                if entry.file.is_file() and not options.keep_features:
+                    # left by a call that was killed just then
+                    shutil.rmtree(entry.options.output_dir, ignore_errors=True)
+            return entries, missing
 
         # one rank reads the weights, and asks the Hub
-        entries = on_main_process(state, begin)
-        missing = [entry for entry in entries if not entry.file.is_file()]
-        # nobody writes before everybody has looked
-        state.wait_for_everyone()
+        entries, missing = on_main_process(state, begin)
         ranks: Any = state
         if options.share == "models":
             missing = missing[state.process_index :: state.num_processes]
-            alone = {"num_processes": 1, "process_index": 0, "is_main_process": True, "device": state.device}
-            ranks = types.SimpleNamespace(**alone, wait_for_everyone=lambda: None)
+            ranks = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=state.device)
         errors: dict[Path, str] = {}
         for entry in missing:
             try:
@@ -122,7 +101,7 @@ def list_entries(options: SweepOptions, reference: Evaluation, extractor: Featur
     names = [item.name for item in dataclasses.fields(ModelOptions) if item.name not in SAMPLER_NAMES]
     shared = {name: getattr(options, name) for name in names if hasattr(options, name)}
     columns = {name: shared[name] for name in ("num_images", "class_labels", "seed", "protocol")}
-    file = Path(options.reference)
+    folder, file = Path(options.output_dir), Path(options.reference)
     depends = {
         **{item.name: shared[item.name] for item in dataclasses.fields(SamplingOptions)},
         "num_features": options.num_features,
@@ -137,28 +116,21 @@ def list_entries(options: SweepOptions, reference: Evaluation, extractor: Featur
             files = [path for path in sorted(Path(model).rglob("*")) if path.suffix in (".json", ".safetensors")]
             identity = {"model": str(Path(model).resolve()), "files": file_digest(*files)}
         for sampler in sampler_grid(options):
-            settings = {**dataclasses.asdict(sampler), "guidance_interval": list(sampler.guidance_interval)}
+            settings = dataclasses.asdict(sampler)
             key = json.dumps({**depends, **identity, "sampler": settings}, sort_keys=True)
             name = hashlib.sha256(key.encode()).hexdigest()[:16]
-            place = {"model": model, "output_dir": str(Path(options.output_dir, "evaluations", name))}
-            row: dict[str, Any] = {
-                "model": model,
-                "revision": revision,
-                "family": family,
-                "step": step,
-                "sampler": sampler.title(),
-            }
+            row = {"model": model, "revision": revision, "family": family, "step": step, "sampler": sampler.title()}
             row |= settings | columns
-            row |= {name: " ".join(map(str, value)) for name, value in row.items() if isinstance(value, list)}
-            cell = Path(options.output_dir, _ENTRIES_NAME, f"{name}.json")
-            entries.append(Entry(cell, row, ModelOptions(**{**shared, **settings, **place})))
+            row |= {name: " ".join(map(str, value)) for name, value in row.items() if isinstance(value, (list, tuple))}
+            shared |= {"model": model, "output_dir": str(folder / "evaluations" / name)}
+            entries.append(Entry(folder / _ENTRIES_NAME / f"{name}.json", row, ModelOptions(**shared | settings)))
     return entries
 
 
 def _evaluate_entry(
     entry: Entry, options: SweepOptions, reference: Evaluation, extractor: FeatureExtractor, ranks: Any
 ) -> None:
-    folder = evaluate_model(entry.options, ranks, extractor, quiet=True, revision=entry.row["revision"])
+    folder = evaluate_model(entry.options, ranks, extractor, entry.row["revision"])
 
     def keep_scores() -> None:
         scores = compare(reference, Evaluation.load(folder), device=extractor.device)
@@ -174,12 +146,13 @@ def _evaluate_entry(
 
 def _write_table(folder: Path, entries: Sequence[Entry], errors: Mapping[Path, str]) -> list[dict[str, Any]]:
     """Writes ``results.csv`` of the entries that are finished or have failed, and returns its rows."""
-    rows = []
-    for entry in entries:
-        if entry.file in errors:
-            rows.append(entry.row | {"error": errors[entry.file]})
-        elif entry.file.is_file():
-            rows.append(json.loads(entry.file.read_text(encoding="utf-8"))["row"])
+    rows = [
+        {**entry.row, "error": errors[entry.file]}
+        if entry.file in errors
+        else json.loads(entry.file.read_text())["row"]
+        for entry in entries
+        if entry.file in errors or entry.file.is_file()
+    ]
     names = dict.fromkeys(name for row in rows for name in row if name != "error")
     with atomic_file(folder / RESULTS_NAME) as writing, writing.open("w", newline="", encoding="utf-8") as table:
         writer = csv.DictWriter(table, [*names, "error"])
@@ -193,7 +166,7 @@ def _finish(folder: Path, entries: Sequence[Entry], errors: Mapping[Path, str]) 
     rows = _write_table(folder, entries, errors)
     charts = make_sweep_charts([row for row in rows if "error" not in row], folder)
     made = [file for chart in charts for file in (chart, chart.with_suffix(".svg"))]
-    record = folder / _CHARTS_NAME
+    record = folder / ".charts.json"
     before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     for file in (folder / name for name in before):
         # of an earlier call, and as that has left it
@@ -218,17 +191,17 @@ def find_models(names: Sequence[str]) -> list[tuple[str, str, int | None]]:
     found: list[str] = []
     for name in names:
         folder = Path(name)
-        if folder.is_dir() and not (folder / _PIPELINE_NAME).is_file():
-            inside = [file.relative_to(folder) for file in folder.rglob(_PIPELINE_NAME)]
-            # hidden ones are half written
-            inside = [file for file in inside if not any(part[0] == "." for part in file.parts)]
-            if not inside:
-                raise ValueError(f"models names {name}, a folder in which there is no pipeline")
-            found += [str(folder / file.parent) for file in inside]
-        elif folder.is_dir() or _HUB_ID.fullmatch(name):
-            found.append(name)
-        else:
+        if not folder.is_dir() and not _HUB_ID.fullmatch(name):
             raise ValueError(f"models names {name}, which is neither a folder nor a Hub id")
+        if not folder.is_dir() or (folder / _PIPELINE_NAME).is_file():
+            found.append(name)
+            continue
+        inside = [file.parent.relative_to(folder) for file in folder.rglob(_PIPELINE_NAME)]
+        # hidden ones are half written
+        inside = [place for place in inside if not any(part[0] == "." for part in place.parts)]
+        if not inside:
+            raise ValueError(f"models names {name}, a folder in which there is no pipeline")
+        found += [str(folder / place) for place in inside]
     models: list[tuple[str, str, int | None]] = []
     for name in dict.fromkeys(found):
         place, folder = Path(name).name, Path(name).parent
@@ -242,34 +215,33 @@ def find_models(names: Sequence[str]) -> list[tuple[str, str, int | None]]:
 
 def sampler_grid(options: SweepOptions) -> list[Sampler]:
     """The samplers of a sweep, each once: the product of its options, or those that its file lists."""
-    if options.grid is None:
-        steps = [{"num_inference_steps": number} for number in options.num_inference_steps]
-        steps += [{"step_size": number} for number in options.step_size]
-        whole = [0.0, 1.0]
-        product = [
-            {"scheduler": scheduler, **step, "guidance_scale": scale, "eta": eta, "clip_sample": options.clip_sample}
-            | {"guidance_interval": options.guidance_interval if scale > 1 else whole}
-            for scheduler in options.scheduler
-            for step in steps or [{}]
-            for scale in options.guidance_scale
-            for eta in options.eta
-        ]
-        return list(dict.fromkeys(map(_sampler, product)))
+    steps = [{name: number} for name in ("num_inference_steps", "step_size") for number in getattr(options, name)]
+    listed: Any = [
+        {"scheduler": scheduler, **step, "guidance_scale": scale, "eta": eta, "clip_sample": options.clip_sample}
+        | ({"guidance_interval": options.guidance_interval} if scale > 1 else {})
+        for scheduler in options.scheduler
+        for step in steps or [{}]
+        for scale in options.guidance_scale
+        for eta in options.eta
+    ]
     try:
-        # JSON is YAML too
-        listed = yaml.safe_load(Path(options.grid).read_text(encoding="utf-8"))
+        if options.grid is not None:
+            # JSON is YAML too
+            listed = yaml.safe_load(Path(options.grid).read_text(encoding="utf-8"))
         if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
-            raise ValueError("it must hold a list of samplers, each with names and values")
+            raise ValueError("samplers must be a list, each with names and values")
         return list(dict.fromkeys(map(_sampler, listed)))
     except (yaml.YAMLError, ValueError) as error:
+        if options.grid is None:
+            raise
         raise ValueError(f"grid is {options.grid}, which is wrong: {' '.join(str(error).split())}") from error
 
 
 def _sampler(values: Mapping[str, Any]) -> Sampler:
     for name in values:
         if name not in SAMPLER_NAMES:
-            known = ", ".join(SAMPLER_NAMES)
-            raise ValueError(f"it names {name!r}, but must be made of {known}{perhaps(name, SAMPLER_NAMES)}")
+            known = ", ".join(SAMPLER_NAMES) + perhaps(name, SAMPLER_NAMES)
+            raise ValueError(f"it names {name!r}, but must be made of {known}")
     kinds = Parser.of(Sampler, "sweep", "").kinds
     checked = {name: kinds[name].from_file(value, name) for name, value in values.items()}
     return Sampler(**{name: value for name, value in checked.items() if (name, value) != ("scheduler", "own")})

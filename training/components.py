@@ -15,8 +15,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from ..configs import CONFIG_DIR
-from ..data.dataset import PreparedImages
-from ..data.sampling import GlobalBatchSampler
+from ..data.dataset import GlobalBatchSampler, PreparedImages
 from ..models.unet_class_conditional import LAYER_TYPE_ALIASES, LAYER_TYPES, ClassConditionalUNet2DModel
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options

@@ -31,7 +31,7 @@ from imagenet64_diffusion.tests.commands.evaluation_runs import (  # noqa: F401 
     to_arguments,
 )
 from imagenet64_diffusion.tests.commands.processes import snapshot, wait_until
-from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, make_unet
 
 
 COUNT = 24
@@ -56,59 +56,24 @@ def classifier(tmp_path_factory, prepared) -> Path:
     return folder
 
 
-def features_by_hand(images: np.ndarray) -> np.ndarray:
-    """Means of 2x2 pixels of uint8 (images, height, width) in float64, once for each of three equal channels."""
+def assert_evaluation(folder: Path, images: np.ndarray) -> Evaluation:
+    """An evaluation of uint8 (images, height, width), by hand in float64; features once for each of three channels."""
     boxes = images.reshape(len(images), 8, 2, 8, 2).mean(axis=(2, 4)) / 255
-    return np.tile(boxes.reshape(len(images), -1), 3)
-
-
-def assert_statistics(evaluation: Evaluation, features: np.ndarray) -> None:
-    """Mean and covariance are those of features in float64."""
-    assert evaluation.statistics.count == len(features)
-    for found, expected in (
-        (evaluation.statistics.mean, features.mean(axis=0)),
-        (evaluation.statistics.covariance, np.cov(features.T)),
-    ):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    features = np.tile(boxes.reshape(len(images), -1), 3)
+    found = Evaluation.load(folder)
+    assert found.statistics.count == len(features)
+    np.testing.assert_allclose(found.statistics.mean, features.mean(axis=0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(features.T), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(found.features, features[np.load(folder / "indices.npy")], atol=1e-6)
+    return found
 
 
 def parts(folder: Path) -> list[str]:
     return sorted(file.name for file in (folder / "parts").glob("[0-9]*.npz"))
 
 
-# ---------------------------------------------------------------------- model
-
-
-def test_what_is_evaluated_is_what_the_pipeline_generates(model, evaluated):
-    pipeline = ClassConditionalPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
-    sampling = {"guidance_scale": 1.0, "num_inference_steps": 2, "eta": 1.0}
-    with np.load(evaluated / "images.npz") as arrays:
-        assert sorted(arrays) == ["arr_0", "arr_1"]
-        pixels, labels = arrays["arr_0"], arrays["arr_1"]
-    assert (pixels.dtype, pixels.shape) == (np.uint8, (COUNT, 16, 16, 1))
-    for number, image in enumerate(pixels.squeeze(3)):
-        (expected,) = pipeline(number % 3, generator=seeded(100 + number), **sampling).images
-        # in batches of one rounding in the network may differ
-        assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 1
-    found = Evaluation.load(evaluated)
-    assert labels.tolist() == found.labels.tolist() == [number % 3 for number in range(COUNT)]
-    features = features_by_hand(pixels.squeeze(3))
-    np.testing.assert_allclose(found.features, features, atol=1e-6)
-    assert_statistics(found, features)
-
-
-def test_batches_and_ranks_do_not_matter(model, evaluated, tmp_path):
-    common = {"model": model, "batch_size": 7, "output_dir": tmp_path / "two", **SAMPLING}
-    processes = start(tmp_path / "log", "model", ranks=2, **common)
-    assert [process.end() for process in processes] == [0, 0], processes[0].output()
-    assert [process.output().count(f"evaluated {COUNT} images with pixels") for process in processes] == [1, 0]
-    assert_same_numbers(tmp_path / "two", evaluated)
-    assert files(tmp_path / "two") == EVALUATED
-
-
 def test_killed_at_random_moments_and_resumed(model, evaluated, tmp_path):
-    """With other batches and another number of ranks each time."""
+    """With other batches and another number of ranks each time, none of which matters."""
     rng, folder = random.Random(0), tmp_path / "room" / "out"
     common = {"model": model, "output_dir": folder, **SAMPLING}
     for batch_size, ranks in ((3, 1), (2, 2), (1, 1)):
@@ -120,7 +85,9 @@ def test_killed_at_random_moments_and_resumed(model, evaluated, tmp_path):
             process.send(signal.SIGKILL)
         assert {process.end() for process in processes} == {-signal.SIGKILL}, processes[0].output()
         assert not (folder / "statistics.npz").exists()
-    assert evaluate("model", **common) == 0
+    processes = start(tmp_path / "end", "model", ranks=2, batch_size=5, **common)
+    assert [process.end() for process in processes] == [0, 0], processes[0].output()
+    assert [process.output().count(f"evaluated {COUNT} images with pixels") for process in processes] == [1, 0]
     assert_same_numbers(folder, evaluated)
     # nothing of the killed ones is left
     assert [name for name in files(folder.parent) if name != ".out.lock"] == [f"out/{name}" for name in EVALUATED]
@@ -128,8 +95,7 @@ def test_killed_at_random_moments_and_resumed(model, evaluated, tmp_path):
 
 def test_kept_images_are_those_of_generate_images_bit_for_bit(model, evaluated, tmp_path):
     sampling = {"num_inference_steps": 3, "eta": 0.5, "guidance_scale": 2.0, "seed": 7, "device": "cpu"}
-    classes = ["goldfish", "null", "0", "goldfish", "2"]
-    common = {"model": model, "class_labels": classes, **sampling}
+    common = {"model": model, "class_labels": ["goldfish", "null", "0", "goldfish", "2"], **sampling}
     assert generate(to_arguments("", output_dir=tmp_path / "generated", **common)[1:]) == 0
     for kept in ("png", "npz"):
         asked = {"output_dir": tmp_path / kept, "keep_images": kept, "num_images": 5, **PIXELS, **common}
@@ -141,22 +107,22 @@ def test_kept_images_are_those_of_generate_images_bit_for_bit(model, evaluated, 
     assert {image.mode for image in kept} == {"L"}
     np.testing.assert_array_equal(np.stack(kept), np.stack(generated))
     with np.load(tmp_path / "npz" / "images.npz") as arrays:
-        np.testing.assert_array_equal(arrays["arr_0"].squeeze(3), np.stack(generated))
+        np.testing.assert_array_equal(arrays["arr_0"], np.stack(generated)[..., None], strict=True)
         assert arrays["arr_1"].tolist() == [1, -1, 0, 1, 2]
+    assert assert_evaluation(tmp_path / "npz", np.stack(generated)).labels.tolist() == [1, -1, 0, 1, 2]
+    assert Evaluation.load(evaluated).labels.tolist() == [0, 1, 2] * 8
     # evaluated as files they give the same numbers again
     for folder, kept in ((tmp_path / "png", "images"), (evaluated, "images.npz")):
         again = tmp_path / f"{kept}_again"
         assert evaluate("reference", source=folder / kept, output_dir=again, **PIXELS) == 0
-        assert_same_numbers(again, folder, relative=1e-12, most_steps=0)
-
-
-def test_a_model_without_classes(tmp_path):
+        assert_same_numbers(again, folder, rounding=1e-12, most_steps=0)
+    # a model without classes has no labels
     make_pipeline(num_class_embeds=None, layer_types=("resnet",)).save_pretrained(tmp_path / "model")
-    common = {**SAMPLING, "model": tmp_path / "model", "output_dir": tmp_path / "out", "num_images": 3}
-    assert evaluate("model", keep_images="npz", **common) == 0
-    with np.load(tmp_path / "out" / "images.npz") as arrays:
+    bare = {"output_dir": tmp_path / "bare", "num_images": 3, "keep_images": "npz", "model": tmp_path / "model"}
+    assert evaluate("model", **SAMPLING | bare) == 0
+    with np.load(tmp_path / "bare" / "images.npz") as arrays:
         assert sorted(arrays) == ["arr_0"]
-    assert Evaluation.load(tmp_path / "out").labels is None
+    assert Evaluation.load(tmp_path / "bare").labels is None
 
 
 def test_a_finished_evaluation_is_found_again(model, evaluated, capsys, tmp_path):
@@ -165,25 +131,22 @@ def test_a_finished_evaluation_is_found_again(model, evaluated, capsys, tmp_path
     (evaluated / "parts").mkdir()
     (evaluated / "parts" / "000000000-000000024.npz").write_bytes(b"whatever")
     # the same model by another name, and options from a file
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(model, elsewhere)
-    common = {**SAMPLING, "model": str(elsewhere), "output_dir": str(evaluated)}
+    shutil.copytree(model, tmp_path / "elsewhere")
+    common = {**SAMPLING, "model": str(tmp_path / "elsewhere"), "output_dir": str(evaluated)}
     (tmp_path / "options.yaml").write_text(json.dumps(common))
     assert main(["model", "--config", str(tmp_path / "options.yaml"), "--batch_size", "5"]) == 0
     assert evaluate("model", keep_images="npz", **common) == 0
     assert capsys.readouterr().out.count("evaluated already") == 2
 
     # and everything that would give other numbers, or more than there is, is refused
-    other = make_pipeline()
-    with torch.no_grad():
-        next(other.unet.parameters()).add_(1e-3)
-    other.save_pretrained(tmp_path / "changed")
+    pipeline = make_pipeline()
+    next(pipeline.unet.parameters()).data.add_(1e-3)
+    pipeline.save_pretrained(tmp_path / "changed")
     for changes, entry in (
         ({"seed": 101}, "seed 100, not 101"),
         ({"num_images": 46}, f"num_images {COUNT}, not 46"),
         ({"eta": 0.0}, "eta 1.0, not 0.0"),
         ({"class_labels": "null"}, 'class_labels ["uniform"], not ["null"]'),
-        ({"guidance_scale": 2.0}, "guidance_scale 1.0, not 2.0"),
         ({"scheduler": "DDIM"}, 'scheduler "EtaDDIMScheduler", not "DDIMScheduler"'),
         ({"model": tmp_path / "changed"}, 'weights_sha256 "'),
         ({"keep_images": "png"}, 'kept images "npz", not "png"'),
@@ -192,7 +155,6 @@ def test_a_finished_evaluation_is_found_again(model, evaluated, capsys, tmp_path
         error = capsys.readouterr().err
         assert f"error: {evaluated} has an evaluation" in error
         assert entry in error
-        assert error.rstrip().endswith("give another output_dir, or remove it")
     assert snapshot(evaluated) == before
 
 
@@ -210,7 +172,6 @@ def test_stopped_refused_and_resumed(model, evaluated, tmp_path, capsys):
     process.send(signal.SIGCONT)
     assert process.end() == 130, process.output()
     assert process.output().rstrip().endswith("interrupted")
-    assert "Traceback" not in process.output()
     left = snapshot(folder.parent)
     assert sorted(left) == [*(f"out/parts/{name}" for name in parts(folder)), "out/parts/settings.json"]
 
@@ -231,36 +192,19 @@ def test_stopped_refused_and_resumed(model, evaluated, tmp_path, capsys):
 def test_a_full_disk(model, evaluated, tmp_path):
     folder = tmp_path / "out"
     common = {**SAMPLING, "model": model, "output_dir": folder}
-    # a part of 1 image has 1.3 kB and one of 9 images 7.6 kB; then the parts fit, and what they are put together to
-    # does not
-    for batch_size, largest_file, file, why in (
-        (9, 6000, "000000009.npz", "File too large"),
-        (3, 10_000, "features.npy", "written"),
-    ):
-        (process,) = start(
-            tmp_path / f"{batch_size}", "model", largest_file=largest_file, batch_size=batch_size, **common
-        )
+    # a part of 9 images has 7.6 kB; then the parts fit, and what they are put together to does not
+    for batch_size, largest_file, file, kept in ((9, 6000, "000000009.npz", 0), (3, 10_000, "features.npy", 8)):
+        log = tmp_path / f"{batch_size}"
+        (process,) = start(log, "model", largest_file=largest_file, batch_size=batch_size, **common)
         assert process.end() == 2
         error = error_of(process)
         assert error.startswith(f"error: could not write {folder}")
         assert file in error
-        assert error.endswith(f"{why}); what has been evaluated stays, and the same call resumes")
-        assert "Traceback" not in process.output()
-        assert len(parts(folder)) == (COUNT / batch_size if file == "features.npy" else 0)
+        assert error.endswith("what has been evaluated stays, and the same call resumes")
+        assert len(parts(folder)) == kept
         assert not [name for name in files(tmp_path) if "writing" in name]
     assert evaluate("model", **common) == 0
     assert_same_numbers(folder, evaluated)
-
-
-def test_images_that_are_not_finite(tmp_path, capsys):
-    pipeline = make_pipeline()
-    with torch.no_grad():
-        pipeline.unet.head.conv.bias.fill_(float("nan"))
-    pipeline.save_pretrained(tmp_path / "model")
-    assert evaluate("model", **SAMPLING, model=tmp_path / "model", output_dir=tmp_path / "new" / "out") == 2
-    error = capsys.readouterr().err
-    assert f"{tmp_path / 'model'} generates image 0 with values that are not finite, under EtaDDIMScheduler" in error
-    assert not (tmp_path / "new" / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -268,29 +212,29 @@ def test_images_that_are_not_finite(tmp_path, capsys):
     [
         ({"model": "nowhere/at/all"}, "nowhere/at/all is not a folder"),
         ({"class_labels": "7"}, "class label 7 is out of range"),
-        ({"class_labels": ["uniform", "1"]}, "class_labels names 'uniform' among others, but it must stand alone"),
         ({"class_labels": "frequencies"}, "class_labels is frequencies, which needs train_data_dir"),
         ({"train_data_dir": "x"}, "train_data_dir is for class_labels frequencies"),
         ({"scheduler": "Magic"}, "there is no scheduler named 'Magic'"),
-        ({"scheduler": "UniPCMultistep"}, "eta is 1, but UniPCMultistepScheduler takes none"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0, but must be at least 1"),
         ({"step_size": 10}, "num_inference_steps and step_size both say the number of steps"),
-        ({"guidance_interval": [0.5, 0.4]}, "guidance_interval is (0.5, 0.4), but must be two fractions"),
         # found out at the first step
         ({"eta": 2.0}, "eta is 2.0"),
-        ({"num_images": 0}, "num_images is 0, but must be at least 1"),
         ({"extractor_dtype": "float16"}, "extractor_dtype is float16, but the protocol pixels is"),
         ({"protocol": "classifier"}, "the protocol classifier needs weights"),
-        ({"weights": "somewhere"}, "the protocol pixels has no network, but weights is somewhere"),
-        ({"protocol": "clean", "weights": "somewhere"}, "weights somewhere: no such file"),
         ({"protocol": "clean"}, "HF_HUB_OFFLINE is set"),
+        ({"model": "{}"}, "{} generates image 0 with values that are not finite, under EtaDDIMScheduler"),
     ],
 )
 def test_wrong_options_of_model(model, tmp_path, monkeypatch, capsys, changes, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    if changes == {"model": "{}"}:
+        pipeline = make_pipeline()
+        pipeline.unet.head.conv.bias.data.fill_(float("nan"))
+        pipeline.save_pretrained(tmp_path / "model")
+        changes = {"model": tmp_path / "model"}
     assert evaluate("model", **{**SAMPLING, "model": model, "output_dir": tmp_path / "out", **changes}) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(tmp_path / "model") in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -304,39 +248,30 @@ def test_a_folder_with_other_files_is_left_alone(model, tmp_path, capsys, mine):
     assert files(folder) == [mine]
 
 
-# ---------------------------------------------------------------------- reference
-
-
 def test_every_kind_of_source(prepared, reference, tmp_path):
     """A prepared folder, the dataset that it was prepared from, and its images as files and as an .npz."""
     images = PreparedImages(prepared)
-    pixels = images[range(len(images))]["pixel_values"].numpy()
-    features = features_by_hand(pixels.squeeze(1))
-    found = Evaluation.load(reference)
-    assert_statistics(found, features)
+    pixels = images[range(len(images))]["pixel_values"].numpy().squeeze(1)
+    found = assert_evaluation(reference, pixels)
     assert found.header["images"]["fingerprint"] == images.fingerprint
     np.testing.assert_array_equal(found.labels, images.labels())
 
-    np.savez(tmp_path / "images.npz", arr_0=pixels.transpose(0, 2, 3, 1))
+    np.savez(tmp_path / "images.npz", arr_0=pixels[..., None])
     (tmp_path / "files").mkdir()
-    for number, image in enumerate(pixels.squeeze(1)):
+    for number, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / "files" / f"{number}.png")
     for number, source in enumerate((tmp_path / "images.npz", tmp_path / "files", prepared.parent / "images")):
         folder = tmp_path / str(number)
         assert evaluate("reference", batch_size=7, source=source, output_dir=folder, **PIXELS) == 0
-        assert_statistics(Evaluation.load(folder), features)
-        assert Evaluation.load(folder).header["images"]["source"] == str(source)
+        assert assert_evaluation(folder, pixels).header["images"]["source"] == str(source)
 
 
 def test_some_images_evenly_spread(prepared, tmp_path, capsys):
-    images = PreparedImages(prepared)
-    pixels = images[np.linspace(0, 95, 20).round().astype(int)]["pixel_values"].numpy()
+    chosen = PreparedImages(prepared)[np.linspace(0, 95, 20).round().astype(int)]["pixel_values"].numpy()
     common = {"source": prepared, "output_dir": tmp_path / "out", "max_images": 20, **PIXELS}
     assert evaluate("reference", num_features=4, batch_size=6, **common) == 0
-    found = Evaluation.load(tmp_path / "out")
-    features = features_by_hand(pixels.squeeze(1))
-    assert_statistics(found, features)
-    np.testing.assert_allclose(found.features, features[[0, 6, 13, 19]], atol=1e-6)
+    found = assert_evaluation(tmp_path / "out", chosen.squeeze(1))
+    assert np.load(tmp_path / "out" / "indices.npy").tolist() == [0, 6, 13, 19]
     assert (found.header["images"]["num_images"], found.header["images"]["of"]) == (20, 96)
     # fewer features than were kept are there, and more are not
     assert evaluate("reference", num_features=3, **common) == 0
@@ -355,19 +290,25 @@ def broken(tmp_path) -> Path:
     return tmp_path
 
 
-def test_wrong_references(prepared, broken, capsys):
-    for changes, message in (
-        ({"source": broken / "empty"}, "holds nothing, but must hold images"),
-        ({"source": broken / "sizes"}, "is 20x20 pixels (width x height), but the first image"),
-        ({"source": broken / "small"}, "the images have 4x4 pixels, too few to be averaged to 8x8"),
-        ({"source": broken / "none" / "at" / "all"}, "no such file or folder"),
-        ({"source": prepared, "resolution": 8}, "resolution is 8, but"),
-        ({"source": prepared, "max_images": 0}, "max_images is 0, but must be at least 1"),
-        ({"source": ""}, "source is empty"),
+def test_wrong_references_and_scores(prepared, reference, evaluated, broken, capsys):
+    given = {"reference": PIXELS, "score": {"reference": reference, "model": evaluated}}
+    outputs = {"reference": "output_dir", "score": "output"}
+    for command, changes, message in (
+        ("reference", {"source": broken / "empty"}, "holds nothing, but must hold images"),
+        ("reference", {"source": broken / "sizes"}, "is 20x20 pixels (width x height), but the first image"),
+        ("reference", {"source": broken / "small"}, "the images have 4x4 pixels, too few to be averaged to 8x8"),
+        ("reference", {"source": prepared, "resolution": 8}, "resolution is 8, but"),
+        ("reference", {"source": prepared, "max_images": 0}, "max_images is 0, but must be at least 1"),
+        ("reference", {"source": ""}, "source is empty"),
+        ("score", {"metrics": ["fid", "inception_score"]}, f"inception_score cannot be computed: {evaluated} has no"),
+        ("score", {"metrics": "beauty"}, "metrics is 'beauty', but must be one of all, fid, kid"),
+        ("score", {"reference": prepared}, f"{prepared} is not an evaluation: give a folder with statistics.npz"),
     ):
-        assert evaluate("reference", **PIXELS, output_dir=broken / "out", **changes) == 2
+        assert evaluate(command, **{**given[command], outputs[command]: broken / "out", **changes}) == 2
         assert message in capsys.readouterr().err
         assert not (broken / "out").exists()
+    assert main(["scroe"]) == 2
+    assert "error: there is no 'scroe', perhaps score: take one of reference, model" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file that opens and cannot be read")
@@ -399,7 +340,7 @@ def test_one_rank_reads_a_folder_for_all(tmp_path):
         with file.open("r+b") as opened:
             opened.truncate(25_000_000)
     common = {"source": tmp_path / "images", "output_dir": tmp_path / "two", **PIXELS}
-    processes = start(tmp_path / "log", "reference", ranks=2, program="tests.commands.counting", **common)
+    processes = start(tmp_path / "log", "reference", ranks=2, program="tests.commands.evaluation_runs", **common)
     assert [process.end() for process in processes] == [0, 0], processes[0].output()
     main_process, other = (int(process.output().split()[-1]) for process in processes)
     assert main_process > 100e6
@@ -411,32 +352,15 @@ def test_features_that_are_not_finite(prepared, classifier, tmp_path, capsys):
     """Of a network that overflows in float16, and of one that does so in float32."""
     tensors = load_file(classifier / "model.safetensors")
     name = next(name for name in tensors if name.endswith("convolution.weight"))
-    shutil.copytree(classifier, tmp_path / "weights")
-    common = {"source": prepared, "protocol": "classifier", "device": "cpu", "max_images": 6}
-    common |= {"weights": tmp_path / "weights", "output_dir": tmp_path / "out"}
+    weights = shutil.copytree(classifier, tmp_path / "weights")
+    common = {**PIXELS, "source": prepared, "protocol": "classifier", "weights": weights}
     for size, dtype, hint in ((-1e6, "float16", "; try extractor_dtype float32"), (-3e38, "float32", "")):
         tensors[name].fill_(size)
-        save_file(tensors, tmp_path / "weights" / "model.safetensors", metadata={"format": "pt"})
-        assert evaluate("reference", extractor_dtype=dtype, **common) == 2
+        save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
+        assert evaluate("reference", extractor_dtype=dtype, output_dir=tmp_path / "out", **common) == 2
         error = capsys.readouterr().err.rstrip().splitlines()[-1]
         assert error == f"error: classifier in {dtype} gives features that are not finite for image 0{hint}"
         assert not (tmp_path / "out").exists()
-
-
-def test_the_dtype_of_the_extractor_is_part_of_the_protocol(prepared, classifier, tmp_path, capsys):
-    common = {"source": prepared, "protocol": "classifier", "weights": classifier, "device": "cpu"}
-    full, half = tmp_path / "full", tmp_path / "half"
-    assert evaluate("reference", output_dir=full, **common) == 0
-    assert evaluate("reference", output_dir=full, extractor_dtype="bfloat16", **common) == 2
-    assert f'{full} has an evaluation of {prepared} with dtype "float32", not "bfloat16"' in capsys.readouterr().err
-    assert evaluate("reference", output_dir=half, extractor_dtype="bfloat16", **common) == 0
-    features, others = (np.asarray(Evaluation.load(folder).features) for folder in (full, half))
-    assert 1e-4 < np.linalg.norm(others - features) / np.linalg.norm(features) < 2e-2
-    assert evaluate("score", reference=full, model=half) == 2
-    assert f"cannot be compared: dtype is float32 in {full} and bfloat16 in {half}" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------- score
 
 
 def test_score_writes_what_the_number_depends_on(reference, evaluated, tmp_path, capsys):
@@ -446,50 +370,45 @@ def test_score_writes_what_the_number_depends_on(reference, evaluated, tmp_path,
     scores = json.loads(file.read_text())
     assert f"fid                  {scores['metrics']['fid']:.6g}" in shown
     assert f"{COUNT} images for 192 features: its covariance is singular" in shown
+    assert f"with its protocol in {file}" in shown
     assert sorted(scores["metrics"]) == ["coverage", "density", "fid", "kid", "precision", "recall"]
     expected = {"num_images": COUNT, "count": COUNT, "seed": 100, "eta": 1.0, "guidance_scale": 1.0}
-    expected |= {"guidance_interval": [0.0, 1.0], "num_inference_steps": 2, "scheduler": "EtaDDIMScheduler"}
-    expected |= {"class_labels": ["uniform"], "dtype": "float32"}
+    expected |= {"num_inference_steps": 2, "scheduler": "EtaDDIMScheduler", "class_labels": ["uniform"]}
     assert scores["model"].items() >= expected.items()
-    assert len(scores["model"]["weights_sha256"]) == 64
     assert scores["model"]["scheduler_config"]["prediction_type"] == "v_prediction"
     assert scores["protocol"]["protocol"] == "pixels"
     assert scores["versions"]["model"]["torch"] == torch.__version__
-    assert scores["reference"]["fingerprint"] == Evaluation.load(reference).header["images"]["fingerprint"]
+    assert scores["reference"].items() >= Evaluation.load(reference).header["images"].items()
+    assert evaluate("score", reference=reference, model=evaluated, output=file, metrics=["kid", "fid"]) == 0
+    assert list(json.loads(file.read_text())["metrics"]) == ["kid", "fid"]
 
 
-def test_scores_that_cannot_be(reference, evaluated, prepared, tmp_path, capsys):
-    common = {"reference": reference, "model": evaluated, "output": tmp_path / "scores.json"}
-    for changes, message in (
-        ({"metrics": ["fid", "inception_score"]}, f"inception_score cannot be computed: {evaluated} has no probab"),
-        ({"metrics": "beauty"}, "metrics is 'beauty', but must be one of all, fid, kid"),
-        ({"reference": prepared}, f"{prepared} is not an evaluation: give a folder with statistics.npz"),
-    ):
-        assert evaluate("score", **{**common, **changes}) == 2
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "scores.json").exists()
-    assert main(["scroe"]) == 2
-    assert "error: there is no 'scroe', perhaps score: take one of reference, model" in capsys.readouterr().err
-
-
-def test_evaluating_by_a_classifier(classifier, prepared, tmp_path):
+def test_evaluating_by_a_classifier(classifier, prepared, tmp_path, capsys):
     """Images of a model, and a dataset whose classes the network knows."""
     pipeline = ClassConditionalPipeline(make_unet(), EtaDDIMScheduler(), {0: "dark", 1: "grey", 2: "light"})
     pipeline.save_pretrained(tmp_path / "model")
-    reference, folder = tmp_path / "reference", tmp_path / "evaluated"
+    reference, folder, half = tmp_path / "reference", tmp_path / "evaluated", tmp_path / "half"
     by_classifier = {"protocol": "classifier", "weights": classifier, "device": "cpu"}
-    assert evaluate("reference", source=prepared, output_dir=reference, **by_classifier) == 0
+    real_images = {"source": prepared, **by_classifier}
+    assert evaluate("reference", output_dir=reference, **real_images) == 0
     sampling = {"model": tmp_path / "model", "num_images": 12, "num_inference_steps": 2}
     sampling |= {"class_labels": "frequencies", "train_data_dir": prepared, **by_classifier}
     assert evaluate("model", output_dir=folder, batch_size=5, **sampling) == 0
     assert evaluate("score", reference=reference, model=folder) == 0
     scores = json.loads((folder / "scores.json").read_text())
     found, real = Evaluation.load(folder), Evaluation.load(reference)
-    assert scores["metrics"]["class_accuracy"] == pytest.approx(
-        (found.probabilities.argmax(axis=1) == found.labels).mean()
-    )
+    accuracy = (found.probabilities.argmax(axis=1) == found.labels).mean()
+    assert scores["metrics"]["class_accuracy"] == pytest.approx(accuracy)
     assert 1 <= scores["metrics"]["inception_score"]["mean"] <= 3
     assert scores["model"]["class_counts"] == [32, 32, 32]
-    assert len(scores["protocol"]["weights_sha256"]) == 64
     # of the images that it was trained on it reads nearly all right
     assert (real.probabilities.argmax(axis=1) == real.labels).mean() > 0.9
+    # its dtype is part of the protocol
+    capsys.readouterr()
+    assert evaluate("reference", output_dir=reference, extractor_dtype="bfloat16", **real_images) == 2
+    assert f'{reference} has an evaluation of {prepared} with dtype "float32", not' in capsys.readouterr().err
+    assert evaluate("reference", output_dir=half, extractor_dtype="bfloat16", **real_images) == 0
+    features, others = (np.asarray(Evaluation.load(each).features) for each in (reference, half))
+    assert 1e-4 < np.linalg.norm(others - features) / np.linalg.norm(features) < 2e-2
+    assert evaluate("score", reference=reference, model=half) == 2
+    assert f"dtype is float32 in {reference} and bfloat16 in {half}" in capsys.readouterr().err

@@ -77,20 +77,17 @@ def test_the_published_zips(here, published, capsys):
     assert "prepared out: 1,010 images, 1000 classes, 8x8 RGB, 0.2 MB in " in first.stdout
     assert "images/s" in first.stderr
     assert "warning" not in first.stderr
-    images = PreparedImages("out")
-    batch = images[list(range(len(images)))]
+    batch = PreparedImages("out")[range(1010)]
     np.testing.assert_array_equal(batch["pixel_values"], pixels)
     np.testing.assert_array_equal(batch["class_labels"], labels)
-    files = {path: path.stat().st_mtime_ns for path in (here / "out").iterdir()}
 
+    before = (here / "out").stat().st_mtime_ns
     assert run(*arguments) == 0
     assert capsys.readouterr().out == "already prepared: 1,010 images, 1000 classes, 8x8 RGB, 0.2 MB in out\n"
-    assert {path: path.stat().st_mtime_ns for path in (here / "out").iterdir()} == files
-
+    assert (here / "out").stat().st_mtime_ns == before
     assert run(*arguments, "--max_images", "10") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --output_dir out holds other images, 1,010 images")
-    assert "--overwrite" in error
     assert error.count("\n") == 1
     assert names(here) == ["out"]
 
@@ -122,37 +119,20 @@ def test_class_folders_leave_nothing_behind(here):
 
 def test_npz_files_of_four_channels(here, capsys):
     pixels, labels = np.random.default_rng(0).integers(0, 256, (90, 8, 12, 4), dtype=np.uint8), np.arange(90) % 3
-    class_names = ["cytoplasm", "membrane", "nucleus"]
-    (here / "in").mkdir()
-
-    def write() -> pathlib.Path:
-        for part, rows in ((2, slice(20)), (10, slice(20, 90))):
-            path = here / "in" / f"part{part}.npz"
-            np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=class_names)
-        return path
-
-    path = write()
-    arguments = ["--source", "npz", "--input", "in", "--output_dir", "out"]
+    for part, rows in ((2, slice(20)), (10, slice(20, 90))):
+        path = here / f"part{part}.npz"
+        np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=["ER", "nucleus", "wall"])
+    arguments = ["--source", "npz", "--input", ".", "--output_dir", "out"]
     assert run(*arguments) == 0
     output = capsys.readouterr().out
-    assert output.startswith("reading 2 .npz files: in/part2.npz, in/part10.npz\n")
+    assert output.startswith("reading 2 .npz files: part2.npz, part10.npz\n")
     assert "prepared out: 90 images, 3 classes, 12x8 4-channel, 0.0 MB in " in output
     images = PreparedImages("out")
-    assert (images.channels, images.image_size, images.class_names) == (4, (8, 12), class_names)
-    batch = images[list(range(90))]
-    np.testing.assert_array_equal(batch["pixel_values"], np.moveaxis(pixels, -1, 1))
-    np.testing.assert_array_equal(batch["class_labels"], labels)
-    # another pixel in a file of the same name
-    pixels[50, 3, 3, 3] ^= 1
-    write()
-    assert run(*arguments) == 2
-    assert "error: --output_dir out holds other images" in capsys.readouterr().err
+    assert (images.channels, images.image_size, images.id2label[1]) == (4, (8, 12), "nucleus")
+    np.testing.assert_array_equal(images[list(range(90))]["pixel_values"], np.moveaxis(pixels, -1, 1))
     path.write_bytes(path.read_bytes()[:-100])
     assert run(*arguments, "--overwrite") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: in/part10.npz cannot be read")
-    assert error.count("\n") == 1
-    assert names(here) == ["in", "out"]
+    assert capsys.readouterr().err.startswith("error: part10.npz cannot be read")
     assert len(PreparedImages("out")) == 90
 
 
@@ -167,19 +147,19 @@ class HubStandIn(http.server.BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        api, folder = "/api/datasets/mice/pictures", {"type": "directory", "path": "data", "oid": self.commit}
+        path, repository = urllib.parse.urlparse(self.path).path, "datasets/mice/pictures"
         file = {"type": "file", "path": self.name, "size": len(self.content), "oid": self.commit}
+        folder = {"type": "directory", "path": "data", "oid": self.commit}
         info = {"id": "mice/pictures", "sha": self.commit, "tags": [], "siblings": [{"rfilename": self.name}]}
-        path = urllib.parse.urlparse(self.path).path
-        if path == f"/datasets/mice/pictures/resolve/{self.commit}/{self.name}":
+        tree = f"/api/{repository}/tree/{self.commit}"
+        if path == f"/{repository}/resolve/{self.commit}/{self.name}":
             self.answer(200, self.content, {"ETag": f'"{hashlib.sha256(self.content).hexdigest()}"'})
-        elif path.startswith("/datasets/mice/pictures/resolve/"):
-            self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        elif path.startswith(api):
-            tree = {f"{api}/tree/{self.commit}/data": [file], f"{api}/tree/{self.commit}": [folder]}
-            self.answer(200, json.dumps(tree.get(path, info)).encode(), {"Content-Type": "application/json"})
+        elif path.startswith(f"/api/{repository}"):
+            content = {f"{tree}/data": [file], tree: [folder]}.get(path, info)
+            self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
         else:
-            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+            kind = "EntryNotFound" if path.startswith(f"/{repository}/resolve/") else "RepoNotFound"
+            self.answer(404, b"", {"X-Error-Code": kind})
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -203,11 +183,8 @@ def test_datasets_of_the_hub_and_local_ones(here):
         (here / folder).mkdir()
     dataset.to_parquet(here / "local" / "train.parquet")
     content = (here / "local" / "train.parquet").read_bytes()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubStandIn, content))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     # where the Hub and its cache are, its client asks once, when it is imported
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-    environment |= {"HOME": str(here / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     program = """if True:
         import pathlib
         from imagenet64_diffusion.prepare_imagenet64 import main
@@ -217,12 +194,12 @@ def test_datasets_of_the_hub_and_local_ones(here):
         assert main(["--source", "dataset", "--output_dir", "out", "--input", "mice/pictures"]) == 0
         assert main(["--source", "dataset", "--output_dir", "none", "--input", "mice/none"]) == 2
     """
-    command = [sys.executable, "-c", program]
-    try:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubStandIn, content)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment |= {"HOME": str(here / "home"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        command = [sys.executable, "-c", program]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    finally:
         server.shutdown()
-        server.server_close()
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: --input mice/none --split train: cannot be loaded (")
     for folder in ("copy", "out"):
@@ -233,9 +210,8 @@ def test_datasets_of_the_hub_and_local_ones(here):
 
 
 def test_wrong_data_is_one_line_and_leaves_nothing(here, published, capsys):
-    (whole, _), _, _ = published
     path = here / "Imagenet64_train_part1.zip"
-    with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(whole) as good:
+    with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(published[0][0]) as good:
         archive.writestr("train_data_batch_1", good.read("train_data_batch_1"))
         archive.writestr("train_data_batch_2", b"cposix\nsystem\n(Vtouch marker\ntR.")
     assert run("--input", path, "--output_dir", "out") == 2
@@ -249,14 +225,10 @@ def test_wrong_data_is_one_line_and_leaves_nothing(here, published, capsys):
     [
         ("", "--input is missing"),
         ("--resolution 64", "--resolution is for --source imagefolder and dataset, not imagenet64"),
-        ("--source mnist --color_mode rgb", "--color_mode is for"),
         ("--source mnist --input x", "--input is for --source imagenet64 and imagefolder and dataset and npz, not"),
         ("--source mnist --split test", "--split test: the digits have only the split train"),
         ("--source mnist --max_images 0", "max_images is 0, but must be at least 1"),
-        ("--source npz --input nowhere.npz", "--input nowhere.npz: no such file"),
-        ("--source dataset", "--input has 0 values"),
         ("--source cifar", "source is 'cifar', but"),
-        ("--source mnist --y", "unrecognized arguments: --y"),
     ],
 )
 def test_wrong_options(here, capsys, arguments, message):
@@ -271,18 +243,17 @@ def test_digits_from_python(tmp_path, capsys):
     options = PrepareOptions(output_dir=str(tmp_path / "out"), source="mnist")
     assert prepare(options) == tmp_path / "out"
     assert prepare(options) == tmp_path / "out"
-    assert (
-        capsys.readouterr().out.splitlines()[-1].startswith("already prepared: 5,000 images, 10 classes, 32x32 gray")
-    )
+    output = capsys.readouterr().out.splitlines()
+    assert output[-1].startswith("already prepared: 5,000 images, 10 classes, 32x32 gray")
     record = PreparedImages(tmp_path / "out").preparation
     assert record.class_names == [str(digit) for digit in range(10)]
     assert record.images_per_class == [500] * 10
-    loaded = datasets.load_from_disk(str(tmp_path / "out"))
-    pixels = np.stack([np.frombuffer(row, np.uint8).reshape(32, 32) for row in loaded["pixels"]])
+    batch = PreparedImages(tmp_path / "out")[range(5000)]
+    pixels, labels = batch["pixel_values"][:, 0].numpy(), batch["class_labels"].numpy()
     assert pixels.max() == 255
-    padding = np.ones((32, 32), bool)
-    padding[2:-2, 2:-2] = False
-    assert not pixels[:, padding].any()
     # the middle of a zero is empty, that of a one is inked
-    labels = np.array(loaded["label"])
-    assert pixels[labels == 0, 14:18, 14:18].mean() < 60 < pixels[labels == 1, 14:18, 14:18].mean()
+    middle = pixels[:, 14:18, 14:18]
+    assert middle[labels == 0].mean() < 60 < middle[labels == 1].mean()
+    # and the padding black
+    pixels[:, 2:-2, 2:-2] = 0
+    assert not pixels.any()

@@ -2,6 +2,7 @@
 
 import pathlib
 import pickle
+import tempfile
 import zipfile
 
 import numpy as np
@@ -49,5 +50,5 @@ def read_all(source: ImageSource, work_folder: pathlib.Path) -> tuple[np.ndarray
 
 def refused(message: str, make, *arguments, **options) -> None:
     """Sees to it that a source refuses what it is given, or what it reads then."""
-    with pytest.raises(DataError, match=message):
-        list(make(*arguments, **options).open(pathlib.Path("/nowhere")).blocks)
+    with tempfile.TemporaryDirectory() as work_folder, pytest.raises(DataError, match=message):
+        list(make(*arguments, **options).open(pathlib.Path(work_folder)).blocks)

@@ -1,3 +1,4 @@
+import io
 import pathlib
 
 import datasets
@@ -5,10 +6,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from imagenet64_diffusion.data.errors import DataError
 from imagenet64_diffusion.data.image_source import ImageDatasetSource, convert_image
 
-from .conftest import read_all
+from .conftest import read_all, refused
 
 
 def noise(size=(64, 64), mode="RGB", seed=0) -> PIL.Image.Image:
@@ -19,11 +19,6 @@ def noise(size=(64, 64), mode="RGB", seed=0) -> PIL.Image.Image:
 
 def planes(image: PIL.Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
-
-
-def refused(tmp_path: pathlib.Path, message: str, *arguments, **options) -> None:
-    with pytest.raises(DataError, match=message):
-        read_all(ImageDatasetSource(*arguments, **options), tmp_path / "work")
 
 
 @pytest.fixture
@@ -55,6 +50,10 @@ def test_box_means_and_the_middle_square():
     # of the right size, or of none
     np.testing.assert_array_equal(convert_image(image, None), planes(image))
     np.testing.assert_array_equal(convert_image(noise(), 64), planes(noise()))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    noise().save(file := io.BytesIO(), "png", exif=exif)
+    np.testing.assert_array_equal(convert_image(PIL.Image.open(file), 64), planes(np.rot90(noise(), -1)))
 
 
 def test_colour_modes():
@@ -82,15 +81,6 @@ def test_colour_modes():
             convert_image(PIL.Image.new(mode, (16, 16), value), 16)
 
 
-def test_exif_orientation(tmp_path):
-    image = noise((16, 16))
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    image.save(tmp_path / "turned.png", exif=exif)
-    with PIL.Image.open(tmp_path / "turned.png") as turned:
-        np.testing.assert_array_equal(convert_image(turned, 16), np.rot90(np.asarray(image), -1).transpose(2, 0, 1))
-
-
 def test_class_folders(class_folders, tmp_path):
     source = ImageDatasetSource("imagefolder", [str(class_folders)], resolution=32)
     pixels, labels, stream = read_all(source, tmp_path / "work")
@@ -100,31 +90,32 @@ def test_class_folders(class_folders, tmp_path):
         with PIL.Image.open(path) as image:
             np.testing.assert_array_equal(row, convert_image(image, 32))
     assert (source.description["files"], source.description["input"]) == (6, "images [v2]*")
-
-
-def test_splits_of_class_folders(class_folders, tmp_path):
+    # and in folders named like the splits
     split = tmp_path / "both"
     (split / "val").mkdir(parents=True)
     class_folders.rename(split / "train")
     (split / "train" / "cat").rename(split / "val" / "cat")
     for name, found in (("train", ["test"]), ("validation", ["cat"])):
         assert read_all(ImageDatasetSource("imagefolder", [str(split)], name), tmp_path / "w")[2].class_names == found
-    refused(tmp_path, "no folder test that holds class folders", "imagefolder", [str(split)], "test")
+    refused("no folder test that holds class folders", ImageDatasetSource, "imagefolder", [str(split)], "test")
 
 
 def test_wrong_folders(class_folders, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path, "no such folder", "imagefolder", [str(tmp_path / "nowhere")])
-    refused(tmp_path, "--input has 2 values", "imagefolder", ["a", "b"])
-    refused(tmp_path, "not for class folders", "imagefolder", [str(class_folders)], label_column="label")
-    refused(tmp_path, "empty: there are no folders of images", "imagefolder", [str(tmp_path / "empty")])
-    noise().save(class_folders / "loose.png")
-    refused(tmp_path, r"loose\.png lies outside", "imagefolder", [str(class_folders)])
-    (class_folders / "loose.png").unlink()
-    broken = class_folders / "cat" / "1.png"
+    folder, loose, broken = str(class_folders), class_folders / "loose.png", class_folders / "cat" / "1.png"
+    for message, inputs, options in [
+        ("no such folder", [str(tmp_path / "nowhere")], {}),
+        ("--input has 2 values", ["a", "b"], {}),
+        ("not for class folders", [folder], {"label_column": "label"}),
+        ("empty: there are no folders of images", [str(tmp_path / "empty")], {}),
+    ]:
+        refused(message, ImageDatasetSource, "imagefolder", inputs, **options)
+    noise().save(loose)
+    refused(r"loose\.png lies outside", ImageDatasetSource, "imagefolder", [folder])
+    loose.unlink()
     for content in (broken.read_bytes()[:200], b"", b"<html>"):
         broken.write_bytes(content)
-        refused(tmp_path, r"cat/1\.png is not a readable image", "imagefolder", [str(class_folders)])
+        refused(r"cat/1\.png is not a readable image", ImageDatasetSource, "imagefolder", [folder])
 
 
 def image_dataset(label_feature, labels, split=None, **columns) -> datasets.Dataset:
@@ -134,7 +125,7 @@ def image_dataset(label_feature, labels, split=None, **columns) -> datasets.Data
     return datasets.Dataset.from_dict(content, features=datasets.Features(features), split=split)
 
 
-def test_saved_dataset_and_dict(tmp_path):
+def test_saved_datasets_dicts_and_parquet_files(tmp_path):
     saved = image_dataset(datasets.ClassLabel(names=["cat", "dog"]), [1, 0, 1], split="train", number=[5, 6, 7])
     saved.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": saved, "validation": saved.select([2])}).save_to_disk(tmp_path / "two")
@@ -143,24 +134,21 @@ def test_saved_dataset_and_dict(tmp_path):
         ("two", "train", [1, 0, 1]),
         ("two", "validation", [1]),
     ]:
-        source = ImageDatasetSource("dataset", [str(tmp_path / folder)], split)
-        pixels, labels, stream = read_all(source, tmp_path / "work")
-        assert stream.class_names == ["cat", "dog"]
-        assert labels.tolist() == wanted
+        pixels, labels, stream = read_all(
+            ImageDatasetSource("dataset", [str(tmp_path / folder)], split), tmp_path / "w"
+        )
+        assert (stream.class_names, labels.tolist()) == (["cat", "dog"], wanted)
         assert stream.details == {"image_column": "picture", "label_column": "animal"}
         np.testing.assert_array_equal(pixels[-1], planes(noise(seed=2)))
     for folder, splits in [("one", "train"), ("two", "train, validation")]:
-        refused(tmp_path, f"--split test: .*has the splits {splits}$", "dataset", [str(tmp_path / folder)], "test")
+        message = f"--split test: .*has the splits {splits}$"
+        refused(message, ImageDatasetSource, "dataset", [str(tmp_path / folder)], "test")
 
-
-def test_parquet_files_and_integer_labels(tmp_path):
     (tmp_path / "set").mkdir()
     image_dataset(datasets.Value("int32"), [3, 0, 1]).to_parquet(tmp_path / "set" / "train.parquet")
     source = ImageDatasetSource("dataset", [str(tmp_path / "set")], color_mode="grayscale", label_column="animal")
-    pixels, labels, stream = read_all(source, tmp_path / "work")
-    assert stream.class_names == ["0", "1", "2", "3"]
-    assert labels.tolist() == [3, 0, 1]
-    assert pixels.shape == (3, 1, 64, 64)
+    pixels, labels, stream = read_all(source, tmp_path / "w")
+    assert (stream.class_names, labels.tolist(), pixels.shape) == (list("0123"), [3, 0, 1], (3, 1, 64, 64))
 
 
 INTEGER, NAMED = datasets.Value("int64"), {"label_column": "animal"}
@@ -183,13 +171,12 @@ INTEGER, NAMED = datasets.Value("int64"), {"label_column": "animal"}
 def test_datasets_without_the_needed_columns(tmp_path, feature, labels, options, message):
     dataset = image_dataset(feature, labels) if feature else datasets.Dataset.from_dict({"label": labels})
     dataset.save_to_disk(tmp_path / "set")
-    refused(tmp_path, message, "dataset", [str(tmp_path / "set")], **options)
+    refused(message, ImageDatasetSource, "dataset", [str(tmp_path / "set")], **options)
 
 
-@pytest.mark.parametrize(
-    ("image", "message"), [({"bytes": b"nonsense", "path": None}, "not a readable"), (None, "missing")]
-)
-def test_a_broken_image_in_a_dataset_is_numbered(tmp_path, image, message):
+def test_a_broken_image_in_a_dataset_is_numbered(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
-    datasets.Dataset.from_dict({"image": [image], "label": [0]}, features=features).save_to_disk(tmp_path / "set")
-    refused(tmp_path, f"set image 0 is {message}", "dataset", [str(tmp_path / "set")])
+    for name, image in (("not a readable", {"bytes": b"nonsense", "path": None}), ("missing", None)):
+        folder = str(tmp_path / name)
+        datasets.Dataset.from_dict({"image": [image], "label": [0]}, features=features).save_to_disk(folder)
+        refused(f"image 0 is {name}", ImageDatasetSource, "dataset", [folder])

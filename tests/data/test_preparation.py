@@ -21,15 +21,15 @@ from imagenet64_diffusion.data.sources import ImageSource, ImageStream, label_bl
 class ArraySource(ImageSource):
     """Images from memory, in blocks of any size, perhaps with an error after some of them."""
 
-    def __init__(self, pixels, labels, block=10, fail_after=None, error=DataError, names=("a", "b", "c")):
+    def __init__(self, pixels, labels, block=10, fail_after=None, error=DataError):
         super().__init__({"kind": "array", "images": len(pixels)}, "images from memory")
         self.pixels, self.labels, self.block = pixels, labels, block
-        self.fail_after, self.error, self.names = fail_after, error, list(names)
+        self.fail_after, self.error = fail_after, error
 
     def open(self, work_folder):
         (work_folder / "scratch").write_text("something that must not stay")
         blocks = label_blocks(self._blocks(), self.labels)
-        return ImageStream(self.names, self.pixels.shape[1:], len(self.pixels), blocks)
+        return ImageStream(["a", "b", "c"], self.pixels.shape[1:], len(self.pixels), blocks)
 
     def _blocks(self):
         for start in range(0, len(self.pixels), self.block):
@@ -74,17 +74,16 @@ def test_datasets_reads_every_image(tmp_path, images):
         assert again.fingerprint == record.fingerprint
 
 
-@pytest.mark.parametrize("max_images", [1, 10, 15, 95, 1000])
+@pytest.mark.parametrize("max_images", [1, 10, 15, 1000])
 def test_max_images(tmp_path, images, max_images):
     record = write_prepared(tmp_path / "out", ArraySource(*images), max_images)
-    loaded = datasets.load_from_disk(str(tmp_path / "out"))
-    assert len(loaded) == record.num_images == min(max_images, 95)
-    assert list(loaded["label"]) == images[1][:max_images].tolist()
+    labels = list(datasets.load_from_disk(str(tmp_path / "out"))["label"])
+    assert labels == images[1][:max_images].tolist()
+    assert record.num_images == len(labels)
 
 
 def test_finished_is_found_and_other_contents_are_refused(tmp_path, images):
     out, source = tmp_path / "out", ArraySource(*images)
-    assert find_finished(out, source, None) is None
     out.mkdir()
     assert find_finished(out, source, None) is None
     record = write_prepared(out, source)
@@ -113,8 +112,8 @@ def test_foreign_files_are_never_replaced(tmp_path, images):
     with pytest.raises(DataError, match=r"thesis\.txt"):
         write_prepared(out, ArraySource(*images), overwrite=True)
     assert precious.read_text() == "precious"
-    with pytest.raises(DataError, match="is a file"):
-        find_finished(precious, ArraySource(*images), None)
+    with pytest.raises(OSError, match=r"thesis\.txt"):
+        write_prepared(precious, ArraySource(*images))
 
 
 @pytest.mark.parametrize("error", [DataError, OSError, KeyboardInterrupt])
@@ -150,11 +149,9 @@ def test_a_full_disk_is_one_sentence(tmp_path, images):
     assert names(tmp_path) == []
 
 
-def test_no_images_equal_names_and_two_writers_are_errors(tmp_path, images):
+def test_no_images_and_two_writers_are_errors(tmp_path, images):
     with pytest.raises(DataError, match="there are no images"):
         write_prepared(tmp_path / "out", ArraySource(images[0][:0], images[1][:0]))
-    with pytest.raises(DataError, match="two classes are called 'a'"):
-        write_prepared(tmp_path / "out", ArraySource(*images, names=("a", "b", "a")))
     assert names(tmp_path) == []
     with filelock.FileLock(tmp_path / ".out.lock"), pytest.raises(OSError, match="another process is writing to it"):
         write_prepared(tmp_path / "out", ArraySource(*images))
@@ -163,17 +160,13 @@ def test_no_images_equal_names_and_two_writers_are_errors(tmp_path, images):
 def test_damaged_folders_are_named(tmp_path, images):
     out = tmp_path / "out"
     write_prepared(out, ArraySource(*images))
-    text = (out / "preparation.json").read_text()
-    for change, message in [
-        ({"format": "other"}, "not the record of .*'format': 'other'"),
-        ({"format_version": 99}, "'format_version': 99"),
-        ({"colour": "red"}, "not the record of .*colour"),
-        (None, "not the record"),
-    ]:
-        (out / "preparation.json").write_text(json.dumps(json.loads(text) | change) if change else "{")
-        with pytest.raises(DataError, match=message):
+    record = out / "preparation.json"
+    text = record.read_text()
+    for change in ({"format": "other"}, {"format_version": 99}, {"colour": "red"}, None):
+        record.write_text(json.dumps(json.loads(text) | change) if change else "{")
+        with pytest.raises(DataError, match=f"not the record of .*{next(iter(change)) if change else ''}"):
             Preparation.read(out)
-    (out / "preparation.json").write_text(text)
+    record.write_text(text)
     arrow = next(out.glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:-1])
     for found in ("[0-9,]+", "0"):

@@ -27,28 +27,29 @@ def write_batch(path: pathlib.Path, pixels, labels, protocol: int = 3) -> pathli
     return path
 
 
-@pytest.mark.parametrize(("protocol", "num_images", "size"), [(2, 103, 8), (3, 7, 64), (4, 103, 8), (5, 103, 8)])
+@pytest.mark.parametrize(("protocol", "num_images", "size"), [(2, 103, 8), (3, 7, 64), (5, 103, 8)])
 def test_every_image_and_label_of_the_two_zips(tmp_path, protocol, num_images, size, monkeypatch):
     # some blocks a batch
     monkeypatch.setattr("imagenet64_diffusion.data.stored_arrays._BLOCK_BYTES", 192 * 10)
     batches = make_batches(num_images=num_images, size=size)
     source = PublishedSource(write_zips(tmp_path, batches, protocol))
     assert_reads(source, tmp_path / "work", batches)
-    assert list(source.warnings) == []
+    assert source.warnings == ()
     assert [file["entry"] for file in source.description["files"]] == [f"train_data_batch_{n}" for n in range(1, 11)]
 
 
-@pytest.mark.parametrize("form", ["pickles", "npz", "compressed npz", "zipped npz"])
+@pytest.mark.parametrize("form", ["pickles", "compressed npz", "zipped npz"])
 def test_a_folder_with_other_forms_is_read_in_numeric_order(tmp_path, form):
     batches = make_batches()
     folder = tmp_path / "Imagenet64_train"
     folder.mkdir()
     for number, (pixels, labels) in enumerate(batches, start=1):
+        path = folder / f"train_data_batch_{number}"
         if form == "pickles":
-            write_batch(folder / f"train_data_batch_{number}", pixels, labels)
+            write_batch(path, pixels, labels)
         else:
             save = np.savez_compressed if form == "compressed npz" else np.savez
-            save(folder / f"train_data_batch_{number}.npz", data=pixels, labels=labels, mean=pixels.mean(0))
+            save(path, data=pixels, labels=labels, mean=pixels.mean(0))
     (tmp_path / "notes.txt").write_text("not a batch")
     if form == "zipped npz":
         shutil.make_archive(str(tmp_path / "Imagenet64_train_npz"), "zip", tmp_path, folder.name)
@@ -60,10 +61,8 @@ def test_splits_and_missing_batches(tmp_path):
     batches, validation = make_batches(), make_batches(1, 1000)
     _, part2 = write_zips(tmp_path, batches)
     with zipfile.ZipFile(tmp_path / "Imagenet64_val.zip", "w") as archive:
-        archive.writestr("val_data", pickle.dumps({"data": validation[0][0], "labels": validation[0][1]}))
-    source = PublishedSource([tmp_path], "validation")
-    assert list(source.warnings) == []
-    assert_reads(source, tmp_path / "work", validation)
+        archive.writestr("val_data", pickle.dumps(dict(zip(("data", "labels"), validation[0], strict=True))))
+    assert_reads(PublishedSource([tmp_path], "validation"), tmp_path / "work", validation)
     part2.unlink()
     source = PublishedSource([tmp_path])
     assert source.description["missing_batches"] == [6, 7, 8, 9, 10]
@@ -84,17 +83,19 @@ def test_labels_of_numpy_kinds_and_python_2_keys(tmp_path):
     assert_reads(PublishedSource([path]), tmp_path / "work", [(pixels, labels)])
 
 
+def test_a_file_that_is_shortened_while_it_is_read_does_no_harm(tmp_path):
+    ((pixels, labels),) = make_batches(1)
+    path = write_batch(tmp_path / "train_data_batch_1", pixels, labels)
+    blocks = PublishedSource([path]).open(tmp_path).blocks
+    path.write_bytes(b"")
+    np.testing.assert_array_equal(np.concatenate([block.pixels for block in blocks]), pixels.reshape(-1, 3, 8, 8))
+
+
 def test_inputs_without_batches(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("")
     np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8), [0, 1])
     val = write_batch(tmp_path / "val_data", *make_batches(1)[0])
     for inputs, split, message in [
-        ([], "train", "--input is missing"),
-        ([tmp_path / "nowhere"], "train", "nowhere: no such file"),
-        ([tmp_path / "empty"], "train", "the folder holds no ImageNet-64 zips or batches"),
-        ([tmp_path / "notes.txt"], "train", r"notes\.txt: holds no train_data_batch_1 to 10"),
-        ([tmp_path / "images.npz"], "train", r"images\.npz: holds no .*--source npz"),
+        ([tmp_path / "images.npz"], "train", r"images\.npz: holds no train_data_batch_1 to 10.*--source npz"),
         ([val], "train", "--split validation reads val_data"),
         ([tmp_path], "test", "--split test: ImageNet-64 has only the splits train and validation"),
     ]:
@@ -107,24 +108,22 @@ def test_damaged_zips_are_named(tmp_path):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     for content, message in [
-        (whole[: len(whole) // 2], r"part1\.zip cannot be read"),
-        (b"<!DOCTYPE html><html>Not found</html>", r"part1\.zip cannot be read"),
+        (whole[: len(whole) // 2], "cannot be read"),
+        (b"<!DOCTYPE html><html>Not found</html>", "cannot be read"),
         # found by the checksum of the entry
-        (flipped, r"part1\.zip entry train_data_batch_3 cannot be read"),
+        (flipped, "entry train_data_batch_3 cannot be read"),
     ]:
         part1.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_all(PublishedSource([part1]), tmp_path / "work")
+        refused(rf"part1\.zip {message}", PublishedSource, [part1])
     entry = pickle.dumps(dict(zip(("data", "labels"), make_batches(1)[0], strict=True)))
     for content, message in [
         (entry[:-50], "cannot be read"),
         (b"cposix\nsystem\n.", r".*wants posix\.system"),
-        (b"<html>", "is a web page"),
+        (b"<html>", "cannot be read"),
     ]:
         with zipfile.ZipFile(part1, "w") as archive:
             archive.writestr("train_data_batch_1", content)
-        with pytest.raises(ValueError, match=rf"part1\.zip entry train_data_batch_1 {message}"):
-            read_all(PublishedSource([part1]), tmp_path / "work")
+        refused(rf"part1\.zip entry train_data_batch_1 {message}", PublishedSource, [part1])
 
 
 PIXELS, LABELS = np.zeros((10, 192), np.uint8), list(range(1, 11))
@@ -132,45 +131,36 @@ WRONG_LABELS = '"labels", which must be a list of integers'
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("data", "labels", "message"),
     [
-        ({"data": PIXELS}, 'has no "labels"'),
-        ({"labels": [1]}, 'has no "data"'),
-        ({"data": [PIXELS], "labels": LABELS}, 'has "data" that is list of shape None'),
-        (
-            {"data": PIXELS.astype(np.float32), "labels": LABELS},
-            r'"data" that is float32 of shape \(10, 192\) instead',
-        ),
-        ({"data": PIXELS.astype(np.int8), "labels": LABELS}, "that is int8 of"),
-        ({"data": PIXELS.reshape(10, 3, 8, 8), "labels": LABELS}, r"of shape \(10, 3, 8, 8\) instead of uint8"),
-        ({"data": PIXELS[:, :191], "labels": LABELS}, r"of shape \(10, 191\) instead of"),
-        ({"data": PIXELS[:, :189], "labels": LABELS}, r"of shape \(10, 189\) instead of"),
-        ({"data": PIXELS[:0], "labels": []}, r"of shape \(0, 192\) instead of"),
-        ({"data": PIXELS, "labels": LABELS[:-1]}, "of shape \\(9,\\) instead of 10 integers"),
-        ({"data": PIXELS, "labels": [0, *LABELS[1:]]}, "the label 0 for image 0, but they go from 1 to 1000"),
-        ({"data": PIXELS, "labels": [*LABELS[1:], 1001]}, "the label 1001 for image 9, but they go from 1 to 1000"),
-        ({"data": PIXELS, "labels": [*LABELS[1:], -1]}, "has the label -1"),
-        ({"data": PIXELS, "labels": [*LABELS[1:], 2**70]}, "cannot be read"),
-        ({"data": PIXELS, "labels": [*LABELS[1:], 1.0]}, WRONG_LABELS),
-        ({"data": PIXELS, "labels": [*LABELS[1:], True]}, WRONG_LABELS),
-        ({"data": PIXELS, "labels": [*LABELS[1:], "7"]}, WRONG_LABELS),
-        ({"data": PIXELS, "labels": dict.fromkeys(LABELS)}, WRONG_LABELS),
-        ({"data": PIXELS, "labels": np.array(LABELS, np.float64)}, '"labels" is float64'),
-        ({"data": PIXELS, "labels": np.array([LABELS])}, r"shape \(1, 10\) instead of 10 integers"),
+        (PIXELS, None, 'has no "labels"'),
+        (None, LABELS, 'has no "data"'),
+        ([PIXELS], LABELS, 'has "data" that is list of shape None'),
+        (PIXELS.astype(np.float32), LABELS, r'"data" that is float32 of shape \(10, 192\) instead'),
+        (PIXELS.reshape(10, 3, 8, 8), LABELS, r"of shape \(10, 3, 8, 8\) instead of uint8"),
+        (PIXELS[:, :191], LABELS, r"of shape \(10, 191\) instead of"),
+        (PIXELS[:, :189], LABELS, r"of shape \(10, 189\) instead of"),
+        (PIXELS[:0], [], r"of shape \(0, 192\) instead of"),
+        (PIXELS, LABELS[:-1], "of shape \\(9,\\) instead of 10 integers"),
+        (PIXELS, [0, *LABELS[1:]], "the label 0 for image 0, but they go from 1 to 1000"),
+        (PIXELS, [*LABELS[1:], 1001], "the label 1001 for image 9, but they go from 1 to 1000"),
+        (PIXELS, [*LABELS[1:], 2**70], '"labels" is object of shape'),
+        *((PIXELS, [*LABELS[1:], label], WRONG_LABELS) for label in (1.0, True, "7", np.ndarray)),
+        (PIXELS, dict.fromkeys(LABELS), WRONG_LABELS),
+        (PIXELS, np.array(LABELS, np.float64), '"labels" is float64'),
+        (PIXELS, np.array([LABELS]), r"shape \(1, 10\) instead of 10 integers"),
     ],
 )
-def test_wrong_batches(tmp_path, content, message):
-    path = tmp_path / "train_data_batch_1"
-    path.write_bytes(pickle.dumps(content))
-    refused(f"train_data_batch_1 .*{message}", PublishedSource, [path])
+def test_wrong_batches(tmp_path, data, labels, message):
+    content = {key: value for key, value in (("data", data), ("labels", labels)) if value is not None}
+    (tmp_path / "train_data_batch_1").write_bytes(pickle.dumps(content))
+    refused(f"train_data_batch_1 .*{message}", PublishedSource, [tmp_path])
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"data": PIXELS}, 'has no "labels" .*--source npz'),
-        ({"data": PIXELS, "labels": LABELS[:9]}, "instead of 10 integers"),
-        ({"data": PIXELS, "labels": np.array(LABELS) * 1.0}, '"labels" is float64'),
         ({"data": PIXELS, "labels": np.array(LABELS) - 1}, "has the label 0"),
         ({"data": PIXELS.astype(object), "labels": LABELS}, 'has "data" that is object'),
         ({"data": np.asfortranarray(PIXELS), "labels": LABELS}, 'array "data" is in Fortran order'),

@@ -88,22 +88,17 @@ def attacks(marker: pathlib.Path) -> dict[str, tuple[bytes, str, bool]]:
         "OBJ": (b"(cposix\nsystem\n" + text + b"o.", "posix.system", True),
         "nested": (nested, "posix.system", True),
         "array of objects": (objects, "posix.system", True),
-        "os by name": (b"\x80\x02cos\nsystem\n" + text + b"\x85R.", "os.system", True),
         "eval": (pickle.dumps(Dangerous(eval, f"open({str(marker)!r}, 'w')"), 2), "__builtin__.eval", True),
         "getattr": (pickle.dumps(Dangerous(getattr, "a", "upper"), 4), "builtins.getattr", False),
         "another numpy function": (b"\x80\x02cnumpy\nload\nX\x01\x00\x00\x00a\x85R.", "numpy.load", False),
         "NEWOBJ": (b"\x80\x02csubprocess\nPopen\n)\x81.", "subprocess.Popen", False),
-        "NEWOBJ of an allowed type": (b"\x80\x02cnumpy\nndarray\nK\x05\x85\x81.", "type object", False),
         "NEWOBJ_EX": (b"\x80\x04cnumpy\nndarray\nK\x05\x85}\x92.", "type object", False),
-        "REDUCE of a value": (b"\x80\x02K\x01K\x02\x85R.", "not callable", False),
         # what is allowed makes nothing but values
         "REDUCE of ndarray": (b"\x80\x02cnumpy\nndarray\nK\x05\x85R.", "holds a NoneType", False),
-        "OBJ of an allowed type": (b"(cnumpy\nndarray\nK\x05o.", "holds a NoneType", False),
         "a codec": (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", "a bytes", False),
         "an attribute": (b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.", "ndarray.tofile", False),
         "EXT1": (b"\x80\x02\x82\x01.", "extension code", False),
         "PERSID": (b"Pname\n.", "persistent", False),
-        "BINPERSID": (b"\x80\x02K\x01Q.", "persistent", False),
         "NEXT_BUFFER": (b"\x80\x05\x97.", "buffer", False),
     }
 
@@ -116,14 +111,15 @@ def test_attacks_are_refused_by_name_and_nothing_runs(tmp_path, name):
         # what follows would prove nothing with pickles that do not work
         pickle.loads(content)
         marker.unlink()
-    with pytest.raises(DataError, match="the batch") as caught:
+    with pytest.raises(DataError, match=f"the batch.*{named}"):
         read(tmp_path / "batch", content)
     assert not marker.exists()
-    assert named in str(caught.value)
 
 
 def test_what_numpy_would_believe_of_memory_is_refused(tmp_path):
     whole = pickle.dumps({"data": np.zeros((3, 64), np.uint8), "text": np.array(["a"], object)}, 4)
+    with pytest.raises(DataError, match="the batch holds a list instead of a dict"):
+        read(tmp_path / "batch", pickle.dumps([1, 2]))
     # arrays of objects come as None, whatever bytes are said to be their pointers
     assert read(tmp_path / "batch", whole)["text"] is None
     assert read(tmp_path / "batch", whole.replace(b"u1", b"O8", 1))["data"] is None
@@ -141,24 +137,23 @@ def test_truncated_anywhere(tmp_path, protocol):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (b"\x80\x02]\x8b\xff\xff\xff\x7f1111111111.", "cannot be read"),  # a number of 2 GB
-        (b"\x80\x04\x8e" + b"\xff" * 8 + b"abc.", "cannot be read"),  # bytes without end
-        (b"\x80\x02T\xff\xff\xff\xff.", "cannot be read"),  # a negative length
-        (b"\x80\x02c" + b"a" * 100_000 + b"\n.", "cannot be read"),  # a name of 100 kB
-        (b"\x80\x63.", "cannot be read"),  # protocol 99
-        (b"\x80\x02R.", "cannot be read"),  # nothing on the stack
-        (b"\x80\x02h\x05.", "cannot be read"),  # a memo entry that is not there
-        (b"PK\x03\x04", "cannot be read"),  # a zip
-        (b"\x80\x02\xfe.", "cannot be read"),  # no opcode
-        (b"\x80\x02cnumpy\ndtype\nK\x01\x85RK\x01\x86b.", "cannot be read"),
-        (pickle.dumps([1, 2]), "holds a list instead of a dict"),
-        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        b"\x80\x02]\x8b\xff\xff\xff\x7f1111111111.",  # a number of 2 GB
+        b"\x80\x04\x8e" + b"\xff" * 8 + b"abc.",  # bytes without end
+        b"\x80\x02T\xff\xff\xff\xff.",  # a negative length
+        b"\x80\x02c" + b"a" * 100_000 + b"\n.",  # a name of 100 kB
+        b"\x80\x63.",  # protocol 99
+        b"\x80\x02R.",  # nothing on the stack
+        b"\x80\x02h\x05.",  # a memo entry that is not there
+        b"PK\x03\x04",  # a zip
+        b"\x80\x02\xfe.",  # no opcode
+        b"\x80\x02cnumpy\ndtype\nK\x01\x85RK\x01\x86b.",
+        b"\n<!DOCTYPE html><html>",
     ],
 )
-def test_nonsense_is_an_error(tmp_path, content, message):
-    with pytest.raises(DataError, match=f"the batch {message}"):
+def test_nonsense_is_an_error(tmp_path, content):
+    with pytest.raises(DataError, match="the batch cannot be read"):
         read(tmp_path / "batch", content)
 
 
@@ -179,8 +174,7 @@ def test_arrays_of_an_npz_file_are_those_of_numpy(tmp_path):
     arrays |= {"one": np.array(3, ">i4"), "text": np.array(["a", "犬"])}
     np.savez(tmp_path / "arrays.npz", **arrays)
     opened = open_arrays(tmp_path / "arrays.npz", "arrays")
-    assert {key: (array.shape, array.dtype) for key, array in opened.items()} == {
-        key: (array.shape, array.dtype) for key, array in arrays.items()
-    }
+    found, right = ({key: (array.shape, array.dtype) for key, array in each.items()} for each in (opened, arrays))
+    assert found == right
     for key in ("rows", "text"):
         np.testing.assert_array_equal(np.concatenate(list(read_rows(opened[key]))), arrays[key], strict=True)

@@ -1,10 +1,11 @@
-"""Follows the command lines of a page: runs what takes seconds, made small; parses all else with its own parser.
+"""Follows the command lines of a page: runs what takes a second, made small; parses all else with its own parser.
 
 A line that is neither is an error, so that no line of a page goes unchecked.
 """
 
 import argparse
 import importlib
+import itertools
 import re
 import runpy
 import subprocess
@@ -15,7 +16,6 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 import imagenet64_diffusion.utils.command_line
-from imagenet64_diffusion.tests.commands.processes import run_command
 from imagenet64_diffusion.tests.documents.pages import ROOT
 from imagenet64_diffusion.tests.documents.stand_ins import provide
 
@@ -25,9 +25,6 @@ COMMANDS = {
 }
 # Added to a line with all these words, the first entry that fits, to make it small, or to do without what must be
 # fetched. The last of two options wins.
-_FAST_TRAINING = (
-    "--train_batch_size 2 --report_to none --num_inference_steps 1 --num_sample_classes 1 --num_samples_per_class 1"
-)
 SMALLER = {
     "prepare_imagenet64 --source mnist": "--max_images 60",
     "generate_images": "--device cpu --num_inference_steps 2 --num_images_per_label 1",
@@ -36,91 +33,67 @@ SMALLER = {
     "evaluate_models sweep": "--device cpu --num_images 4 --num_inference_steps 2 --eta 0 --guidance_scale 1"
     " --protocol pixels",
     "evaluate_models classifier": "--epochs 1 --batch_size 4",
-    # a checkpoint brings its own network, of ten classes in 64x64, and has taken 600,000 steps
-    "train_imagenet64 --resume_from_checkpoint": f"{_FAST_TRAINING} --train_data_dir outputs/ten_classes"
-    " --max_train_steps 600001",
-    "train_imagenet64": f"{_FAST_TRAINING} --max_train_steps 1 --lr_warmup_steps 0 --stem_channels 8"
-    " --block_out_channels 8 --time_embed_dim 16 --class_embed_dim 16",
 }
+# parsed only: stand-ins are what they would make
+PARSED = ("app", "train_imagenet64")
 # what stands for "..." on a page
 ELIDED = {"--train_data_dir": "outputs/imagenet64", "--output_dir": "outputs/elided"}
 
 
-class CommandError(AssertionError):
-    """A line of a page that does not do what the page says."""
-
-
-class _ParsedError(Exception):
-    """A script has parsed its command line; it is not run."""
-
-
 def follow(words: list[str], made_by_page: set[str]) -> None:
-    """Runs or parses a command line in the current folder, of a page that has the reader write some files.
-
-    Raises:
-        CommandError: If it fails, or is of no known kind.
-    """
+    """Runs or parses a command line in the current folder, of a page that has the reader write some files."""
     match words:
         case ["accelerate", "launch", *rest]:
             launched = launch_command_parser().parse_args(rest)
             _follow_script(launched.training_script, launched.training_script_args)
         case ["python", "-m", "pytest", *files]:
             for file in files:
-                _check(file in made_by_page or Path(file).is_file(), f"there is no {file}")
+                assert file in made_by_page or Path(file).is_file(), f"there is no {file}"
         case ["python", "-m", module]:
             file = ROOT / f"{module.removeprefix('imagenet64_diffusion.').replace('.', '/')}.py"
-            _check('__name__ == "__main__"' in file.read_text(encoding="utf-8"), f"{module} does nothing when run")
+            assert '__name__ == "__main__"' in file.read_text(encoding="utf-8"), f"{module} does nothing when run"
         case ["python", script, *rest]:
             _follow_script(script, rest)
         case ["make", *targets]:
             rules = (ROOT / "Makefile").read_text(encoding="utf-8")
             for target in targets:
                 # make itself is content with a phony target that has no rule
-                _check(re.search(rf"^{target}:", rules, re.MULTILINE) is not None, f"there is no target {target}")
+                assert re.search(rf"^{target}:", rules, re.MULTILINE), f"there is no target {target}"
             dry = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
-            _check(dry.returncode == 0, dry.stderr)
+            assert dry.returncode == 0, dry.stderr
         case ["source", ".venv/bin/activate"]:
             pass
         case _:
-            raise CommandError("no test knows what to do with it: say so in tests/documents/commands.py")
-
-
-def _check(is_right: bool, reason: str) -> None:
-    if not is_right:
-        raise CommandError(reason)
+            raise AssertionError("no test knows what to do with it: say so in tests/documents/commands.py")
 
 
 def _follow_script(script: str, words: list[str]) -> None:
     name = script.removesuffix(".py")
-    _check(Path(script).is_file(), f"there is no script {script}")
+    assert Path(script).is_file(), f"there is no script {script}"
     if name not in COMMANDS:
         _parse_script(Path(script), words)
         return
     is_whole = "..." not in words
-    if is_whole:
+    if not is_whole:
+        known = [word for word in words if word != "..." and word not in ELIDED]
+        words = [*known, *(word for option in ELIDED.items() for word in option)]
+    else:
         smaller = next((value for key, value in SMALLER.items() if {*key.split()} <= {name, *words}), "").split()
         if "classifier" in words:  # which needs nothing that must be fetched, instead of the pixels
             smaller = [word for word in smaller if word not in ("--protocol", "pixels")]
         words = [*words, *smaller]
-    else:
-        known = [word for word in words if word != "..." and word not in ELIDED]
-        words = [*known, *(word for option in ELIDED.items() for word in option)]
-    for before, word in zip(["", *words], words, strict=False):
+    for before, word in itertools.pairwise(["", *words]):
         # what is written is nobody's stand-in
         if before not in ("--output_dir", "--output"):
             provide(word)
-    if name == "train_imagenet64" and is_whole:
-        finished = run_command(name, *words, directory=Path.cwd())
-        _check(finished.returncode == 0, finished.stdout + finished.stderr)
-        return
     with pytest.MonkeyPatch.context() as patch:
-        if name == "app" or not is_whole:
+        if name in PARSED or not is_whole:
             patch.setattr(imagenet64_diffusion.utils.command_line, "call_command", lambda command, options: None)
         try:
             code = importlib.import_module(f"imagenet64_diffusion.{name}").main(words)
         except SystemExit as stop:
             code = stop.code
-    _check(code == 0, f"exit code {code}")
+    assert code == 0, f"exit code {code}"
 
 
 def _parse_script(script: Path, words: list[str]) -> None:
@@ -129,16 +102,12 @@ def _parse_script(script: Path, words: list[str]) -> None:
 
     def parse_and_stop(parser: argparse.ArgumentParser, *arguments, **options) -> None:
         parse(parser, *arguments, **options)
-        raise _ParsedError
+        sys.exit("parsed")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(script.resolve().parent))
         patch.setattr(sys, "argv", [str(script), *words])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        try:
+        with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(script), run_name="__main__")
-        except _ParsedError:
-            return
-        except SystemExit as stop:
-            raise CommandError(f"exit code {stop.code}") from stop
-    raise CommandError(f"{script} parsed no command line")
+    assert stop.value.code == "parsed", f"exit code {stop.value.code}"

@@ -2,8 +2,8 @@
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 ROOT = Path(__file__).parents[2]
@@ -12,8 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _KINDS = {"python": "python", "bash": "shell", "diff": "diff", "mermaid": "figure"}
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Code on a page: its kind, its text without fences and indentation, and the number of its first line."""
 
     kind: str
@@ -22,11 +21,7 @@ class Block:
 
 
 def read_blocks(page: Path) -> list[Block]:
-    """All code of a page in order: fenced blocks, and indented ones, which are command lines.
-
-    Raises:
-        ValueError: If a fenced block names no language that the tests know.
-    """
+    """All code of a page in order: fenced blocks, and indented ones, which are command lines."""
     blocks: list[Block] = []
     lines = page.read_text(encoding="utf-8").splitlines()
     number = 0
@@ -59,8 +54,7 @@ def commands(block: Block) -> list[tuple[int, list[str]]]:
     return found
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """What a diff does to one file: path from the root, whether it is new, each text with what replaces it."""
 
     file: str
@@ -68,11 +62,7 @@ class Change:
     hunks: tuple[tuple[str, str], ...]
 
     def apply(self, root: Path) -> None:
-        """Changes the file below a folder.
-
-        Raises:
-            ValueError: If it is not as the diff says, or a hunk fits several places.
-        """
+        """Changes the file below a folder, which must be as the diff says."""
         path = root / self.file
         if self.is_new and path.exists():
             raise ValueError(f"{self.file} is there, but the diff makes it")

@@ -1,8 +1,4 @@
-"""Small files and folders under the names that the pages use: `outputs/demo/model`, `model_469e_600000s.pkl`, ...
-
-A page is followed in a folder that looks like the root of the repository, but for its own `outputs`. What a command
-reads and no earlier one has written is made by the table at the end.
-"""
+"""Small files and folders under the names that the pages use, for what no earlier command of a page has written."""
 
 import json
 import pickle
@@ -16,7 +12,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from imagenet64_diffusion.convert_checkpoints import main as convert
+from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.prepare_imagenet64 import main as prepare
 from imagenet64_diffusion.pretrained import DIGITS
 from imagenet64_diffusion.tests.components import make_pipeline
@@ -46,6 +42,10 @@ def provide(name: str) -> None:
         make(path)
 
 
+def _digits(folder: Path) -> None:
+    ClassConditionalPipeline.from_pretrained(DIGITS).save_pretrained(folder)
+
+
 def _pipelines(folder: Path) -> None:
     for step in (10, 20):
         make_pipeline(sample_size=16).save_pretrained(folder / f"step_{step:07d}")
@@ -67,9 +67,8 @@ def _images(count: int) -> list[Image.Image]:
 
 
 def _class_folders(folder: Path) -> None:
-    """Ten images of each of ten classes, as many as the original's checkpoint of the stand-ins has."""
-    for index, image in enumerate(_images(100)):
-        place = folder / f"class_{index % 10}"
+    for index, image in enumerate(_images(20)):
+        place = folder / f"class_{index % 2}"
         place.mkdir(parents=True, exist_ok=True)
         image.save(place / f"{index}.png")
 
@@ -108,26 +107,13 @@ def _originals(folder: Path) -> None:
     _optimizer(folder / OPTIMIZER)
 
 
-def _converted(checkpoint: Path) -> None:
-    provide(str(MODEL))
-    provide(str(OPTIMIZER))
-    output_dir = checkpoint.parents[1]
-    checkpoint.parent.rmdir()
-    words = ["--checkpoint", str(MODEL), "--optimizer", str(OPTIMIZER), "--output_dir", str(output_dir)]
-    assert convert(words) == 0
-    assert checkpoint.is_dir()
-
-
-_FOLDERS = ("--source", "imagefolder", "--resolution")
 STAND_INS: dict[str, Callable[[Path], object]] = {
-    "outputs/demo/model": partial(shutil.copytree, DIGITS),
-    "outputs/res_res/model": partial(shutil.copytree, DIGITS),
+    "outputs/demo/model": _digits,
+    "outputs/res_res/model": _digits,
     "outputs/res_res/pipelines": _pipelines,
     "outputs/res_res_atn/pipelines": _pipelines,
-    "outputs/res_res_atn/checkpoints/checkpoint-600000": _converted,
     "outputs/imagenet64": lambda folder: _prepared(folder, inputs=ZIPS),
-    "outputs/mine": lambda folder: _prepared(folder, *_FOLDERS, "16"),
-    "outputs/ten_classes": lambda folder: _prepared(folder, *_FOLDERS, "64"),
+    "outputs/mine": lambda folder: _prepared(folder, "--source", "imagefolder", "--resolution", "16"),
     ZIPS[0]: partial(_published_zip, batches=range(1, 6)),
     ZIPS[1]: partial(_published_zip, batches=range(6, 11)),
     "Imagenet64_val.zip": partial(_published_zip, batches=range(1)),

@@ -2,6 +2,7 @@
 
 import ast
 import html
+import itertools
 import re
 import runpy
 
@@ -33,16 +34,13 @@ def test_what_was_watched_is_what_the_config_says(recipe):
     size = config.sample_size
 
     def seen(block: str) -> list[tuple]:
-        return [
-            (step.name, step.in_channels, step.out_channels, step.in_size[0]) for step in steps if step.block == block
-        ]
+        return [(name, *widths, size[0]) for place, name, *widths, size, _, _ in steps if place == block]
 
     def stack(before: int, after: int, size: int) -> list[tuple]:
         return [(name, after if place else before, after, size) for place, name in enumerate(layers)]
 
     assert seen("conv_in") == [("7x7 convolution", 3, widths[0], size)]
-    for level in range(levels):
-        before, after = widths[level : level + 2]
+    for level, (before, after) in enumerate(itertools.pairwise(widths)):
         here = size >> level
         halving = ("3x3 convolution, stride 2", after, after, here)
         assert seen(f"down_blocks.{level}") == [*stack(before, after, here), halving]
@@ -77,14 +75,11 @@ def test_the_figure_of_the_code_has_the_arrows_of_the_imports():
     drawn = set(re.findall(r"(\w+) --> (\w+)", figure.text))
     folders = {name for arrow in drawn for name in arrow} - {"commands"}
     imported = set()
-    for file in [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).glob("*.py"))]:
+    for file in [*ROOT.glob("[!_]*.py"), *(file for folder in folders for file in (ROOT / folder).glob("*.py"))]:
         origin = file.parent.name if file.parent != ROOT else "commands"
-        if file.name == "__init__.py" and origin == "commands":
-            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom):
-                module = (node.module or "").removeprefix("imagenet64_diffusion.") if node.level != 1 else origin
-                target = module.split(".")[0]
+            if isinstance(node, ast.ImportFrom) and node.level != 1:
+                target = (node.module or "").removeprefix("imagenet64_diffusion.").split(".")[0]
                 if target in folders - {origin}:
                     imported.add((origin, target))
     assert drawn == imported

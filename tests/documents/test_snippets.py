@@ -5,6 +5,7 @@ the root: see `stand_ins` and `commands`. Denoising steps in Python become 2, an
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.pretrained import DIGITS
-from imagenet64_diffusion.tests.documents.commands import COMMANDS, CommandError, follow
+from imagenet64_diffusion.tests.documents.commands import COMMANDS, follow
 from imagenet64_diffusion.tests.documents.pages import PAGES, ROOT, Block, commands, read_blocks, read_change
 from imagenet64_diffusion.tests.documents.stand_ins import make_root, provide
 from imagenet64_diffusion.tests.hub.conftest import hub, online  # noqa: F401
@@ -33,14 +34,23 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def model_on_the_hub(online, monkeypatch, tmp_path) -> None:  # noqa: F811
+def model_on_the_hub(online, monkeypatch, tmp_path):  # noqa: F811
     """The digits' model under the id that the pages use, and a user who may write."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    # where diffusers copies the code of a repository before it imports it
+    # where diffusers copies the code of a repository before it imports it, which another test may have had elsewhere
     modules = tmp_path / "modules"
+    modules.mkdir()
+    forget_downloaded_code()
     monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(modules))
     monkeypatch.syspath_prepend(str(modules))
     ClassConditionalPipeline.from_pretrained(DIGITS).push_to_hub(HUB_ID)
+    yield
+    forget_downloaded_code()
+
+
+def forget_downloaded_code() -> None:
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -57,7 +67,7 @@ def test_page(page, root, request, capfd):
             for line, words in commands(block):
                 try:
                     follow(words, made_by_page)
-                except CommandError as error:
+                except AssertionError as error:
                     said = capfd.readouterr().err[-2000:]
                     pytest.fail(f"{page.name}:{line}: {' '.join(words)}\n{error}\n{said}", pytrace=False)
 
@@ -75,7 +85,6 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     [
         ("python generate_images.py --class_label 3 --steps 5", "exit code 2"),
         ("python train_imagenet64.py --no_such_option 1 ...", "exit code 2"),
-        ("accelerate launch --num_procs 2 train_imagenet64.py ...", None),
         ("accelerate launch nothing.py", "there is no script nothing.py"),
         ("python benchmarks/data.py --no_such_option", "exit code 2"),
         ("python docs/nothing.py", "there is no script"),
@@ -85,19 +94,15 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     ],
 )
 def test_a_wrong_line_is_found(root, line, reason):
-    with pytest.raises((CommandError, SystemExit), match=reason):
+    with pytest.raises((AssertionError, SystemExit), match=reason):
         follow(line.split(), set())
 
 
 def test_every_kind_of_block_is_known(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("text\n\n    make test  # all\n    python a.py \\\n        --b 1\n\n```yaml\na: 1\n```\n")
-    with pytest.raises(ValueError, match=r"page.md:7: a block of 'yaml' is neither run nor checked"):
+    page.write_text("text\n\n```yaml\na: 1\n```\n")
+    with pytest.raises(ValueError, match=r"page.md:3: a block of 'yaml' is neither run nor checked"):
         read_blocks(page)
-    page.write_text(page.read_text().replace("yaml", "python"))
-    shell, python = read_blocks(page)
-    assert commands(shell) == [(3, ["make", "test"]), (4, ["python", "a.py", "--b", "1"])]
-    assert (python.kind, python.text, python.line) == ("python", "a: 1", 8)
 
 
 def test_scripts_of_the_root_are_all_known():

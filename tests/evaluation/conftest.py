@@ -30,9 +30,7 @@ class StandIn(torch.nn.Module):
         )
         self.output = torch.nn.Linear(2048, 10)
 
-    def forward(
-        self, img: torch.Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
-    ) -> torch.Tensor:
+    def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
         # pixel i of 299 lies at i * size / 299, without antialiasing
         height, width = img.size(2), img.size(3)
         rows = (torch.arange(299) * (height / 299.0) + 0.5) * (2.0 / height) - 1

@@ -36,11 +36,14 @@ def test_it_learns_what_it_has_not_seen(trained, prepared):
     assert network.config.id2label == {0: "dark", 1: "grey", 2: "light"}
     assert (network.config.image_size, network.config.num_channels) == ([16, 16], 1)
     card = (trained / "README.md").read_text()
-    assert "# A small classifier of 96 images, 3 classes, 16x16 grayscale" in card
-    assert f"{accuracy:.1%} of 9 held-out images" in card
-    assert images.fingerprint in card
-    assert file_digest(trained / "model.safetensors") in card
-    assert "--epochs 8 --batch_size 16 --learning_rate 0.005 --seed 0" in card
+    for words in (
+        "# A small classifier of 96 images, 3 classes, 16x16 grayscale",
+        f"{accuracy:.1%} of 9 held-out images",
+        images.fingerprint,
+        file_digest(trained / "model.safetensors"),
+        "--epochs 8 --batch_size 16 --learning_rate 0.005 --seed 0",
+    ):
+        assert words in card
 
 
 def test_one_seed_one_file(trained, prepared, tmp_path):
@@ -69,13 +72,10 @@ def test_wrong_data_and_folders(prepared, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("keep")
     for arguments, message in (
-        (["--train_data_dir", tmp_path / "none"], f"{tmp_path / 'none'}"),
         (["--train_data_dir", one_class], "which has 1 classes of up to 20 images, but must have two"),
         (["--train_data_dir", few], "which has 2 classes of up to 9 images, but must have two, and one of 10 images"),
         (["--output_dir", tmp_path / "mine"], f"output_dir is {tmp_path / 'mine'}, which holds other files"),
-        (["--learning_rate", "nan"], "learning_rate is 'nan', but must be a number"),
         (["--batch_size", "1"], "batch_size is 1, but must be at least 2"),
-        (["--epochs", "0"], "epochs is 0, but must be at least 1"),
         (["--learning_rate", "1e30"], "the loss is nan: give a smaller learning_rate than 1e+30"),
     ):
         command = ["classifier", "--train_data_dir", prepared, "--output_dir", tmp_path / "out", *arguments]
@@ -84,5 +84,4 @@ def test_wrong_data_and_folders(prepared, tmp_path, capsys):
         assert len(error) == 1
         assert message in error[0]
         assert not (tmp_path / "out").exists()
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "keep"
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["keep"]

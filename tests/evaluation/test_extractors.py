@@ -1,7 +1,8 @@
 """Features under each protocol, against clean-fid, torchvision, transformers and Pillow."""
 
-import builtins
 import json
+import shutil
+import sys
 
 import cleanfid.fid
 import numpy as np
@@ -88,25 +89,22 @@ def test_features_do_not_depend_on_the_batch(kind, models, stand_in):
 
 
 def test_wrong_images(models, stand_in):
-    extractor, pixels = make("legacy_tensorflow", models, stand_in), make_pixels(0, count=2, size=32)
-    for images, message in [
-        (pixels.float(), r"the images are torch.float32 of shape"),
-        (pixels[0], r"of shape \(3, 32, 32\), but must be torch.uint8 \(images, channels, height, width\)"),
-        (pixels[:, :, :0], r"of shape \(2, 3, 0, 32\)"),
-        (pixels[:, :2], "2 channels, but legacy_tensorflow takes images with 1 channel .* or 3"),
+    pixels = make_pixels(0, count=2, size=32)
+    pixel_extractor, inception = make_extractor("pixels", channels=2), make("legacy_tensorflow", models, stand_in)
+    for extractor, images, message in [
+        (inception, pixels.float(), r"torch.float32 .* must be torch.uint8 \(images, 1 or 3, height, width\)"),
+        (inception, pixels[0], r"torch.uint8 \(3, 32, 32\), but must be"),
+        (inception, pixels[:, :, :0], r"torch.uint8 \(2, 3, 0, 32\), but must be"),
+        (inception, pixels[:, :2], r"\(2, 2, 32, 32\), but must be .*1 or 3.* for legacy_tensorflow"),
+        (make("resnet", models, stand_in), pixels, r"\(2, 3, 32, 32\), .*\(images, 1, height, width\) for classifier"),
+        (pixel_extractor, pixels, r"but must be torch.uint8 \(images, 2, height, width\) for pixels"),
     ]:
         with pytest.raises(ValueError, match=message):
             extractor(images)
-    with pytest.raises(ValueError, match="have 3 channels, but classifier takes images with 1 channels"):
-        make("resnet", models, stand_in)(pixels)
-    with pytest.raises(ValueError, match=r"have 3 channels, but pixels takes images with 2 channels$"):
-        make_extractor("pixels", channels=2)(pixels)
-    with pytest.raises(ValueError, match="7x32 pixels, too few to be averaged to 8x8"):
-        make_extractor("pixels")(pixels[:, :, :7])
 
 
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_pixels_are_means_of_boxes(channels):
+def test_pixels_are_means_of_boxes():
+    channels = 5
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, channels, 24, 32), dtype=np.uint8))
     extractor = make_extractor("pixels", channels=channels)
     boxes = images.numpy().astype(np.float64).reshape(4, channels, 8, 3, 8, 4).mean(axis=(3, 5)) / 255
@@ -140,7 +138,6 @@ def test_features_and_fid_are_those_of_clean_fid(mode, stand_in, tmp_path):
 
     # the network's answer without bias, neither alike nor certain, so that the comparison says something
     published = torch.jit.load(str(stand_in))
-    assert published.output.bias.abs().min() > 0
     answer = (ours @ published.output.weight.T).softmax(1)
     answer = published(pixels, no_output_bias=True) if mode == "legacy_tensorflow" else answer
     torch.testing.assert_close(probabilities, answer.detach(), rtol=1e-5, atol=1e-7)
@@ -163,12 +160,11 @@ def test_original_is_what_torchvision_computes(tmp_path):
     torch.save(network.state_dict(), file)
     pixels = make_pixels(5, count=1, size=32)
     x = F.interpolate(pixels / 255, size=(299, 299), mode="bilinear", align_corners=False)
-    for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
-        x[:, channel] = (x[:, channel] - mean) / std
+    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     captured = []
     network.avgpool.register_forward_hook(lambda module, inputs, output: captured.append(output.flatten(1)))
     with torch.no_grad():
-        logits = network(x)
+        logits = network((x - mean) / std)
     extractor = make_extractor("original", weights=file, dtype="float32")
     found = extractor(pixels)
     torch.testing.assert_close(found.features, captured[0], rtol=1e-5, atol=1e-5)
@@ -202,16 +198,18 @@ def test_dinov2_is_the_class_token_of_images_resized_with_pillow(models):
     header = extractor.header
     assert (header["network"], header["weights"], header["num_classes"]) == ("Dinov2Model", "dinov2", None)
     half = make_extractor("dinov2", weights=models / "dinov2", dtype="bfloat16")
-    with pytest.raises(ValueError, match="dtype is float32 in the first and bfloat16 in the second"):
-        check_comparable(header, half.header)
     error = (half(pixels).features - expected).norm() / expected.norm()
     assert 1e-5 < error < 2e-2
+
+
+def load_classifier(folder):
+    return transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
 
 
 def test_classifier_with_an_image_processor(models):
     pixels = make_pixels(3, count=4)
     extractor = make_extractor("classifier", weights=models / "vit")
-    network = transformers.AutoModelForImageClassification.from_pretrained(models / "vit").eval()
+    network = load_classifier(models / "vit")
     with torch.no_grad():
         answer = network(resized_by_pillow(pixels, 32, 0.4, 0.2), output_hidden_states=True)
         features = network.vit.layernorm(answer.hidden_states[-1])[:, 0]
@@ -228,7 +226,7 @@ def test_classifier_with_an_image_processor(models):
 def test_classifier_without_an_image_processor(models):
     pixels = make_pixels(4, count=5, size=32)[:, :1]
     extractor = make_extractor("classifier", weights=models / "resnet")
-    network = transformers.AutoModelForImageClassification.from_pretrained(models / "resnet").eval()
+    network = load_classifier(models / "resnet")
     with torch.no_grad():
         logits = network(pixels / 127.5 - 1).logits
         features = network.resnet(pixels / 127.5 - 1).pooler_output.flatten(1)
@@ -239,17 +237,13 @@ def test_classifier_without_an_image_processor(models):
     assert extractor.header["resize"]["size"] is None
     # the last of several layers that could be the head is it
     found = make_extractor("classifier", weights=models / "square")(make_pixels(6, count=2, size=32))
-    network = transformers.AutoModelForImageClassification.from_pretrained(models / "square")
-    expected = network.classifier(found.features).softmax(1)
+    expected = load_classifier(models / "square").classifier(found.features).softmax(1)
     torch.testing.assert_close(found.probabilities, expected, rtol=1e-4, atol=1e-6)
 
-
-def test_classifier_without_an_image_processor_resizes_to_its_configuration(models):
-    extractor = make_extractor("classifier", weights=models / "no_processor")
-    network = transformers.AutoModelForImageClassification.from_pretrained(models / "no_processor").eval()
+    # images get the size of the configuration; Pillow's bilinear filter is the antialiased one
+    extractor, network = make_extractor("classifier", weights=models / "no_processor"), load_classifier(models / "vit")
     assert extractor.header["resize"]["size"] == [32, 32]
     right, double = make_pixels(5, count=3, size=32), make_pixels(5, count=3, size=64)
-    # Pillow's bilinear filter is the antialiased one
     planes = [PIL.Image.fromarray(plane.numpy().astype(np.float32)) for plane in double.flatten(0, 1)]
     resized = np.stack([plane.resize((32, 32), PIL.Image.BILINEAR) for plane in planes]).reshape(3, 3, 32, 32)
     for pixels, inputs, tolerance in ((right, right, 1e-4), (double, torch.tensor(resized), 1e-3)):
@@ -266,7 +260,7 @@ def test_weights_from_the_hub(models, online):
     assert online.asked("GET", "/cdn/")
     assert not online.asked("GET", "pytorch_model.bin")
     assert not online.asked("GET", "modeling.py")
-    with pytest.raises(OSError, match="me/none is not a folder, and cannot be loaded from the Hub: there is none"):
+    with pytest.raises(ValueError, match="me/none is not a folder, and cannot be loaded from the Hub: there is none"):
         make_extractor("dinov2", weights="me/none")
     local = make_extractor("classifier", weights=models / "vit")
     check_comparable(extractor.header, local.header)
@@ -278,22 +272,19 @@ def test_weights_from_the_hub(models, online):
 
 def test_comparable_is_what_decides_the_numbers(stand_in):
     header, legacy = (make_extractor(mode, weights=stand_in).header for mode in MODES)
-    with pytest.raises(ValueError, match=r"protocol is clean in reference.npz and legacy_tensorflow in model.npz"):
-        check_comparable(header, legacy, "reference.npz", "model.npz")
-    stored = json.loads(json.dumps(header))
     assert header["versions"].keys() == {"Pillow", "clean-fid", "torch"}
     resize = {"library": "Pillow", "filter": "bicubic", "antialias": True, "quantized": False, "size": [299, 299]}
     assert header["resize"] == resize
     # told and not compared
-    stored |= {"versions": {"torch": "1.0"}, "device": "cuda", "weights": "copy.pt", "note": "checked"}
-    check_comparable(header, stored)
-    told = {"versions", "device", "weights", "note"}
+    told = {"versions": {"torch": "1.0"}, "device": "cuda", "weights": "copy.pt", "note": "checked"}
+    check_comparable(header, header | told)
     assert set(COMPARED_ENTRIES) == header.keys() - told
     for entry in COMPARED_ENTRIES:
         with pytest.raises(ValueError, match=rf"{entry} is .* in the first and changed in the second"):
-            check_comparable(header, {**stored, entry: "changed"})
-    with pytest.raises(ValueError, match=r"dtype is .*; num_features is 2048 in the first and None in the second"):
-        check_comparable(header, {**stored, "dtype": "float16", "num_features": None})
+            check_comparable(header, {**header, entry: "changed"})
+    message = r"protocol is clean in reference.npz and legacy_tensorflow in model.npz; resize is .*; normalization is"
+    with pytest.raises(ValueError, match=message):
+        check_comparable(header, legacy, "reference.npz", "model.npz")
 
 
 def test_wrong_weights(models, stand_in, tmp_path):
@@ -302,37 +293,31 @@ def test_wrong_weights(models, stand_in, tmp_path):
     torch.save({"conv.weight": torch.ones(1)}, other)
     torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))).save(str(network))
     for name in ("config", "cut_off"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_bytes((models / "vit" / "config.json").read_bytes())
+        shutil.copytree(models / "vit", tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "cut_off" / "model.safetensors").write_bytes(b"cut off")
     for protocol, weights, message in [
         ("clean", tmp_path / "absent.pt", "no such file; it must be a copy of inception-2015-12-05.pt"),
-        ("legacy_tensorflow", garbage, "garbage.pt cannot be read as the Inception of http"),
-        ("legacy_tensorflow", network, "network.pt cannot be read as the Inception of http"),
-        ("original", garbage, "garbage.pt are not those of torchvision's Inception v3"),
-        ("original", stand_in, "12-05.pt are not those of torchvision's Inception v3"),
-        ("original", other, "not those of torchvision's Inception v3 .*Conv2d_1a_3x3.conv.weight"),
+        ("legacy_tensorflow", garbage, "garbage.pt cannot be read for the protocol legacy_tensorflow"),
+        ("legacy_tensorflow", network, "network.pt cannot be read for the protocol legacy_tensorflow"),
+        ("original", garbage, "garbage.pt cannot be read for the protocol original"),
+        ("original", stand_in, "12-05.pt cannot be read for the protocol original"),
+        ("original", other, "cannot be read for the protocol original .*Conv2d_1a_3x3.conv.weight"),
         ("classifier", tmp_path / "absent", "absent is not a folder, and cannot be"),
         ("dinov2", models / "vit" / "config.json", "is a file, but must be a folder of a transformers model"),
-        ("dinov2", tmp_path, "cannot be loaded with AutoModel"),
-        ("classifier", tmp_path / "config", "cannot be loaded .*no file named model.safetensors"),
-        ("classifier", tmp_path / "cut_off", r"cannot be loaded with AutoModelForImageClassification \("),
+        ("dinov2", tmp_path, str(tmp_path)),
+        ("classifier", tmp_path / "config", "no file named model.safetensors.*/config"),
+        ("classifier", tmp_path / "cut_off", "cut_off cannot be read for the protocol classifier"),
     ]:
-        with pytest.raises((OSError, ValueError), match=message):
+        with pytest.raises(ValueError, match=message) as error:
             make_extractor(protocol, weights=weights)
+        assert "\n" not in str(error.value)
 
 
 def test_a_missing_library_is_said_with_the_way_to_install_it(stand_in, monkeypatch):
-    real_import = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.split(".")[0] in ("cleanfid", "torchvision"):
-            raise ImportError(f"No module named {name!r}")
-        return real_import(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for module in ("cleanfid.resize", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, module, None)
     for protocol in ("clean", "original"):
-        message = rf"{protocol} needs another library: pip install 'imagenet64-diffusion\[eval\]' \(No module named"
+        message = rf"{protocol} needs another library: pip install 'imagenet64-diffusion\[eval\]' \(import of"
         with pytest.raises(ImportError, match=message):
             make_extractor(protocol, weights=stand_in)
     # the others need neither

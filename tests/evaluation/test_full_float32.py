@@ -17,7 +17,6 @@ HAS_NEW_SETTINGS = hasattr(torch.backends, "fp32_precision")
 # what a program may have said, in this order; "matmul" is set_float32_matmul_precision
 OLD: list[dict[str, Any]] = [
     {},
-    {"matmul": "highest"},
     {"matmul": "medium", "cudnn.allow_tf32": False, "cudnn.benchmark": True},
     {"cuda.matmul.allow_tf32": True, "cudnn.deterministic": True},
 ]
@@ -25,12 +24,9 @@ OLD: list[dict[str, Any]] = [
 MIXED: list[dict[str, Any]] = [
     {"cuda.matmul.fp32_precision": "tf32"},  # this one
     {"fp32_precision": "tf32"},  # this one
-    {"matmul": "high", "cuda.matmul.fp32_precision": "ieee"},
     {"matmul": "high", "cuda.matmul.fp32_precision": "none", "fp32_precision": "ieee"},
-    {"matmul": "medium", "mkldnn.matmul.fp32_precision": "tf32"},  # this one
     {"mkldnn.matmul.fp32_precision": "bf16", "mkldnn.conv.fp32_precision": "bf16"},  # this one
     {"cudnn.fp32_precision": "ieee", "mkldnn.rnn.fp32_precision": "tf32"},
-    {"cudnn.conv.fp32_precision": "ieee"},
     {"cudnn.allow_tf32": False, "cudnn.fp32_precision": "tf32"},  # this one
 ]
 
@@ -75,12 +71,10 @@ def test_all_is_full_inside_and_as_it_was_afterwards():
         observed = pool.map(observe, cases, chunksize=1)
     for settings, (before, inside, afterwards, features) in zip(cases, observed, strict=True):
         assert afterwards == before, settings
-        assert inside["matmul"] == "highest", settings
-        assert inside["cuda.matmul.allow_tf32"] is False, settings
-        assert (inside["cudnn.benchmark"], inside["cudnn.deterministic"]) == (False, True), settings
-        if HAS_NEW_SETTINGS:
-            assert {inside[f"{place}.fp32_precision"] for place in PLACES} == {"ieee"}, settings
-        else:
-            assert inside["cudnn.allow_tf32"] is False, settings
+        expected = {"matmul": "highest", "cuda.matmul.allow_tf32": False}
+        expected |= {"cudnn.benchmark": False, "cudnn.deterministic": True}
+        new = {f"{place}.fp32_precision": "ieee" for place in PLACES}
+        expected |= new if HAS_NEW_SETTINGS else {"cudnn.allow_tf32": False}
+        assert inside.items() >= expected.items(), settings
         assert features == observed[0][3], settings
-    assert [before["matmul"] for before, *_ in observed].count("cannot be read") == (5 if HAS_NEW_SETTINGS else 0)
+    assert [before["matmul"] for before, *_ in observed].count("cannot be read") == (4 if HAS_NEW_SETTINGS else 0)

@@ -1,5 +1,6 @@
 """Streamed mean and covariance against numpy's of the whole, and the file."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -38,15 +39,15 @@ def assert_moments(statistics, features):
     np.testing.assert_allclose(statistics.mean, features.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(statistics.covariance, covariance, rtol=0, atol=1e-12 * np.abs(covariance).max())
     np.testing.assert_array_equal(statistics.covariance, statistics.covariance.T)
+    assert statistics.mean.dtype == statistics.covariance.dtype == np.float64
 
 
-@pytest.mark.parametrize("batch_sizes", [[1], [64], [7, 1, 300, 2], [1024], [3000], [2999, 1]])
+@pytest.mark.parametrize("batch_sizes", [[1], [7, 1, 300, 2], [1024], [2999, 1]])
 def test_batches_of_any_size(batch_sizes):
     features = random_features()
     statistics = streamed(features, *batch_sizes)
     assert_moments(statistics, features)
     np.testing.assert_array_equal(statistics.covariance, streamed(features, 128).covariance)
-    assert statistics.mean.dtype == statistics.covariance.dtype == np.float64
 
 
 def test_merging_in_any_order_leaves_the_other_as_it_is():
@@ -60,10 +61,9 @@ def test_merging_in_any_order_leaves_the_other_as_it_is():
     first, second = features[:30], features[30:70]
     statistics, other = streamed(first, 8), streamed(second, 8)
     statistics.merge(other)
-    statistics.update(second)
     assert_moments(other, second)
     statistics.merge(statistics)
-    assert_moments(statistics, np.concatenate([first, second, second] * 2))
+    assert_moments(statistics, np.concatenate([first, second] * 2))
 
 
 def test_mean_far_from_zero():
@@ -73,9 +73,7 @@ def test_mean_far_from_zero():
     np.testing.assert_allclose(streamed(features, 100).covariance, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, np.float16, np.float32, np.longdouble]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, np.float32, np.longdouble])
 def test_tensors_and_arrays(dtype):
     if isinstance(dtype, torch.dtype):
         features = torch.from_numpy(random_features(100)).to(dtype).requires_grad_()
@@ -85,30 +83,17 @@ def test_tensors_and_arrays(dtype):
         assert_moments(streamed(features, 30), features.astype(np.float64))
 
 
-def test_too_few_images():
-    statistics = FeatureStatistics(4)
-    with pytest.raises(ValueError, match="at least one image"):
-        statistics.mean  # noqa: B018
-    statistics.update(np.ones((0, 4)))
-    statistics.update(np.ones((1, 4)))
-    with pytest.raises(ValueError, match="at least two images, but count is 1"):
-        statistics.covariance  # noqa: B018
-    np.testing.assert_array_equal(statistics.mean, np.ones(4))
-
-
 def test_wrong_batches_are_not_taken_in():
     features = random_features(20)
     statistics = streamed(features, 6)
-    for value in (math.nan, math.inf, -math.inf):
-        broken = features.copy()
-        broken[[7, 12], 3] = value
-        with pytest.raises(ValueError, match="must be finite, but row 7 is not"):
-            statistics.update(broken)
+    broken = features.copy()
+    broken[[7, 12], 3] = math.nan, -math.inf
     for wrong, message in [
+        (broken, "must be finite, but row 7 is not"),
         (np.ones((3, 5)), "of 24 features, but there are 5"),
-        (np.ones(24), r"shape \(images, features\), but have \(24,\)"),
-        (np.ones((3, 24), dtype=np.uint8), "floating-point numbers, but are uint8"),
-        (torch.ones(3, 24, dtype=torch.int64), "floating-point numbers, but are torch.int64"),
+        (np.ones(24), r"\(images, features\), but are float64 \(24,\)"),
+        (np.ones((3, 24), dtype=np.uint8), "floating-point numbers .* but are uint8"),
+        (torch.ones(3, 24, dtype=torch.int64), "floating-point numbers .* but are torch.int64"),
     ]:
         with pytest.raises(ValueError, match=message):
             statistics.update(wrong)
@@ -144,9 +129,14 @@ def test_file(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_file_of_few_images(tmp_path, count):
+def test_few_images(tmp_path, count):
     features = random_features(50)
-    streamed(features[:count], 1).save(tmp_path / "few.npz")
+    few = streamed(features[:count], 1)
+    few.update(features[:0])
+    for name, least in (("mean", 1), ("covariance", 2)):
+        with contextlib.nullcontext() if count >= least else pytest.raises(ValueError, match="needs at least"):
+            getattr(few, name)
+    few.save(tmp_path / "few.npz")
     loaded = FeatureStatistics.load(tmp_path / "few.npz")
     assert (loaded.count, loaded.header) == (count, {})
     loaded.update(features[count:])
@@ -173,15 +163,6 @@ def saved(tmp_path):
     return tmp_path / "saved.npz"
 
 
-def changed(index, value):
-    def change(array):
-        array = array.copy()
-        array[index] = value
-        return array
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
@@ -189,17 +170,16 @@ def changed(index, value):
         ("format", lambda text: np.array('{"name": "other", "version": 1}'), "must be .* but says .*other"),
         ("header", lambda text: np.array("[1]"), "must be of the format"),
         ("header", lambda text: np.array("{"), "holds no whole feature statistics"),
-        ("header", lambda text: np.array([1.0]), "holds no whole feature statistics"),
         ("header", lambda text: np.array({"a": 1}, dtype=object), "Object arrays cannot be loaded"),
-        ("count", lambda count: np.array(50.0), r"must be int64 .*, but are .*float64', \(\)"),
-        ("count", lambda count: np.array(-1), "count is -1, which cannot be"),
-        ("count", lambda count: np.array(1), "count is 1, which cannot be"),
-        ("mean", lambda mean: mean[:-1], r"but are .*\(5,\)\), .*\(6, 6\)"),
-        ("mean", lambda mean: mean.astype(np.float32), "but are .*float32"),
-        ("mean", changed(2, math.nan), "is not finite"),
-        ("covariance", changed((2, 2), math.inf), "is not finite"),
-        ("covariance", changed((2, 3), 9.0), "not symmetric"),
-        ("covariance", lambda matrix: -matrix, "negative variance"),
+        ("count", lambda count: np.array(50.0), r"float64', \(\)\).* must be int64"),
+        ("count", lambda count: np.array(-1), "-1 images, but must be"),
+        ("count", lambda count: np.array(1), " 1 images, but must be"),
+        ("mean", lambda mean: mean[:-1], r"are .*\(5,\)\), .*\(6, 6\).* but must be"),
+        ("mean", lambda mean: mean.astype(np.float32), "are .*float32.* but must be"),
+        ("mean", lambda mean: mean * np.nan, "but must be .* finite"),
+        ("covariance", lambda matrix: matrix * np.inf, "but must be .* finite"),
+        ("covariance", np.triu, "but must be .* symmetric"),
+        ("covariance", lambda matrix: -matrix, "but must be .* without negative variances"),
     ],
 )
 def test_wrong_files(saved, key, change, message):

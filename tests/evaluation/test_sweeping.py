@@ -9,20 +9,19 @@ from imagenet64_diffusion.evaluation.sweeping import find_models, sampler_grid
 from imagenet64_diffusion.pipelines.generation_options import Sampler
 
 
-def options(**changes) -> SweepOptions:
-    return SweepOptions(**{"output_dir": "out", "reference": "reference", "models": ["model"], **changes})
-
-
-def make_pipelines(folder, *names):
-    for name in names:
-        (folder / name).mkdir(parents=True)
-        (folder / name / "model_index.json").write_text("{}")
+def grid(**changes) -> list[Sampler]:
+    return sampler_grid(
+        SweepOptions(**{"output_dir": "out", "reference": "reference", "models": ["model"], **changes})
+    )
 
 
 def test_a_folder_stands_for_the_pipelines_in_it(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
-    make_pipelines(run, "pipelines/step_0001000", "pipelines/step_0000500", "model", "pipelines/.step_2.writing")
-    make_pipelines(other, "469e_600000s", "23e_30000s", "checkpoint-7", "best")
+    inside = ("pipelines/step_0001000", "pipelines/step_0000500", "model", "pipelines/.step_2.writing")
+    others = ("469e_600000s", "23e_30000s", "checkpoint-7", "best")
+    for folder in (*map(run.joinpath, inside), *map(other.joinpath, others)):
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").write_text("{}")
     found = find_models([str(run), str(other / "best"), str(other), "me/on-the-hub"])
     assert found == [
         (f"{other}/checkpoint-7", str(other), 7),
@@ -43,44 +42,37 @@ def test_a_folder_stands_for_the_pipelines_in_it(tmp_path):
 
 
 def test_the_product_of_the_options():
-    grid = sampler_grid(
-        options(scheduler=["own", "DDIM"], num_inference_steps=[50], step_size=[10, 1], guidance_scale=[1, 2.0, 2.0])
-    )
-    assert grid == [
+    found = grid(scheduler=["own", "DDIM"], num_inference_steps=[50], step_size=[10, 1], guidance_scale=[1, 2.0, 2.0])
+    assert found == [
         Sampler(scheduler=scheduler, guidance_scale=guidance, **step)
         for scheduler in (None, "DDIM")
         for step in ({"num_inference_steps": 50}, {"step_size": 10}, {"step_size": 1})
         for guidance in (1, 2.0)
     ]
-    assert sampler_grid(options()) == [Sampler()]
-    with pytest.raises(ValueError, match="scheduler is empty: name at least one"):
-        options(scheduler=[])
+    assert grid() == [Sampler()]
     # where nothing is guided, the interval is no setting
-    grid = sampler_grid(options(guidance_scale=[1.0, 3.0], guidance_interval=[0.2, 0.5], eta=[0.0, 1.0]))
-    found = [(sampler.guidance_interval, sampler.eta) for sampler in grid]
-    assert found == [(interval, eta) for interval in ([0.0, 1.0], [0.2, 0.5]) for eta in (0.0, 1.0)]
+    assert grid(guidance_scale=[1.0, 3.0], guidance_interval=[0.2, 0.5], eta=[0.0, 1.0]) == [
+        Sampler(guidance_scale=scale, guidance_interval=interval, eta=eta)
+        for scale, interval in ((1.0, (0.0, 1.0)), (3.0, (0.2, 0.5)))
+        for eta in (0.0, 1.0)
+    ]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_a_grid_file(tmp_path):
+    for text in (
         '[{"step_size": 10, "guidance_interval": [0.1, 0.9], "guidance_scale": 2}, {"scheduler": "own"}, {}]',
         "- step_size: 10\n  guidance_interval: [0.1, 0.9]\n  guidance_scale: 2\n- scheduler: own\n- {}\n",
-    ],
-)
-def test_a_grid_file(tmp_path, text):
-    (tmp_path / "grid").write_text(text)
-    listed = Sampler(step_size=10, guidance_scale=2, guidance_interval=(0.1, 0.9))
-    assert sampler_grid(options(grid=str(tmp_path / "grid"))) == [listed, Sampler()]
+    ):
+        (tmp_path / "grid").write_text(text)
+        listed = Sampler(step_size=10, guidance_scale=2, guidance_interval=(0.1, 0.9))
+        assert grid(grid=str(tmp_path / "grid")) == [listed, Sampler()]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[", "expected the node content"),
-        ("{}", "must hold a list of samplers, each with names and values"),
-        ("[]", "must hold a list of samplers"),
-        ("[1]", "must hold a list of samplers"),
+        *((text, "samplers must be a list, each with names and values") for text in ("{}", "[]", "[1]")),
         ("- {steps: 3}", "names 'steps', but must be made of scheduler, num_inference_steps, step_size"),
         ("- {num_inference_steps: ten}", "num_inference_steps is 'ten', but must be a whole number"),
         ("- {guidance_interval: [1]}", "guidance_interval is [1], but must be 2 numbers"),
@@ -91,4 +83,4 @@ def test_wrong_grid_files(tmp_path, text, message):
     file = tmp_path / "grid.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=re.escape(f"grid is {file}") + ".*" + re.escape(message)):
-        sampler_grid(options(grid=str(file)))
+        grid(grid=str(file))

@@ -26,12 +26,11 @@ CACHE_NAME = "imagenet64_diffusion/evaluation/weights"
 @pytest.fixture
 def published(server) -> WeightsFile:
     (server.folder / "weights.pt").write_bytes(CONTENT)
-    return WeightsFile("weights.pt", f"{server.url}/weights.pt", DIGEST)
+    return WeightsFile(f"{server.url}/weights.pt", DIGEST)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The cache of Hugging Face's assets, empty."""
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     return tmp_path / "assets" / CACHE_NAME
 
@@ -59,28 +58,27 @@ def test_weights_are_fetched_once(server, published, cache, caplog):
     assert len(server.requests) == 2
     # its first digits are enough, and must be right
     assert find_weights(published._replace(sha256=DIGEST[:8]))[1] == DIGEST
-    with pytest.raises(ValueError, match=f'is not kept .*expected "00000000", got "{DIGEST}'):
+    with pytest.raises(OSError, match=f'expected "00000000", got "{DIGEST}'):
         find_weights(published._replace(sha256="00000000"))
 
 
-@pytest.mark.parametrize("cut_after", [0, 1, len(CONTENT) - 1])
+@pytest.mark.parametrize("cut_after", [0, len(CONTENT) - 1])
 def test_a_broken_connection_leaves_nothing_and_the_next_call_fetches_the_whole(server, published, cache, cut_after):
     server.cut_after = cut_after
-    with pytest.raises(ValueError, match=r"what http.* gave is not kept .*give its path"):
+    with pytest.raises(OSError, match=f"cannot be fetched from {published.url} .*give its path as the weights"):
         find_weights(published)
     assert files(cache) == []
     server.cut_after = None
     assert find_weights(published)[0].read_bytes() == CONTENT
 
 
-def test_a_missing_file_and_a_machine_without_network_are_said_with_the_way_out(server, published, cache, monkeypatch):
-    with pytest.raises(OSError, match=f"missing.pt cannot be fetched from {server.url}.*404.*give its path as the"):
-        find_weights(WeightsFile("missing.pt", f"{server.url}/missing.pt", DIGEST))
-    # nothing listens there
-    with pytest.raises(OSError, match=rf"\(.*refused.*\): fetch .* a mirror that {MIRROR_VARIABLE} names"):
-        find_weights(published._replace(url="http://127.0.0.1:1/weights.pt"))
+def test_what_cannot_be_fetched_is_said_with_the_way_out(server, published, cache, monkeypatch):
+    # nothing listens at the second
+    for url, reason in ((f"{server.url}/missing.pt", "404"), ("http://127.0.0.1:1/weights.pt", "refused")):
+        with pytest.raises(OSError, match=rf"from {url} \(.*{reason}.*give its path .* mirror that {MIRROR_VARIABLE}"):
+            find_weights(published._replace(url=url))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"weights.pt is not in .* and HF_HUB_OFFLINE is set: fetch"):
+    with pytest.raises(OSError, match=r"weights.pt is not in .*\(HF_HUB_OFFLINE is set\): fetch"):
         find_weights(published)
     assert files(cache) == []
     assert server.requests == ["/missing.pt"]
@@ -96,10 +94,10 @@ def test_a_mirror_serves_files_by_their_names(server, published, cache, monkeypa
     assert server.requests == ["/weights.pt"] * 2
     # a mirror is trusted no more than the publisher
     (server.folder / "weights.pt").write_bytes(CONTENT[1:])
-    with pytest.raises(ValueError, match="not kept"):
+    with pytest.raises(OSError, match="invalid hash"):
         find_weights(elsewhere)
     monkeypatch.setenv(MIRROR_VARIABLE, "mirror.example")
-    with pytest.raises(ValueError, match=f"{MIRROR_VARIABLE} is mirror.example, but must be a URL"):
+    with pytest.raises(OSError, match=f"from mirror.example/weights.pt .*{MIRROR_VARIABLE} names, a URL"):
         find_weights(elsewhere)
 
 
@@ -136,8 +134,6 @@ def test_of_two_processes_one_fetches(server, published, tmp_path):
 
 
 def test_published_files():
-    assert len(INCEPTION_2015.sha256) == 64
-    assert INCEPTION_2015.url.endswith(INCEPTION_2015.name)
     torchvision_models = pytest.importorskip("torchvision.models")
     assert torchvision_models.Inception_V3_Weights.IMAGENET1K_V1.url == TORCHVISION_INCEPTION.url
     # torchvision too checks the digits in the name
