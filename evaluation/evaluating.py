@@ -25,7 +25,6 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..pipelines.image_grid import to_image
-from ..pipelines.sampler import Sampler
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer
 from ..utils.distributed import on_every_process, on_main_process
 from ..version import __version__
@@ -175,7 +174,7 @@ def evaluate_model(
         state,
         lambda: GeneratedImages(
             options.model,
-            Sampler.from_options(options),
+            options,
             options.num_images,
             class_labels=options.class_labels,
             class_counts=None if options.train_data_dir is None else count_classes(options.train_data_dir),

@@ -2,7 +2,6 @@
 
 import abc
 import contextlib
-import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -25,9 +24,10 @@ from ..data.image_source import ImageDatasetSource, decode_image
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
 from ..pipelines.generation import class_id, open_model, plain_config, sample_images, weights_digest
+from ..pipelines.generation_options import Sampler
 from ..pipelines.loading import download_snapshot
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..pipelines.sampler import Sampler
+from .options import SAMPLER_NAMES
 from .weights import file_digest
 
 
@@ -242,7 +242,7 @@ class GeneratedImages(ImageBatches):
             "revision": revision,
             "weights_sha256": weights_digest(self.pipeline.unet),
             "scheduler_config": plain_config(scheduler.config),
-            **plain_config(dataclasses.asdict(sampler) | sampler.arguments(self.pipeline)),
+            **plain_config({key: getattr(sampler, key) for key in SAMPLER_NAMES} | sampler.arguments(self.pipeline)),
             "scheduler": name,
             "class_labels": list(class_labels),
             "class_counts": None if class_counts is None else class_counts.tolist(),

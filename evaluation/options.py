@@ -5,14 +5,14 @@ from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import Any
 
-from ..pipelines.generation_options import GenerateOptions, SamplerOptions, check_class_labels
+from ..pipelines.generation_options import GenerateOptions, Sampler, check_class_labels
 from ..utils.command_line import CheckedOptions, option
 from .metrics import METRICS
 
 
 # here, because --help should not wait for torch
 PROTOCOLS = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "pixels")
-SAMPLER_NAMES = tuple(item.name for item in fields(SamplerOptions))
+SAMPLER_NAMES = tuple(item.name for item in fields(Sampler))
 
 _images, _output, _features, _speed, _scores, _training = (
     partial(option, group=group) for group in ("images", "output", "features", "speed", "metrics", "training")
@@ -100,7 +100,7 @@ class SamplingOptions(CheckedOptions):
 
 
 @dataclass(kw_only=True)
-class ModelOptions(SamplerOptions, SamplingOptions, ExtractionOptions):
+class ModelOptions(Sampler, SamplingOptions, ExtractionOptions):
     """Options of `evaluate_model`."""
 
     model: str = _images(help="Pipeline folder or Hub id.", metavar="MODEL")

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 from accelerate.utils import gather_object
 
-from ..pipelines.sampler import Sampler
+from ..pipelines.generation_options import Sampler
 from ..utils.atomic_write import atomic_file, only_writer
+from ..utils.command_line import Parser
 from ..utils.distributed import on_every_process, on_main_process
 from ..utils.nearest_names import perhaps
 from .charts import make_sweep_charts
@@ -241,7 +242,6 @@ def _sampler(values: Mapping[str, Any]) -> Sampler:
         if name not in SAMPLER_NAMES:
             known = ", ".join(SAMPLER_NAMES) + perhaps(name, SAMPLER_NAMES)
             raise ValueError(f"it names {name!r}, but must be made of {known}")
-    interval = values.get("guidance_interval", (0.0, 1.0))
-    interval = tuple(interval) if isinstance(interval, list) else interval
-    scheduler = None if values.get("scheduler") == "own" else values.get("scheduler")
-    return Sampler(**{**values, "scheduler": scheduler, "guidance_interval": interval})
+    kinds = Parser.of(Sampler, "sweep", "").kinds
+    checked = {name: kinds[name].from_file(value, name) for name, value in values.items()}
+    return Sampler(**{name: value for name, value in checked.items() if (name, value) != ("scheduler", "own")})

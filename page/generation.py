@@ -83,7 +83,7 @@ def write_files(requests: Sequence[Request], folder: Path) -> list[Path]:
     manifests: dict[str, dict[str, Any]] = {}
     animations: list[list[Image.Image]] = []
     for name, each in zip((".",) if len(requests) == 1 else ("left", "right"), requests, strict=True):
-        manifests[name] = make_manifest(each.pipeline, each.options, each.class_ids, each.pipeline.timesteps)
+        manifests[name] = make_manifest(each.pipeline, each.options, each.class_ids)
         animations.append([image_grid(list(map(to_image, frame)), each.captions) for frame in each.frames])
         (everything / name).mkdir(parents=True)
         for image, entry in zip(each.images, manifests[name]["images"], strict=True):

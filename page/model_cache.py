@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..pipelines.generation import open_model
+from ..pipelines.generation_options import Sampler
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..pipelines.sampler import Sampler
 from ..pretrained import DIGITS
 from ..utils.devices import best_device
 from .app_options import AppOptions

@@ -17,7 +17,6 @@ from ..pipelines.generation import class_caption, requested_class_ids, sample_im
 from ..pipelines.generation_options import GenerateOptions
 from ..pipelines.loading import scheduler_class, scheduler_names
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
-from ..pipelines.sampler import Sampler
 from .model_cache import ModelCache
 
 
@@ -72,9 +71,9 @@ class Request:
             wanted.release()
 
         def work() -> None:
-            sampler, arguments = Sampler.from_options(self.options), (self.class_ids, self.options.seed)
+            arguments = (self.pipeline, self.options, self.class_ids, self.options.seed)
             try:
-                self.images = sample_images(self.pipeline, sampler, *arguments, callback_on_step_end=on_step_end)
+                self.images = sample_images(*arguments, callback_on_step_end=on_step_end)
                 taken.put(None)
             except BaseException as error:
                 taken.put(error)
@@ -178,5 +177,5 @@ def _read_side(form: Form, models: ModelCache) -> Request:
     title = f"{type(pipeline.scheduler).__name__} of the model" if scheduler == OWN_SCHEDULER else scheduler
     if form["compare"] == TWO_SCALES:
         title = f"guidance {options.guidance_scale:g}"
-    Sampler.from_options(options).prepare(pipeline)
+    options.prepare(pipeline)
     return Request(pipeline, options, class_ids, title)

@@ -1,7 +1,6 @@
 """Faster sampling on a CPU: what depends on a network's weights alone is computed once, not at every denoising step.
 
-Only speed is here; results stay those of the network. The file imports torch only, and a repository on the Hub carries
-it beside the pipeline's.
+The file imports torch only, because a repository on the Hub carries it.
 """
 
 import contextlib
@@ -36,8 +35,12 @@ def cached_weights(network: nn.Module) -> Iterator[None]:
     """
     with _lock:
         _users[network] = _users.get(network, 0) + 1
-        if _users[network] == 1:
-            _attach(network)
+        modules = list(network.modules())
+        compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules)
+        for module in modules if _users[network] == 1 and not compiled else []:
+            # where the instance has a forward of its own, somebody else (offloading, quantisation) has wrapped it
+            if "forward" not in vars(module) and _can_be_cached(module):
+                module.forward = _CachedConvolution(module)
     try:
         yield
     finally:
@@ -50,28 +53,13 @@ def cached_weights(network: nn.Module) -> Iterator[None]:
                         del module.forward
 
 
-def _attach(network: nn.Module) -> None:
-    modules = list(network.modules())
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
-        return
-    for module in modules:
-        # where the instance has a forward of its own, somebody else (offloading, quantisation) has wrapped it
-        if "forward" not in vars(module) and (_doubles(module) or _is_plain(module)):
-            module.forward = _CachedConvolution(module)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    if type(module) is not nn.Conv2d and not (isinstance(module, nn.Conv2d) and hasattr(module, "effective_weight")):
-        return False
-    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
-
-
-def _doubles(module: nn.Module) -> bool:
-    """Whether it is the transposed 4x4 convolution that doubles the resolution."""
-    if type(module) is not nn.ConvTranspose2d:
-        return False
-    options = (module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation)
-    return options == ((4, 4), (2, 2), (1, 1), (0, 0), (1, 1)) and module.groups == 1
+def _can_be_cached(module: nn.Module) -> bool:
+    if type(module) is nn.ConvTranspose2d:
+        options = (module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation)
+        return options == ((4, 4), (2, 2), (1, 1), (0, 0), (1, 1)) and module.groups == 1
+    if type(module) is nn.Conv2d or (isinstance(module, nn.Conv2d) and hasattr(module, "effective_weight")):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return False
 
 
 class _CachedConvolution:
@@ -92,25 +80,21 @@ class _CachedConvolution:
         conv = self.conv
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return type(conv).forward(conv, images)
-        weights = self._weights(images.shape)
+        # tensors made in inference mode have no version, but cannot be written to outside of it either
+        version = 0 if conv.weight.is_inference() else conv.weight._version
+        autocast = torch.is_autocast_enabled(images.device.type)
+        source = (conv.weight.data_ptr(), version, conv.weight.dtype, conv.weight.device, images.shape, autocast)
+        kept = self.kept
+        if source != kept[0]:
+            kept = self.kept = (source, self._prepare(images.shape))
+        weights = kept[1]
         if len(weights) == 4:
             return self._double(images, weights)
         if weights[0].is_mkldnn:
-            return _convolve(images, weights[0], conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+            return _convolve(images, weights[0], conv.bias, (conv.padding, conv.stride, conv.dilation, conv.groups))
         if isinstance(conv, nn.ConvTranspose2d):
             return type(conv).forward(conv, images)
         return conv._conv_forward(images, weights[0], conv.bias)
-
-    def _weights(self, shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        weight = self.conv.weight
-        # tensors made in inference mode have no version, but cannot be written to outside of it either
-        version = 0 if weight.is_inference() else weight._version
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        source = (weight.data_ptr(), version, weight.dtype, weight.device, shape, autocast)
-        kept = self.kept
-        if source != kept[0]:
-            kept = self.kept = (source, self._prepare(shape))
-        return kept[1]
 
     def _prepare(self, shape: torch.Size) -> tuple[torch.Tensor, ...]:
         conv = self.conv
@@ -125,50 +109,34 @@ class _CachedConvolution:
             return tuple(
                 _pack(filters[:, :, rows][:, :, :, columns], padded) for rows in self._taps for columns in self._taps
             )
-        return (_pack(weight, shape, conv.padding, conv.stride, conv.dilation, conv.groups),)
+        return (_pack(weight, shape, (conv.padding, conv.stride, conv.dilation, conv.groups)),)
 
     def _double(self, images: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The transposed convolution as four ordinary ones, in half the time of oneDNN's.
-
-        Row 2 i of the result is made of the rows i - 1 and i of the images, row 2 i + 1 of i and i + 1, and columns
-        likewise: four 2x2 convolutions whose results interleave.
-        """
+        """The transposed convolution as four 2x2 ones whose results interleave, in half the time of oneDNN's."""
         batch, _, height, width = images.shape
         padded = F.pad(images, (1, 1, 1, 1))
         doubled = padded.new_empty((batch, self.conv.out_channels, 2 * height, 2 * width))
         doubled = doubled.contiguous(memory_format=torch.channels_last)
         for number, weight in enumerate(weights):
-            # of rows i - 1 to i + 1 the even ones need no later, the odd ones no earlier
+            # row 2 i of the result is made of the rows i - 1 and i of the images, row 2 i + 1 of i and i + 1
             row, column = divmod(number, 2)
             part = padded[:, :, row : row + height + 1, column : column + width + 1]
             doubled[:, :, row::2, column::2] = _convolve(part, weight, self.conv.bias)
         return doubled
 
 
-def _pack(
-    weight: torch.Tensor,
-    shape: Sequence[int],
-    padding: Sequence[int] = (0, 0),
-    stride: Sequence[int] = (1, 1),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-) -> torch.Tensor:
+# padding, stride, dilation and groups of the four convolutions that double
+_PLAIN = ((0, 0), (1, 1), (1, 1), 1)
+
+
+def _pack(weight: torch.Tensor, shape: Sequence[int], options: tuple[Any, ...] = _PLAIN) -> torch.Tensor:
     """A weight in the layout that oneDNN wants for images of this shape, which it would bring it to at every call."""
-    packed = weight.contiguous().to_mkldnn()
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(packed, padding, stride, dilation, groups, list(shape))
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *options, list(shape))
 
 
 def _convolve(
-    images: torch.Tensor,
-    packed: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: Sequence[int] = (0, 0),
-    stride: Sequence[int] = (1, 1),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
+    images: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, options: tuple[Any, ...] = _PLAIN
 ) -> torch.Tensor:
     # the layout that oneDNN is fastest with
     images = images.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._convolution_pointwise(
-        images, packed, bias, padding, stride, dilation, groups, "none", [], ""
-    )
+    return torch.ops.mkldnn._convolution_pointwise(images, packed, bias, *options, "none", [], "")

@@ -1,10 +1,8 @@
-"""Generating images to a folder: numbered PNGs, a labelled grid, an animation, and a manifest of how they were made.
-
-The same command again resumes a run that was stopped or killed: what tells how far it came are the images themselves.
-"""
+"""Generating images to a folder, and resuming that: the images themselves tell how far a run came."""
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import platform
@@ -30,36 +28,24 @@ from ..utils.command_line import StoppedBySignalError
 from ..utils.devices import best_device, find_device, keep_freed_memory
 from ..utils.distributed import on_every_process, on_main_process
 from ..version import __version__
-from .generation_options import GenerateOptions
+from .generation_options import GenerateOptions, Sampler
 from .image_grid import image_grid, save_animation, to_image
 from .loading import load_pipeline
 from .pipeline_class_conditional import ClassConditionalPipeline
-from .sampler import Sampler
 
 
 MANIFEST_NAME = "manifest.json"
 GRID_NAME, ANIMATION_NAME = "grid.png", "denoising.gif"
-# What the animation is made of, until it is: the way of each batch from noise.
-_FRAMES_NAME = ".frames"
-# A grid or an animation of more would be neither looked at nor held in memory with comfort.
-_MAX_IMAGES_IN_GRID = 144
+_FRAMES_NAME = ".frames"  # what the animation is made of, until it is: the way of each batch from noise
+_MAX_IMAGES_IN_GRID = 144  # more would be neither looked at nor held in memory with comfort
 # May change when a run is resumed: they make no other images beyond rounding.
 _MAY_DIFFER = {"unfinished", "versions", "device", "batch_size", "output_dir"}
 
 
 def generate(options: GenerateOptions) -> Path:
-    """Generates the images that the options ask for, see `GenerateOptions`, or resumes that; returns their folder.
-
-    Every image comes from its own seed, on the CPU, and so does not depend on batch size, place or device beyond
-    rounding. The ranks that accelerate has started share the batches.
-
-    Raises:
-        ValueError: If an option does not fit the model, or the folder holds something else.
-        OSError: If something cannot be read or written, or another process writes to the folder.
-        StoppedBySignalError: After SIGTERM or SIGINT.
-    """
+    """Generates the images that the options ask for, on all ranks, or resumes that; returns their folder."""
     on_cpu = (options.device or best_device()) == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-    # one rank may have the last batch of an hour while the others wait for it
+    # a rank that waits for a slower one must not give up
     state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=7))
     folder = Path(options.output_dir)
 
@@ -81,7 +67,7 @@ def generate(options: GenerateOptions) -> Path:
 
         missing = on_main_process(state, take_folder)
         if missing is not None:
-            on_every_process(state, lambda: run.generate_batches(missing))
+            run.generate_batches(missing)
             on_main_process(state, run.finish)
         if state.is_main_process:
             files = ", ".join([f"{len(run.labels)} images", *run.manifest["files"]])
@@ -98,15 +84,10 @@ class _Run:
     def __init__(self, options: GenerateOptions, state: PartialState):
         device = options.device or (state.device if state.num_processes > 1 else best_device())
         self.options, self.state, self.folder = options, state, Path(options.output_dir)
-        self.sampler = Sampler.from_options(options)
-        self.pipeline = open_model(options.model, self.sampler, device, getattr(torch, options.dtype))
+        self.pipeline = open_model(options.model, options, device, getattr(torch, options.dtype))
         self.labels = requested_class_ids(self.pipeline, options)
         self.captions = [class_caption(self.pipeline, label) for label in self.labels[:_MAX_IMAGES_IN_GRID]]
-        arguments = self.sampler.arguments(self.pipeline)
-        names = ("num_inference_steps", "timesteps", "clip_sample")
-        chosen: dict[str, Any] = {name: arguments.get(name) for name in names}
-        scheduler = self.pipeline.prepare_scheduler(**chosen)
-        self.manifest = make_manifest(self.pipeline, options, self.labels, scheduler.timesteps.tolist())
+        self.manifest = make_manifest(self.pipeline, options, self.labels)
         self.image_files = [self.folder / image["file"] for image in self.manifest["images"]]
         self.frames_folder, self.has_begun = self.folder / _FRAMES_NAME, False
         size, num_animated = options.batch_size, len(self.captions) if options.animation else 0
@@ -115,26 +96,19 @@ class _Run:
         }
 
     def missing_batches(self) -> list[range] | None:
-        """Takes the folder, on the main process; the batches to be generated, None where everything is there.
-
-        Batches are the same ones in every run, so that resuming makes no image different by rounding.
-        """
+        """Takes the folder, on the main process; the batches to be generated, None where everything is there."""
         present, earlier = _names(self.folder), _read_manifest(self.folder / MANIFEST_NAME)
         if earlier is None:
             if any(not name.startswith((".writing.", _FRAMES_NAME)) for name in present):
-                raise ValueError(
-                    f"output_dir is {self.folder}, which holds other files: name a new or an empty folder"
-                )
+                raise ValueError(f"output_dir is {self.folder}, which holds other files: name an empty folder")
         else:
             images = {image["file"] for image in earlier["images"]}
             written, difference = {*earlier["files"], *images}, _difference(earlier, self.manifest)
             if difference is None and "unfinished" not in earlier and written <= present:
                 return None
             if difference is not None and "unfinished" in earlier and images & present:
-                raise ValueError(
-                    f"output_dir is {self.folder}, which holds an unfinished run with {difference}: give that to"
-                    " resume it, or another output_dir"
-                )
+                held = f"an unfinished run with {difference}: give that to resume it, or another output_dir"
+                raise ValueError(f"output_dir is {self.folder}, which holds {held}")
             if difference is not None:
                 for name in written:
                     (self.folder / Path(name).name).unlink(missing_ok=True)
@@ -145,6 +119,7 @@ class _Run:
 
         present = _names(self.folder) | _names(self.frames_folder)
         size, total = self.options.batch_size, len(self.labels)
+        # the same ones in every run, so that resuming makes no image different by rounding
         batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
 
         def is_missing(batch: range) -> bool:
@@ -182,15 +157,17 @@ class _Run:
         self._write_manifest({})
 
     def generate_batches(self, batches: list[range]) -> None:
-        """Generates this rank's part of the batches."""
-        mine = batches[self.state.process_index :: self.state.num_processes]
-        hidden = not self.state.is_main_process
-        num_steps = len(mine) * self.pipeline.num_timesteps
-        with tqdm(total=num_steps, desc="generating", unit="step", disable=hidden) as progress_bar:
-            for batch in mine:
-                self._generate_batch(batch, progress_bar)
+        """Generates the batches, one on each rank at a time: where one fails, no rank begins another."""
+        rank, world_size = self.state.process_index, self.state.num_processes
+        num_steps = len(batches[rank::world_size]) * self.pipeline.num_timesteps
+        with tqdm(total=num_steps, desc="generating", unit="step", disable=rank != 0) as progress_bar:
+            for start in range(0, len(batches), world_size):
+                batch = next(iter(batches[start : start + world_size][rank:]), range(0))
+                on_every_process(self.state, functools.partial(self._generate_batch, batch, progress_bar))
 
     def _generate_batch(self, batch: range, progress_bar: tqdm) -> None:
+        if not batch:
+            return
         frames: list[np.ndarray] = []
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
@@ -200,7 +177,7 @@ class _Run:
 
         labels, seed = self.labels[batch.start : batch.stop], self.options.seed + batch.start
         try:
-            images = sample_images(self.pipeline, self.sampler, labels, seed, callback_on_step_end=on_step_end)
+            images = sample_images(self.pipeline, self.options, labels, seed, callback_on_step_end=on_step_end)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"memory is too small for {len(batch)} images at a time: lower batch_size") from error
         # an image is there when it has its file, so its way from noise is written before
@@ -255,11 +232,8 @@ def open_model(
 def sample_images(
     pipeline: ClassConditionalPipeline, sampler: Sampler, labels: Sequence[int | None], seed: int, **options: Any
 ) -> Any:
-    """Image i of class ``labels[i]``, None for the null class, from ``torch.Generator().manual_seed(seed + i)``.
-
-    The options are further arguments of the pipeline's call. The noise is made on the CPU, so that it is that of every
-    device.
-    """
+    """Image i of class ``labels[i]``, None for the null class, from ``seed + i``; options are those of the call."""
+    # the noise is made on the CPU, so that every device has the same
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(labels))]
     return pipeline(labels, generator=generators, **sampler.arguments(pipeline), **options).images
 
@@ -268,10 +242,7 @@ _DIGESTS: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDicti
 
 
 def weights_digest(unet: torch.nn.Module) -> str:
-    """SHA-256 of the weights of a loaded network, which tells models apart whose folders have the same name.
-
-    It is computed once: the weights must not change any more.
-    """
+    """SHA-256 of a network's weights, which tells models of one name apart; computed once, so they must not change."""
     if unet not in _DIGESTS:
         digest = hashlib.sha256()
         for name, tensor in sorted(unet.state_dict().items()):
@@ -283,12 +254,11 @@ def weights_digest(unet: torch.nn.Module) -> str:
 
 def to_pixels(pipeline: ClassConditionalPipeline, latents: torch.Tensor) -> np.ndarray:
     """What images look like between two denoising steps: uint8 (images, height, width, channels)."""
-    pixels = pipeline.image_processor.postprocess(latents, output_type="np")
-    return (pixels * 255).round().astype(np.uint8)
+    return (pipeline.image_processor.postprocess(latents, output_type="np") * 255).round().astype(np.uint8)
 
 
 def requested_class_ids(pipeline: ClassConditionalPipeline, options: GenerateOptions) -> list[int | None]:
-    """The class of each image that the options ask for, None for the null class; ValueError if there is none."""
+    """The class of each image that the options ask for, None for the null class."""
     num_classes, asked = pipeline.unet.config.num_class_embeds, options.class_labels
     if num_classes is None:
         if asked not in (["random"], ["null"]):
@@ -304,7 +274,7 @@ def requested_class_ids(pipeline: ClassConditionalPipeline, options: GenerateOpt
 
 
 def class_id(pipeline: ClassConditionalPipeline, label: str, num_classes: int) -> int | None:
-    """The id of a class that is given by its id or its name; None for null. ValueError if there is none."""
+    """The id of a class that is given by its id or its name; None for ``null``."""
     if label == "null":
         return None
     if not label.removeprefix("-").isdecimal():
@@ -320,13 +290,11 @@ def class_caption(pipeline: ClassConditionalPipeline, label: int | None) -> str:
 
 
 def make_manifest(
-    pipeline: ClassConditionalPipeline,
-    options: GenerateOptions,
-    labels: Sequence[int | None],
-    timesteps: Sequence[Any],
+    pipeline: ClassConditionalPipeline, options: GenerateOptions, labels: Sequence[int | None]
 ) -> dict[str, Any]:
     """How images of these classes are generated and what is written, as JSON values."""
-    digits = max(5, len(str(len(labels))))
+    digits, arguments = max(5, len(str(len(labels)))), options.arguments(pipeline)
+    chosen: dict[str, Any] = {key: arguments.get(key) for key in ("num_inference_steps", "timesteps", "clip_sample")}
     return {
         "versions": {
             "imagenet64_diffusion": __version__,
@@ -339,7 +307,7 @@ def make_manifest(
         "device": pipeline.unet.device.type,
         "options": asdict(options),
         "scheduler": {"class": type(pipeline.scheduler).__name__, "config": plain_config(pipeline.scheduler.config)},
-        "timesteps": [float(timestep) for timestep in timesteps],
+        "timesteps": list(map(float, pipeline.prepare_scheduler(**chosen).timesteps)),
         "note": "each image begins with noise of torch.Generator().manual_seed(seed) on the CPU",
         "files": [GRID_NAME, ANIMATION_NAME] if options.animation else [GRID_NAME],
         "images": [

@@ -1,21 +1,31 @@
-"""The options of sampling images, which generate_images.py and evaluate_models.py have in common."""
+"""The options of sampling, which generate_images.py and evaluate_models.py have in common, and of generating."""
 
-import functools
+import math
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..pretrained import DIGITS
+from ..schedulers.original_schedule import original_timesteps
 from ..utils.command_line import CheckedOptions, option
-from .sampler import Sampler
+
+
+if TYPE_CHECKING:
+    from .pipeline_class_conditional import ClassConditionalPipeline
 
 
 _sampling, _model, _images, _output = (
-    functools.partial(option, group=group) for group in ("sampling", "model", "images", "output")
+    partial(option, group=group) for group in ("sampling", "model", "images", "output")
 )
 
 
-@dataclass(kw_only=True)
-class SamplerOptions(CheckedOptions):
-    """How a pipeline samples, see `Sampler`."""
+@dataclass
+class Sampler(CheckedOptions):
+    """Settings of a sampling run. The help texts say what each one is.
+
+    Raises:
+        ValueError: If a value is out of range, or both ways to say the steps are taken.
+    """
 
     scheduler: str | None = _sampling(
         None,
@@ -30,9 +40,10 @@ class SamplerOptions(CheckedOptions):
         None, "The original program's way to say the steps: every step_size-th timestep, from the first.", at_least=1
     )
     guidance_scale: float = _sampling(
-        5.0,
+        1.0,
         "Classifier-free guidance, at least 0; up to 1 samples without. The original's guidance w is w + 1 here.",
         at_least=0,
+        below=math.inf,
     )
     guidance_interval: list[float] = option(
         [0.0, 1.0],
@@ -41,14 +52,54 @@ class SamplerOptions(CheckedOptions):
         nargs=2,
     )
     eta: float = _sampling(
-        0.0, "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.", at_least=0
+        0.0,
+        "0 is DDIM, 1 is DDPM; at least 0. The original's DDIM_scale S is sqrt(S) here.",
+        at_least=0,
+        below=math.inf,
     )
     clip_sample: bool | None = _sampling(None, "Clip the predicted image at each step (default: as the model says).")
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
+        """Checks the values."""
         super().__post_init__()
-        Sampler.from_options(self)
+        interval = self.guidance_interval = list(self.guidance_interval)
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            wanted = "two fractions of the steps, 0 <= begin <= end <= 1"
+            raise ValueError(f"guidance_interval is {tuple(interval)}, but must be {wanted}")
+        if self.num_inference_steps is not None and self.step_size is not None:
+            raise ValueError("num_inference_steps and step_size both say the number of steps: give one of them")
+
+    def __hash__(self) -> int:
+        return hash(self.title())
+
+    def prepare(self, pipeline: "ClassConditionalPipeline") -> None:
+        """Gives the pipeline the scheduler, if another one than its own is asked for; raises as `swap_scheduler`."""
+        from .loading import swap_scheduler  # which imports torch
+
+        if self.scheduler is not None:
+            swap_scheduler(pipeline, self.scheduler)
+
+    def arguments(self, pipeline: "ClassConditionalPipeline") -> dict[str, Any]:
+        """Arguments of the pipeline's call; ValueError if step_size does not fit the model's number of timesteps."""
+        steps: dict[str, Any] = {"num_inference_steps": self.num_inference_steps or 100}
+        if self.step_size is not None:
+            steps = {"timesteps": original_timesteps(pipeline.scheduler.config.num_train_timesteps, self.step_size)}
+        names = ("guidance_scale", "guidance_interval", "eta", "clip_sample")
+        return steps | {name: getattr(self, name) for name in names}
+
+    def title(self) -> str:
+        """A few words that tell it from others in a chart, such as ``DDIM, 50 steps, guidance 2``."""
+        words = [self.scheduler.removesuffix("Scheduler") if self.scheduler else "own scheduler"]
+        words.append(f"step size {self.step_size}" if self.step_size else f"{self.num_inference_steps or 100} steps")
+        if self.guidance_scale > 1:
+            begin, end = self.guidance_interval
+            interval = f" in [{begin:g}, {end:g}]" if (begin, end) != (0, 1) else ""
+            words.append(f"guidance {self.guidance_scale:g}{interval}")
+        if self.eta:
+            words.append(f"eta {self.eta:g}")
+        if self.clip_sample is not None:
+            words.append("clipped" if self.clip_sample else "not clipped")
+        return ", ".join(words)
 
 
 def check_class_labels(labels: list[str], special: tuple[str, ...]) -> None:
@@ -61,7 +112,7 @@ def check_class_labels(labels: list[str], special: tuple[str, ...]) -> None:
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(SamplerOptions):
+class GenerateOptions(Sampler):
     """Options of `generate`. The help texts say what each one is."""
 
     model: str = _model(
@@ -83,6 +134,7 @@ class GenerateOptions(SamplerOptions):
     )
     num_images: int = _images(16, "How many images, each of another class, if class_labels is random.", at_least=1)
     seed: int = _images(0, "Seed of the first image, at least 0; the next one's is one more, and so on.", at_least=0)
+    guidance_scale: float = option(5.0, **Sampler.__dataclass_fields__["guidance_scale"].metadata)
     output_dir: str = _output("outputs/samples", "Folder for images, grid, animation and manifest.", metavar="FOLDER")
     animation: bool = _output(True, "Write denoising.gif.")
     fps: float = _output(

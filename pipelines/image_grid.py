@@ -29,9 +29,6 @@ def image_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: 
         captions: One for each image; long ones are shortened.
         columns: Images in a row; by default as many as follow one another with the same caption, if that number is
             the same throughout, else a near-square arrangement.
-
-    Raises:
-        ValueError: If there is no image, or the numbers of images and captions differ.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"a grid needs images and as many captions, but has {len(images)} and {len(captions)}")

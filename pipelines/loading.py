@@ -1,8 +1,4 @@
-"""Loading a pipeline folder or Hub repository with the installed classes, so that no code of the repository runs.
-
-`DiffusionPipeline.from_pretrained` loads such a folder only by running the code in it, asks the Hub for the commit of
-that code even offline, and does not see weights that are as long as announced and yet damaged.
-"""
+"""Loading a pipeline folder or Hub repository with the installed classes, so that no code of the repository runs."""
 
 import contextlib
 import inspect
@@ -30,26 +26,18 @@ OUR_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
-    """The scheduler class of that name, ours or a stock one; ``Scheduler`` at the end may be left out.
-
-    Raises:
-        ValueError: If there is none, or a library that it needs is not installed.
-    """
+    """The scheduler class of that name, ours or a stock one; ``Scheduler`` at the end may be left out."""
     for candidate in (name, f"{name}Scheduler"):
         found = OUR_SCHEDULERS.get(candidate) or getattr(diffusers, candidate, None)
         if isinstance(found, type) and issubclass(found, SchedulerMixin):
             return found
         if isinstance(found, DummyObject) and candidate.endswith("Scheduler"):
-            # diffusers' stand-in for a class that it could not import
             libraries = " ".join(library for library in found._backends if library != "torch")
             raise ValueError(f"{candidate} needs a library that is not installed: pip install {libraries}")
     # without their common ending, which would make any two of them look alike
-    names = (*OUR_SCHEDULERS, *dir(diffusers))
-    known = [entry.removesuffix("Scheduler") for entry in names if entry.endswith("Scheduler")]
-    raise ValueError(
-        f"there is no scheduler named {name!r}: take {', '.join(OUR_SCHEDULERS)}, or one of diffusers such as"
-        f" DDIMScheduler or UniPCMultistepScheduler{perhaps(name.removesuffix('Scheduler'), known)}"
-    )
+    known = [n.removesuffix("Scheduler") for n in (*OUR_SCHEDULERS, *dir(diffusers)) if n.endswith("Scheduler")]
+    wanted = f"take {', '.join(OUR_SCHEDULERS)}, or one of diffusers such as UniPCMultistepScheduler"
+    raise ValueError(f"there is no scheduler named {name!r}: {wanted}{perhaps(name.removesuffix('Scheduler'), known)}")
 
 
 def scheduler_names() -> list[str]:
@@ -63,8 +51,7 @@ def scheduler_names() -> list[str]:
 
 
 # The largest noise that stock solvers are given, as log(signal / noise): 164 times the signal. Cosine schedules reach
-# 20,000 times, the original program's 100,000. There float32 loses the image in the noise, and the solvers multiply
-# by the noise level what second order or a network that predicts noise get wrong.
+# 20,000 times: float32 loses the image in the noise, and solvers multiply the network's errors by the noise level.
 MIN_LOG_SIGNAL_TO_NOISE = -5.1
 # By how much it falls at least from one timestep to the next: enough for float32 to tell them apart.
 MIN_LOG_SIGNAL_TO_NOISE_STEP = 1e-4
@@ -76,15 +63,8 @@ _TAKE_EVERY_SCHEDULE = (*OUR_SCHEDULERS, "DDIMScheduler", "DDIMParallelScheduler
 def solvable_betas(alphas_cumprod: torch.Tensor, distinct: bool = True) -> list[float]:
     """Betas of nearly the same noise schedule, without what stock solvers cannot step over.
 
-    Noise beyond `MIN_LOG_SIGNAL_TO_NOISE` is cut, where less than 0.7 % of a sample is signal. Levels that are equal,
-    as thirteen of the original program's are, are moved apart by 0.01 % of their noise each.
-
-    Args:
-        alphas_cumprod: abar of every timestep, (num_train_timesteps,).
-        distinct: Whether to move equal levels apart.
-
-    Returns:
-        num_train_timesteps betas in [0, 1), in double precision.
+    Noise beyond `MIN_LOG_SIGNAL_TO_NOISE` is cut, where less than 0.7 % of a sample is signal; equal levels, as
+    thirteen of the original program's are, are moved apart if they shall be distinct.
     """
     abar = alphas_cumprod.detach().to("cpu", torch.float64)
     log_ratios = (torch.logit(abar) / 2).clamp(min=MIN_LOG_SIGNAL_TO_NOISE).tolist()
@@ -111,24 +91,20 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
     new_class = scheduler_class(name)
     check_scheduler(new_class)
     old = pipeline.scheduler
-    # All options: from_config leaves out those that were not named when the scheduler was made, so that a pipeline
-    # would change by being saved and loaded.
+    # from_config leaves out what was not named when the scheduler was made: saving and loading would change a pipeline
     options = {key: value for key, value in old.config.items() if key != "_use_default_values"}
     options, alphas_cumprod = getattr(old, "_before_swap", (options, old.alphas_cumprod))
     overrides: dict[str, Any] = {}
     accepted = inspect.signature(new_class.__init__).parameters
     if new_class.__name__ not in _TAKE_EVERY_SCHEDULE:
-        # LMS lays polynomials through the last steps, and goes astray where these are close together. It keeps equal
-        # levels, which the pipeline refuses, with the number of steps that meets them.
+        # the polynomials of LMS go astray where steps are close together: it keeps equal levels, which are refused
         distinct = new_class.__name__ != "LMSDiscreteScheduler"
         overrides["trained_betas"] = solvable_betas(alphas_cumprod, distinct)
     if "lambda_min_clipped" in accepted:
         overrides["lambda_min_clipped"] = MIN_LOG_SIGNAL_TO_NOISE
     if "lower_order_final" in accepted and options.get("timestep_spacing") == "leading":
-        # with as many steps as it takes to divide by one more, these begin up to a fifth below the noisy end
-        overrides["timestep_spacing"] = "linspace"
+        overrides["timestep_spacing"] = "linspace"  # else these begin up to a fifth below the noisy end
     if "original_inference_steps" in accepted:
-        # the grid of a distilled network's training, which here is the whole
         overrides["original_inference_steps"] = options["num_train_timesteps"]
     # what it has no use for it keeps all the same, for a swap back; from_config would warn of it each time
     foreign = {key: options[key] for key in options.keys() - accepted.keys() if not key.startswith("_")}
@@ -168,8 +144,7 @@ def load_pipeline(
 
     Raises:
         ValueError: If the folder holds no pipeline of this kind, or an override is unknown.
-        OSError: If there is neither such a folder nor such a repository, the repository cannot be reached or is not
-            open to the caller, or its files are not whole.
+        OSError: If there is no such folder or repository, or it cannot be reached, or its files are not whole.
     """
     unknown = sorted(set(options) - {*_STORED_OPTIONS, *_HUB_OPTIONS})
     if unknown:
@@ -191,7 +166,6 @@ def load_pipeline(
         index = dict(json.loads(file.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is not JSON of a pipeline: {error}") from error
-    # a class that the folder brings is named with its module, as components are
     kinds = {key: entry[1] if isinstance(entry, list) and len(entry) == 2 else entry for key, entry in index.items()}
     if kinds.get("_class_name") not in (ClassConditionalPipeline.__name__, pipeline_class.__name__):
         raise ValueError(f"{folder} holds a {kinds.get('_class_name')}, but must hold a ClassConditionalPipeline")
@@ -211,27 +185,17 @@ def load_pipeline(
     return pipeline
 
 
-# The client's connection errors are those of the HTTP library that it is built on, which has changed twice: the base
-# class of its own errors names it. Not all of them are OSErrors.
-_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)
+# Not all connection errors are OSErrors: they are those of the client's HTTP library, which has changed twice.
+_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__)
 
 
 def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path:
-    """The local snapshot of a repository's files of these patterns, as `huggingface_hub.snapshot_download` takes them.
-
-    The options are further arguments of that function, such as ``revision``.
-
-    Raises:
-        OSError: With one sentence that says why, whatever the Hub's client raises.
-    """
+    """As `huggingface_hub.snapshot_download` of these patterns; OSError, in a sentence, whatever the client raises."""
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
-    except errors.HFValidationError as error:
-        raise OSError(f"{repo_id} is not a folder, and cannot be the id of a Hub repository either") from error
     except _HUB_ERRORS as error:
         raise OSError(f"{repo_id} is not a folder, and cannot be loaded from the Hub: {_reason(error)}") from error
-    # The Hub's client compares sizes alone. The cache calls large files by the SHA-256 that the Hub announced; without
-    # links in it (Windows without developer mode) there is nothing to compare with.
+    # the client compares sizes alone; where its cache has links, large files are called by the announced SHA-256
     for file in sorted(folder.rglob("*.safetensors")):
         # .../blobs/<digest>; one step only, because a blob may be a link itself
         announced = file.readlink() if file.is_symlink() else Path()
@@ -240,27 +204,26 @@ def download_snapshot(repo_id: str, patterns: list[str], **options: Any) -> Path
         with file.open("rb") as opened:
             digest = sha_fileobj(opened).hex()
         if digest != announced.name:
-            raise OSError(
-                f"{file} is damaged: its SHA-256 is {digest}, but the Hub announced {announced.name}; load it once"
-                " more with force_download=True"
-            )
+            told = f"its SHA-256 is {digest}, but the Hub announced {announced.name}; pass force_download=True"
+            raise OSError(f"{file} is damaged: {told}")
     return folder
 
 
-def _reason(error: BaseException) -> str:
+_REASONS: dict[type[Exception], str] = {
+    errors.HFValidationError: "this cannot be the id of a repository",
+    errors.GatedRepoError: "it is gated; accept its conditions on its page, and give your token (hf auth login)",
+    errors.RepositoryNotFoundError: "there is none of that name, or it is private and needs a token (hf auth login)",
+    errors.RevisionNotFoundError: "it has no such revision",
+}
+
+
+def _reason(error: Exception) -> str:
     """Why a repository could not be downloaded, in a part of a sentence."""
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
     first_line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-    match error:
-        case errors.GatedRepoError():
-            return "it is gated; accept its conditions on its page, then give your token (token=..., or hf auth login)"
-        case errors.RepositoryNotFoundError():
-            return "there is none of that name, or it is private and needs a token (token=..., or hf auth login)"
-        case errors.RevisionNotFoundError():
-            return "it has no such revision"
-        case errors.LocalEntryNotFoundError():
-            offline = isinstance(cause, errors.OfflineModeIsEnabled)
-            why = f"the Hub does not answer as it should ({first_line})"
-            why = "HF_HUB_OFFLINE is set" if offline else "local_files_only is set" if cause is None else why
-            return f"{why}, and the cache has no whole copy"
-    return first_line
+    if cause is not error:
+        offline = isinstance(cause, errors.OfflineModeIsEnabled)
+        why = f"the Hub does not answer as it should ({first_line})"
+        why = "HF_HUB_OFFLINE is set" if offline else "local_files_only is set" if cause is None else why
+        return f"{why}, and the cache has no whole copy"
+    return next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), first_line)

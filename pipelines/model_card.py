@@ -1,7 +1,4 @@
-"""What a repository on the Hub gets beside the model: a card with its facts, and everything in one commit.
-
-diffusers' own card says nothing of the model, and its upload may come in several commits, a half model in between.
-"""
+"""What a repository on the Hub gets beside the model: a card with its facts, and everything in one commit."""
 
 import hashlib
 import inspect
@@ -39,8 +36,16 @@ def write_model_card(
 ) -> Path:
     """Writes ``README.md``, and ``samples.png`` where samples are given, to a pipeline's folder; the card's file.
 
-    ``pipeline.save_pretrained(folder, push_to_hub=True, repo_id=...)`` uploads both with the pipeline. ``samples`` is
-    a grid of images, such as `image_grid` makes; the facts are further arguments of `create_model_card`.
+    ``pipeline.save_pretrained(folder, push_to_hub=True, repo_id=...)`` uploads both with the pipeline.
+
+    Args:
+        pipeline: What the card is about.
+        folder: Where it is saved.
+        samples: A grid of images, such as `image_grid` makes.
+        facts: ``repo_id``, ``"user/name"`` on the Hub, for the card's code; pushing a folder fills it in where it is
+            not known. ``training_facts``: what to say of the training, name -> value. ``eval_results``: scores, whose
+            ``metric_args`` should hold all that is needed to compare them (number of images, steps, guidance,
+            reference, seed). ``datasets``: ids on the Hub. ``license``: that of the repository, as the Hub calls it.
     """
     card = create_model_card(pipeline, has_samples=samples is not None, **facts)
     if samples is not None:
@@ -61,18 +66,7 @@ def create_model_card(
     datasets: Sequence[str] = (),
     license: str = "apache-2.0",
 ) -> ModelCard:
-    """The card of a pipeline.
-
-    Args:
-        pipeline: What the card is about.
-        repo_id: ``"user/name"`` on the Hub, for the card's code. Pushing a folder fills it in where it is not known.
-        has_samples: Whether ``samples.png`` lies beside the card.
-        training_facts: What to say of the training: name -> value.
-        eval_results: Scores. ``metric_args`` should hold all that is needed to compare them: number of images, steps,
-            guidance, reference, seed.
-        datasets: Ids on the Hub of what it was trained on.
-        license: Of the whole repository, as the Hub calls it. The source files in it are Apache-2.0.
-    """
+    """The card of a pipeline; the arguments are the facts of `write_model_card`."""
     unet, noise, id2label = pipeline.unet.config, pipeline.scheduler.config, pipeline.config.id2label or {}
     conditional, betas = unet.num_class_embeds is not None, noise.get("trained_betas")
     name = "Pixel-space diffusion" if repo_id is None else repo_id.rpartition("/")[2]
@@ -113,12 +107,10 @@ def create_model_card(
 
 
 def recipe_name(unet_config: Mapping[str, Any]) -> str | None:
-    """The recipe in ``configs`` that a network was made by, such as ``"res_res"``, or None for one of its own.
-
-    Image size, channels, classes, timesteps and drop-out do not matter; of the original's time encodings all are one.
-    """
+    """The recipe in ``configs`` that a network was made by, such as ``"res_res"``; None for one of its own."""
 
     def of_the_recipe(config: Mapping[str, Any], names: Sequence[str]) -> str:
+        # of the original's time encodings all are one
         values = json.dumps([config.get(name) for name in names if name not in _NOT_OF_THE_RECIPE])
         return re.sub(r"original_(interleaved|sine|alternating)", "original", values)
 
@@ -160,33 +152,18 @@ def push_folder(
     subfolder: str | None = None,
     leave_out: Collection[str] = (),
 ) -> CommitInfo:
-    """Uploads a folder that holds a saved pipeline. Hidden files stay where they are.
+    """Uploads a saved pipeline's folder in one commit, without hidden files and those at its top that are left out.
 
-    A ``README.md`` that somebody has written, or changed, in the repository stays. One that was made here and is
-    untouched gives way to the folder's. Where there is none, the folder's is uploaded, else one is made.
-
-    Args:
-        pipeline: What was saved to the folder; the card is made from it.
-        folder: The folder.
-        repo_id: Where to, ``"user/name"``; made where there is none.
-        commit_message, private, token, create_pr: As for `DiffusionPipeline.push_to_hub`.
-        subfolder: The folder in the repository; the card is for its root and left out then.
-        leave_out: Names of files and folders at the top of the folder that are not uploaded.
-
-    Raises:
-        huggingface_hub.errors.HfHubHTTPError: An OSError. The repository is as it was then, because all files come in
-            one commit, the last thing that is sent.
+    A ``README.md`` in the repository stays if somebody has written or changed it, and gives way to the folder's if it
+    was made here. Where neither has one, it is made of the pipeline.
     """
     api, folder = HfApi(token=token), Path(folder)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    additions: dict[str, str | bytes] = {  # name in the repository -> path or content
-        name.as_posix(): str(folder / name)
-        for name in names
-        if name.parts[0] not in leave_out and not any(part.startswith(".") for part in name.parts)
-    }
+    names = [name for name in names if name.parts[0] not in leave_out and not any(p[0] == "." for p in name.parts)]
+    additions: dict[str, str | bytes] = {name.as_posix(): str(folder / name) for name in names}  # or the content
     own = additions.pop(CARD_NAME, None)
-    if subfolder is None:
+    if subfolder is None:  # the card is for the root
         card = None if own is None else Path(str(own)).read_text(encoding="utf-8")
         if not api.file_exists(repo_id, CARD_NAME):
             card = card or str(create_model_card(pipeline, repo_id=repo_id))

@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# Schedulers of diffusers that know the noise levels of the training and would generate wrong images all the same.
+# They know the noise levels of the training and would generate wrong images all the same.
 UNSUITABLE_SCHEDULERS = {
     "LCMScheduler": "it takes every prediction for a finished image, which only a network distilled for that gives",
     "CogVideoXDDIMScheduler": "it shifts the noise levels of the training, which this network does not know",
@@ -46,78 +46,62 @@ UNSUITABLE_SCHEDULERS = {
     "RePaintScheduler": "it fills a hole in a given image",
     "UnCLIPScheduler": "it must be told the previous timestep at every step",
 }
-# Such as those for flow matching, EDM and score networks, and tokens.
 _OF_ANOTHER_KIND = "it has no alphas_cumprod, the noise levels of the training, as flow matching and EDM do not"
 
-# Those that divide by the difference of two noise levels or take its logarithm. Two steps at one level, which the
-# original program's schedule has at its end, turn their images into NaN.
+# They divide by the difference of two noise levels or take its logarithm: two steps at one level give NaN.
 _NEED_DIFFERENT_NOISE_LEVELS = {
     *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"),
     *("LMSDiscreteScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
 }
 
-# A first step that multiplies errors of the noise prediction by more than this generates nothing recognisable. Those
-# of the original program stay below 160.
+# Of errors of the noise prediction; with more nothing can be recognised. The original program stays below 160.
 _MAX_FIRST_STEP_GAIN = 1000.0
 
 
 def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
     """Raises ValueError for a scheduler, or a class of them, that cannot generate with a network of this kind."""
-    scheduler_class = scheduler if isinstance(scheduler, type) else type(scheduler)
-    knows_levels = hasattr(scheduler, "alphas_cumprod")
-    if scheduler is scheduler_class:
-        knows_levels = "trained_betas" in inspect.signature(scheduler_class.__init__).parameters
-    names = (base.__name__ for base in scheduler_class.__mro__ if base.__name__ in UNSUITABLE_SCHEDULERS)
+    kind = scheduler if isinstance(scheduler, type) else type(scheduler)
+    accepted = inspect.signature(kind.__init__).parameters if kind is scheduler else ()
+    knows_levels = hasattr(scheduler, "alphas_cumprod") or "trained_betas" in accepted
+    names = (base.__name__ for base in kind.__mro__ if base.__name__ in UNSUITABLE_SCHEDULERS)
     reason = UNSUITABLE_SCHEDULERS.get(next(names, ""), None if knows_levels else _OF_ANOTHER_KIND)
     if reason is not None:
-        raise ValueError(
-            f"{scheduler_class.__name__} cannot generate with this network: {reason}; take UniPCMultistepScheduler"
-        )
+        raise ValueError(f"{kind.__name__} cannot generate with this network: {reason}; take UniPCMultistepScheduler")
 
 
 def _check_noise_levels(scheduler: SchedulerMixin) -> None:
-    """Whether a stock scheduler can step over the noise levels that it chose; ours can step over all."""
+    """Refuses noise levels that a stock scheduler chose and cannot step over; ours can step over all."""
     timesteps = scheduler.timesteps.detach().cpu()
     steps = getattr(scheduler, "num_inference_steps", len(timesteps))
     name, names = type(scheduler).__name__, {base.__name__ for base in type(scheduler).__mro__}
     if not timesteps.isfinite().all():
-        raise ValueError(
-            f"{name} finds no {steps} timesteps on this noise schedule, whose last level is too high for it: take more"
-            " steps, or timestep_spacing='leading'"
-        )
+        raise ValueError(f"{name} finds no {steps} timesteps on this noise schedule: take more, or 'leading' spacing")
     # schedulers of second order have a timestep of their own between any two
     visited = timesteps[:: getattr(scheduler, "order", 1)].to(torch.int64).clamp(0, len(scheduler.alphas_cumprod) - 1)
     levels = scheduler.alphas_cumprod.detach().cpu()[visited]
     equal = (levels[1:] == levels[:-1]).nonzero().flatten().tolist()
     # the upper end of a learned variance is a beta, whose logarithm is taken
     if equal and (names & _NEED_DIFFERENT_NOISE_LEVELS or _takes_learned_variance(scheduler)):
-        first, second = visited[equal[0] : equal[0] + 2].tolist()
-        raise ValueError(
-            f"{name} needs a different noise level at every step, but those of timesteps {first} and {second} are the"
-            f" same: take fewer than {steps} steps, or EulerDiscreteScheduler"
-        )
+        remedy = f"take fewer than {steps} steps, or EulerDiscreteScheduler"
+        raise ValueError(f"{name} needs a different noise level at every step, but two are the same: {remedy}")
     # x_0 = (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t), and the next sample has sqrt(abar_next) of it
     gain = ((levels[1] if len(levels) > 1 else 1.0) / levels[0]) ** 0.5
     if scheduler.config.get("prediction_type") == "epsilon" and gain > _MAX_FIRST_STEP_GAIN:
-        logger.warning(
-            f"the first of {steps} steps of {name}, from timestep {visited[0].item()}, multiplies errors of the noise"
-            f" prediction by {gain:.0f}: take timestep_spacing='leading'"
-        )
+        told = f"the first step, from timestep {visited[0].item()}, multiplies errors of the noise prediction by"
+        logger.warning(f"{name}: {told} {gain:.0f}; take timestep_spacing='leading'")
 
 
 def _takes_learned_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler's step takes (batch, 2 * channels, ...): by its class, as from_config carries any option."""
+    """Whether a scheduler's step takes 2 * channels: by its class, as from_config carries any option."""
     if not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
         return getattr(scheduler, "accepts_learned_variance", False)
     if scheduler.config.variance_type == "learned":
-        raise ValueError(
-            "the scheduler's variance_type is 'learned', but the network predicts 'learned_range': change its config"
-        )
+        raise ValueError("the scheduler's variance_type is 'learned', but the network predicts 'learned_range'")
     return scheduler.config.variance_type == "learned_range"
 
 
 # diffusers checks a component that from_pretrained is given against the class that the repository names, imported by
-# the name of its file. Stand-ins with the right base classes let it pass; stored components come from their own files.
+# the name of its file: stand-ins with the right base classes let it pass.
 for _file, _name, _base in (
     ("unet_class_conditional", "ClassConditionalUNet2DModel", ModelMixin),
     ("scheduling_ddim_eta", "EtaDDIMScheduler", SchedulerMixin),
@@ -133,10 +117,7 @@ for _file, _name, _base in (
 
 
 def _package_module(name: str) -> Any:
-    """A module beside this one; None where this file is a copy that was loaded from a repository.
-
-    Such a copy leaves the package alone even where it is installed: the two may be of different versions.
-    """
+    """A module beside this one; None where this file is a copy from a repository, maybe of another version."""
     package = __name__.rpartition(".")[0]
     # by name, because diffusers would look for what is imported relatively in the repository
     return importlib.import_module(f"{package}.{name}") if package == "imagenet64_diffusion.pipelines" else None
@@ -154,9 +135,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guide_variance: Whether guidance extrapolates the variance too, as the original program does; else the variance
             is that of the conditional branch.
 
-    Attributes:
-        timesteps: Those of the last or current call.
-        num_timesteps: How many there are.
+    During and after a call ``timesteps`` are its timesteps, and ``num_timesteps`` how many there are.
     """
 
     model_cpu_offload_seq = "unet"
@@ -202,8 +181,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"the name {label!r} stands for several classes: give the id, {whole}")
         return ids
 
-    def _class_ids(self, class_labels: int | str | Sequence[int | str | None] | torch.Tensor | None) -> list[int]:
-        """One class id for each label, the null class for None. For a network without classes they only count."""
+    def _class_ids(self, class_labels: Any) -> list[int]:
+        """One class id for each label, the null class for None; without classes they only count."""
         num_classes = self.unet.config.num_class_embeds
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
@@ -216,10 +195,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for label in labels:
             index = self.get_label_ids(label)[0] if isinstance(label, str) else label
             if index is not None and not 0 <= index <= num_classes:
-                raise ValueError(
-                    f"class label {label} is out of range: ids go from 0 to {num_classes - 1}, and {num_classes} or"
-                    " None is the null class"
-                )
+                known = f"ids go from 0 to {num_classes - 1}, and {num_classes} or None is the null class"
+                raise ValueError(f"class label {label} is out of range: {known}")
             ids.append((num_classes or 0) if index is None else int(index))
         return ids
 
@@ -249,8 +226,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Generates images.
 
         Args:
-            class_labels: Class ids or names, one or several. None, as a whole or for single images, is the null
-                class: an image without class.
+            class_labels: Class ids or names, one or several. None is the null class: an image without class.
             num_images_per_label: How many images of each; those of one label follow one another.
             guidance_scale: g in null + g (conditional - null) (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598,
                 equation 6, with g = 1 + w). Up to 1 the conditional branch runs alone.
@@ -279,30 +255,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
         null_class, channels = self.unet.config.num_class_embeds, self.unet.config.in_channels
         can_guide = null_class is not None and any(index != null_class for index in class_ids)
         interval, num_images = guidance_interval, len(class_ids)
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        num_generators = len(generator) if isinstance(generator, (list, tuple)) else None
-        for is_wrong, message in (
-            (num_images_per_label < 1, f"num_images_per_label is {num_images_per_label}, but must be at least 1"),
-            (
-                len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0,
-                f"guidance_interval is {interval}, but must be two fractions of the steps, 0 <= begin <= end <= 1",
-            ),
-            (output_type not in OUTPUT_TYPES, f"output_type is {output_type!r}, but must be one of {OUTPUT_TYPES}"),
-            (
-                output_type == "pil" and channels not in (1, 3, 4),
-                f"output_type 'pil' cannot hold images of {channels} channels: take 'np' or 'pt'",
-            ),
-            (
-                num_generators not in (None, num_images),
-                f"generator is a list of {num_generators}, but must be one, or one for each of {num_images} images",
-            ),
-            (
-                bool(unknown),
-                f"callback_on_step_end_tensor_inputs has {unknown}, but must be of {self._callback_tensor_inputs}",
-            ),
+        given, known = list(callback_on_step_end_tensor_inputs), self._callback_tensor_inputs
+        num_generators = len(generator) if isinstance(generator, (list, tuple)) else num_images
+        is_interval = len(interval) == 2 and 0.0 <= interval[0] <= interval[1] <= 1.0
+        fits = output_type != "pil" or channels in (1, 3, 4)
+        for name, value, is_right, wanted in (
+            ("num_images_per_label", num_images_per_label, num_images_per_label >= 1, "at least 1"),
+            ("guidance_interval", interval, is_interval, "two fractions of the steps, 0 <= begin <= end <= 1"),
+            ("output_type", repr(output_type), output_type in OUTPUT_TYPES, f"one of {OUTPUT_TYPES}"),
+            ("output_type", "'pil'", fits, f"'np' or 'pt' for images of {channels} channels"),
+            ("generator", f"a list of {num_generators}", num_generators == num_images, f"one, or of {num_images}"),
+            ("callback_on_step_end_tensor_inputs", given, {*given} <= {*known}, f"of {known}"),
         ):
-            if is_wrong:
-                raise ValueError(message)
+            if not is_right:
+                raise ValueError(f"{name} is {value}, but must be {wanted}")
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         # 2. Timesteps, and which of them are guided; 0.29 * 100 is a little less than 29.
@@ -368,10 +334,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def prepare_scheduler(
         self, num_inference_steps: int = 100, timesteps: Sequence[int] | None = None, clip_sample: bool | None = None
     ) -> SchedulerMixin:
-        """The scheduler that a call with these arguments steps with, its timesteps set; they are `timesteps` then.
-
-        ValueError if the scheduler is not one for this network, or cannot take these arguments.
-        """
+        """The scheduler that a call with these arguments steps with, its timesteps set; they are `timesteps` then."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         check_scheduler(scheduler)
         if clip_sample is not None:
@@ -395,13 +358,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> None:
         """Writes a folder that `DiffusionPipeline.from_pretrained` loads where this package is not installed.
 
-        diffusers writes the names of modules that only an installation has. Here the source files of the pipeline and
-        of components that are not diffusers' own lie in the folder, and ``model_index.json`` names them. Arguments are
-        those of `DiffusionPipeline.save_pretrained`. With ``push_to_hub=True`` the folder is uploaded, with the
-        ``README.md`` and the images in it.
-
-        Raises:
-            ValueError: If a component's class is defined in no file.
+        The source files of the pipeline and of components that are not diffusers' own lie in it, and
+        ``model_index.json`` names them. Arguments are those of `DiffusionPipeline.save_pretrained`. With
+        ``push_to_hub=True`` the folder is uploaded, with the ``README.md`` and the images in it. ValueError if a
+        component's class is defined in no file.
         """
         hub_options = ("repo_id", "commit_message", "private", "token", "create_pr")
         hub_arguments = {name: kwargs.pop(name) for name in hub_options if name in kwargs}
@@ -421,15 +381,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
             repo_id = hub_arguments.pop("repo_id", folder.resolve().name)
             if (package := _package_module("model_card")) is not None:
                 package.push_folder(self, folder, repo_id, **hub_arguments)
-            else:
-                # goes through save_pretrained once more, so that what is uploaded is complete
+            else:  # through save_pretrained once more, so that what is uploaded is complete
                 self.push_to_hub(repo_id, **hub_arguments)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Uploads what `save_pretrained` writes, and a model card where the repository has none, in one commit.
 
-        A pipeline whose class was loaded from a repository's own files uploads as every diffusers pipeline does, with
-        diffusers' card. Arguments and result are those of `DiffusionPipeline.push_to_hub`.
+        Without the package it uploads as every diffusers pipeline does, with diffusers' card. Arguments and result are
+        those of `DiffusionPipeline.push_to_hub`.
         """
         if (package := _package_module("model_card")) is not None:
             return package.push_pipeline(self, repo_id, *args, **kwargs)
@@ -437,11 +396,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ClassConditionalPipeline":
-        """Loads a pipeline from a folder or from the Hub.
-
-        With the package installed its own classes are used, and no code of the repository runs. Arguments are those of
-        `load_pipeline` then, and those of `DiffusionPipeline.from_pretrained` otherwise.
-        """
+        """Loads a pipeline from a folder or from the Hub; with the package see `load_pipeline`."""
         if (package := _package_module("loading")) is not None:
             return package.load_pipeline(pretrained_model_name_or_path, pipeline_class=cls, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -453,28 +408,24 @@ def _step_arguments(scheduler: SchedulerMixin, eta: float, generator: Any) -> di
     if "eta" not in accepted and eta != 0.0:
         logger.warning(f"eta is {eta}, but {type(scheduler).__name__} takes no eta: it has no effect")
     if "generator" not in accepted and scheduler.config.get("noise_sampler_seed", 0) is None:
-        # it takes seeds, one or one for each image, and without them torch's global generator
+        # it takes seeds, one or one for each image; from copies, so that the starting noise is that of every scheduler
         several = isinstance(generator, (list, tuple))
-        scheduler.noise_sampler_seed = list(map(_seed_from, generator)) if several else _seed_from(generator)
+        copies = [each.clone_state() for each in (generator if several else [generator]) if each is not None]
+        seeds = [int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device)) for copy in copies]
+        scheduler.noise_sampler_seed = seeds if several else next(iter(seeds), None)
     return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
-
-
-def _seed_from(generator: torch.Generator | None) -> int | None:
-    """A seed from a generator, which stays as it is, so that the starting noise is that of every scheduler."""
-    copy = None if generator is None else generator.clone_state()
-    return None if copy is None else int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device))
 
 
 def _carry_source(component_class: type, folder: Path) -> list[str]:
     """Copies the file that defines a class; what model_index.json then says of it."""
+    name = component_class.__name__
     try:
         source = Path(inspect.getfile(component_class))
     except (TypeError, OSError) as error:
         raise ValueError(
-            f"{component_class.__name__} is defined in no file that could be saved with the pipeline: move it to a"
-            " module of its own"
+            f"{name} is defined in no file that could be saved with the pipeline: move it to a module of its own"
         ) from error
     for file in (source, *map(Path, get_relative_import_files(source))):
         if file.is_file() and file.resolve() != (folder / file.name).resolve():
             shutil.copyfile(file, folder / file.name)
-    return [source.stem, component_class.__name__]
+    return [source.stem, name]

@@ -1,11 +1,4 @@
-"""The noise schedule of "Diffusion models from scratch", whose released checkpoints this package converts.
-
-Its cosine schedule clamps abar to [1e-10, 0.999], which no stock beta schedule does. Either scheduler of this package
-reproduces it with
-
-    trained_betas=original_cosine_betas(T), num_train_timesteps=T, set_alpha_to_one=False, max_beta=0.999
-    scheduler.set_timesteps(timesteps=original_timesteps(T, step_size))
-"""
+"""The noise schedule of "Diffusion models from scratch", which no stock beta schedule is."""
 
 import math
 from itertools import pairwise
@@ -17,10 +10,8 @@ def original_cosine_betas(num_train_timesteps: int = 1000) -> list[float]:
 
     abar(t) = clamp(f(t) / f(0), 1e-10, 0.999) for t = 1..T, with f(t) = cos^2(((t / T + 0.008) / 1.008) * pi / 2)
     (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 17); beta(1) = 1 - abar(1) and
-    beta(t) = 1 - abar(t) / abar(t - 1). Because of the upper clamp the betas after the first begin with zeros.
-
-    Returns:
-        T betas in [0, 1), in double precision; the first belongs to timestep 0. ValueError if T is less than 1.
+    beta(t) = 1 - abar(t) / abar(t - 1). Because of the upper clamp the betas after the first begin with zeros. The
+    first belongs to timestep 0.
     """
     if num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps is {num_train_timesteps}, but must be at least 1.")
@@ -35,15 +26,8 @@ def original_cosine_betas(num_train_timesteps: int = 1000) -> list[float]:
 def original_timesteps(num_train_timesteps: int, step_size: int) -> list[int]:
     """Timesteps that the original visits with a step size, counted from 0 as in diffusers.
 
-    The original asks its models at t = 1, 1 + s, 1 + 2s, ... <= T in reversed order, which here is one less each.
-    `step_size` need not divide T.
-
-    Args:
-        num_train_timesteps: Number of diffusion steps T.
-        step_size: Distance s between two timesteps; ValueError if it is not in [1, T].
-
-    Returns:
-        The timesteps in descending order, the last being 0.
+    With a step size s in [1, T], which need not divide T, it asks its models at t = ..., 1 + 2s, 1 + s, 1, which here
+    is one less each.
     """
     if not 1 <= step_size <= num_train_timesteps:
         raise ValueError(f"step_size is {step_size}, but must lie in [1, {num_train_timesteps}].")
@@ -51,10 +35,7 @@ def original_timesteps(num_train_timesteps: int, step_size: int) -> list[int]:
 
 
 def original_cosine_options(num_train_timesteps: int = 1000) -> dict[str, Any]:
-    """The options by which a scheduler of ours samples as the original program does on its cosine schedule.
-
-    All that matter are named, because from_config carries only what is named into other schedulers.
-    """
+    """The options by which a scheduler of ours samples as the original program; from_config carries what is named."""
     return {
         "num_train_timesteps": num_train_timesteps,
         "trained_betas": original_cosine_betas(num_train_timesteps),

@@ -1,12 +1,8 @@
 """DDIM with eta and DDPM with a learned variance, on tables of double precision, never waiting for the device.
 
-One file that imports torch and diffusers only, so that a repository on the Hub can carry it beside its configuration.
-
-References:
-    Song et al. 2020, Denoising Diffusion Implicit Models, https://arxiv.org/abs/2010.02502
-    Ho et al. 2020, Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2006.11239
-    Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, https://arxiv.org/abs/2102.09672
-    Salimans & Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, https://arxiv.org/abs/2202.00512
+The file imports torch and diffusers only: a repository on the Hub carries it. Song et al. 2020 is
+https://arxiv.org/abs/2010.02502, Ho et al. 2020 https://arxiv.org/abs/2006.11239, Nichol & Dhariwal 2021
+https://arxiv.org/abs/2102.09672, and Salimans & Ho 2022 https://arxiv.org/abs/2202.00512.
 """
 
 import math
@@ -36,7 +32,7 @@ MIN_VARIANCE = 1e-10  # lower clamp of a step's beta, and of the variances whose
 
 
 class StepCoefficients(NamedTuple):
-    """What a step needs to know of its timestep, float64 tensors of shape () or (batch,); abar is `alphas_cumprod`."""
+    """What a step needs to know of its timestep, float64 tensors of shape (); abar is `alphas_cumprod`."""
 
     signal_rate: torch.Tensor  # sqrt(abar_t)
     noise_rate: torch.Tensor  # sqrt(1 - abar_t)
@@ -60,10 +56,8 @@ def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> 
 class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
     """Options, tables of double precision, timesteps and variances of the schedulers of this package.
 
-    Attributes:
-        betas, alphas, alphas_cumprod: Tables of shape (num_train_timesteps,), float64 on the CPU.
-        timesteps: The active timesteps in descending order, int64; T - 1 ... 0 before `set_timesteps`.
-        accepts_learned_variance: Tells pipelines that `step` takes 2C channels, which most stock schedulers cannot.
+    ``betas``, ``alphas`` and ``alphas_cumprod`` are (num_train_timesteps,), float64 on the CPU; ``timesteps`` are the
+    active ones in descending order, int64. ``accepts_learned_variance`` tells pipelines that `step` takes 2C channels.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012
@@ -89,7 +83,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         variance_type: Literal["learned_range", "fixed_small", "fixed_large"] = "learned_range",
         max_beta: float = 1.0,
     ):
-        """Options have the names and meanings of the stock schedulers'.
+        """Options have the names and meanings of the stock schedulers'; ValueError for one that is out of its range.
 
         Args:
             num_train_timesteps: Number of timesteps of the training, T; they run from 0 to T - 1.
@@ -106,9 +100,6 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
                 (Nichol & Dhariwal 2021, eq. 15); an output of C channels gets "fixed_small" then.
             max_beta: Upper clamp in (0, 1] of a step's beta where it stands for a variance, not in the posterior mean:
                 1.0 in stock schedulers, 0.999 in "Diffusion models from scratch".
-
-        Raises:
-            ValueError: for an unknown name or a value out of its range.
         """
         self.max_beta = max_beta
         for name, choices in CHOICES.items():
@@ -135,10 +126,8 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         source = f"beta_start {beta_start} and beta_end {beta_end}" if trained_betas is None else "trained_betas"
         if self.betas.shape != (num_train_timesteps,):
-            raise ValueError(
-                f"trained_betas has shape {tuple(self.betas.shape)} and num_train_timesteps is {num_train_timesteps}, "
-                "but there must be one beta for each timestep."
-            )
+            shape = tuple(self.betas.shape)
+            raise ValueError(f"trained_betas has shape {shape} and num_train_timesteps is {num_train_timesteps}.")
         if not ((self.betas >= 0) & (self.betas < 1)).all():
             raise ValueError(f"{source} give betas in [{self.betas.min()}, {self.betas.max()}], not in [0, 1).")
         if not self.alphas_cumprod[-1] > 0:
@@ -189,9 +178,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         """
         total = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps} and timesteps is {timesteps}: give exactly one of them."
-            )
+            raise ValueError(f"num_inference_steps is {num_inference_steps} and timesteps is {timesteps}: give one.")
         if timesteps is not None:
             chosen = [_check_integer(f"timesteps[{i}]", t, 0, total - 1) for i, t in enumerate(timesteps)]
             if not chosen or any(t <= following for t, following in pairwise(chosen)):
@@ -208,14 +195,12 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
                 chosen = [round(i * ((total - 1) / max(steps - 1, 1))) for i in range(steps)]
             chosen.reverse()
             if chosen[0] >= total:
-                raise ValueError(
-                    f"steps_offset is {self.config.steps_offset}, so that the first timestep is {chosen[0]}."
-                )
+                raise ValueError(f"steps_offset is {self.config.steps_offset}: the first timestep is {chosen[0]}.")
         self.num_inference_steps = len(chosen)
         self._activate(chosen, device)
 
     def _activate(self, timesteps: list[int], device: str | torch.device | None) -> None:
-        """Makes a list of timesteps the active one, and computes the coefficients of every timestep under it."""
+        """Makes timesteps the active ones, and computes the coefficients of every timestep under them."""
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
         # the previous timestep is the largest of the list that is smaller, for members of the list and all others
         ascending = torch.tensor(timesteps[::-1])
@@ -246,37 +231,32 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
     def _table(self, device: torch.device) -> torch.Tensor:
         """The coefficients on a device, shape (num_train_timesteps, number of coefficients)."""
         if device not in self._tables:
-            # there is no float64 on Apple's devices
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's devices have not
             self._tables[device] = self._tables[torch.device("cpu")].to(device, dtype=dtype)
         return self._tables[device]
 
-    def _step_coefficients(self, timestep: int | torch.Tensor, device: torch.device) -> StepCoefficients:
-        """Coefficients of one timestep as tensors of shape (), usable beside tensors on the device."""
+    def _prepare(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+    ) -> tuple[StepCoefficients, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Coefficients, prediction, interpolation of the variance or None, and sample, in what to compute in."""
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(_check_integer("timestep", timestep, 0, self.config.num_train_timesteps - 1))
         elif timestep.numel() != 1 or timestep.is_floating_point():
             raise ValueError(f"timestep is a tensor of {tuple(timestep.shape)} {timestep.dtype}, not of one integer.")
-        # subscripting with a tensor on the device would copy it to the host and wait; index_select does not
+        # subscripting with a tensor on the device would wait for it; index_select does not
         row = self._table(timestep.device).index_select(0, timestep.reshape(1).to(torch.int64)).squeeze(0)
         if row.device.type != "cpu":
-            # tensors of shape () on the CPU go with any device, those on a device only with their own
-            row = row.to(device)
-        elif device.type == "mps":
+            row = row.to(sample.device)  # tensors of shape () on the CPU go with any device, others with their own
+        elif sample.device.type == "mps":
             row = row.to(torch.float32)
-        return StepCoefficients(*row.unbind())
 
-    def _split_model_output(
-        self, model_output: torch.Tensor, sample: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Prediction and variance interpolation of a model output, both (batch, channels, height, width)."""
         (batch, channels, *size), shape = sample.shape, tuple(model_output.shape)
         if shape not in ((batch, channels, *size), (batch, 2 * channels, *size)):
-            raise ValueError(
-                f"model_output has shape {shape} for a sample of shape {tuple(sample.shape)}, but must have {channels}"
-                f" channels (prediction) or {2 * channels} (with variance), else the same shape."
-            )
-        return model_output[:, :channels], None if shape[1] == channels else model_output[:, channels:]
+            wanted = f"{channels} channels (prediction) or {2 * channels} (with variance), else the same shape"
+            raise ValueError(f"model_output has shape {shape} for a sample of {tuple(sample.shape)}, not {wanted}.")
+        output = model_output.to(torch.promote_types(sample.dtype, torch.float32))
+        interpolation = None if shape[1] == channels else output[:, channels:]
+        return StepCoefficients(*row.unbind()), output[:, :channels], interpolation, sample.to(output.dtype)
 
     def _predict_original(self, prediction: torch.Tensor, sample: torch.Tensor, c: StepCoefficients) -> torch.Tensor:
         """The clean sample that a prediction stands for, clipped if the config says so."""
@@ -290,9 +270,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
             original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return original
 
-    def _standard_deviation(
-        self, interpolation: torch.Tensor | None, c: StepCoefficients, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _standard_deviation(self, interpolation: torch.Tensor | None, c: StepCoefficients) -> torch.Tensor:
         """Standard deviation of a step's noise: shape () if fixed, (batch, channels, height, width) if learned."""
         if self.config.variance_type == "fixed_large":
             deviation = c.beta.sqrt()
@@ -300,26 +278,24 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
             deviation = c.beta_tilde.sqrt()
         else:
             # Nichol & Dhariwal 2021, eq. 15, with the interpolation in [-1, 1] as the models of diffusers give it
-            fraction = (interpolation.to(dtype) + 1) / 2
+            fraction = (interpolation + 1) / 2
             log_variance = fraction * c.beta.log() + (1 - fraction) * c.beta_tilde.clamp(min=MIN_VARIANCE).log()
             deviation = (0.5 * log_variance.clamp(-30, 30)).exp()
         return (c.previous_noise_variance > 0) * deviation  # a step to a clean sample adds none
 
     def _sample_noise(
-        self, sample: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None, dtype: torch.dtype
+        self, sample: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
     ) -> torch.Tensor:
         """Standard normal noise of the sample's shape; from a list of generators, one for each image."""
         if isinstance(generator, list) and len(generator) != sample.shape[0]:
             raise ValueError(f"generator is a list of {len(generator)}, not one for each image: {sample.shape[0]}.")
-        return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
+        return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 
     def _rates(self, timesteps: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(abar) and sqrt(1 - abar) for a batch of timesteps, shaped to go with the sample."""
         if timesteps.is_floating_point() or timesteps.numel() not in (1, sample.shape[0]):
-            raise ValueError(
-                f"timesteps is a tensor of {tuple(timesteps.shape)} {timesteps.dtype}, but must hold one integer for "
-                f"each image: {sample.shape[0]}."
-            )
+            found = f"a tensor of {tuple(timesteps.shape)} {timesteps.dtype}"
+            raise ValueError(f"timesteps is {found}, but must hold one integer for each image: {sample.shape[0]}.")
         index = timesteps.flatten().to(device=sample.device, dtype=torch.int64)
         rates = self._table(sample.device).index_select(0, index)[:, :2]
         rates = rates.to(torch.promote_types(sample.dtype, torch.float32))
@@ -329,10 +305,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Noisy samples, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4).
 
-        Args:
-            original_samples: Clean samples, shape (batch, channels, height, width).
-            noise: Standard normal noise of the same shape.
-            timesteps: Integers in [0, num_train_timesteps), shape (batch,), or one for all.
+        Samples and noise are (batch, channels, height, width), timesteps integers, (batch,), or one for all.
         """
         signal_rate, noise_rate = self._rates(timesteps, original_samples)
         return (signal_rate * original_samples + noise_rate * noise).to(original_samples.dtype)
@@ -347,10 +320,10 @@ class EtaDDIMScheduler(LearnedVarianceScheduler):
     """DDIM (Song et al. 2020) from deterministic (eta 0) to the noise of DDPM (eta 1), its variance learned or fixed.
 
     It differs from the stock `DDIMScheduler`: a model output may have C or 2C channels, and a learned variance is used
-    for the noise of eta > 0. Tables are double precision, and betas of 0 are allowed (their logarithm is taken at
-    1e-10). The previous timestep is looked up in the list of timesteps, so that every spacing and custom lists work,
-    and `step` may be called in any order. It never waits for the device. Noise is added at every step but one that
-    ends at abar = 1. With S = eta^2 it samples as "Diffusion models from scratch", whose "DDIM scale" is S.
+    for the noise of eta > 0. Betas may be 0 (their logarithm is taken at 1e-10). The previous timestep is looked up in
+    the list, so that every spacing and custom lists work, and `step` may be called in any order. Noise is added at
+    every step but one that ends at abar = 1. With S = eta^2 it samples as "Diffusion models from scratch", whose "DDIM
+    scale" is S.
     """
 
     def step(
@@ -381,9 +354,6 @@ class EtaDDIMScheduler(LearnedVarianceScheduler):
 
         Returns:
             The previous sample and the predicted clean sample, both in the shape and dtype of the sample.
-
-        Raises:
-            ValueError: if an argument does not fit, or generator and variance noise are both given.
         """
         if not isinstance(eta, numbers.Real) or not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta!r}, but must be a number in [0, 1].")
@@ -393,10 +363,7 @@ class EtaDDIMScheduler(LearnedVarianceScheduler):
             raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, not {tuple(sample.shape)}.")
 
         # 1. Look up the coefficients of this step, split the model output, and choose a precision to compute in.
-        c = self._step_coefficients(timestep, sample.device)
-        prediction, interpolation = self._split_model_output(model_output, sample)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        prediction, x_t = prediction.to(dtype), sample.to(dtype)
+        c, prediction, interpolation, x_t = self._prepare(model_output, timestep, sample)
 
         # 2. Predict the clean sample x_0 (Song et al. 2020, eq. 9), clip it, and predict the noise.
         original = self._predict_original(prediction, x_t, c)
@@ -419,8 +386,8 @@ class EtaDDIMScheduler(LearnedVarianceScheduler):
         # 5. Random noise of eta times the fixed or learned (Nichol & Dhariwal 2021, eq. 15) standard deviation.
         if eta > 0:
             if variance_noise is None:
-                variance_noise = self._sample_noise(sample, generator, dtype)
-            previous = previous + eta * self._standard_deviation(interpolation, c, dtype) * variance_noise.to(dtype)
+                variance_noise = self._sample_noise(x_t, generator)
+            previous = previous + eta * self._standard_deviation(interpolation, c) * variance_noise.to(x_t.dtype)
 
         previous, original = previous.to(sample.dtype), original.to(sample.dtype)
         return DDIMSchedulerOutput(previous, original) if return_dict else (previous, original)
@@ -446,20 +413,16 @@ class LearnedVarianceDDPMScheduler(LearnedVarianceScheduler):
         Arguments, result and errors are those of [`EtaDDIMScheduler.step`]. Noise is sampled at every step.
         """
         # 1. Look up the coefficients of this step, split the model output, and choose a precision to compute in.
-        c = self._step_coefficients(timestep, sample.device)
-        prediction, interpolation = self._split_model_output(model_output, sample)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        x_t = sample.to(dtype)
+        c, prediction, interpolation, x_t = self._prepare(model_output, timestep, sample)
 
         # 2. Predict the clean sample x_0 (Ho et al. 2020, eq. 15) and clip it.
-        original = self._predict_original(prediction.to(dtype), x_t, c)
+        original = self._predict_original(prediction, x_t, c)
 
         # 3. Mean of the posterior q(x_prev | x_t, x_0) (Ho et al. 2020, eq. 7).
         mean = c.posterior_original * original + c.posterior_sample * x_t
 
         # 4. Add noise of the fixed (Ho et al. 2020, section 3.2) or learned variance (Nichol & Dhariwal 2021, eq. 15).
-        deviation = self._standard_deviation(interpolation, c, dtype)
-        previous = mean + deviation * self._sample_noise(sample, generator, dtype)
+        previous = mean + self._standard_deviation(interpolation, c) * self._sample_noise(x_t, generator)
 
-        result = previous.to(sample.dtype), original.to(sample.dtype)
-        return DDPMSchedulerOutput(*result) if return_dict else result
+        previous, original = previous.to(sample.dtype), original.to(sample.dtype)
+        return DDPMSchedulerOutput(previous, original) if return_dict else (previous, original)

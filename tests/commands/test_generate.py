@@ -93,19 +93,14 @@ def test_random_classes_come_from_the_seed(model, tmp_path):
     chosen = []
     for seed in (1, 1, 2):
         arguments = ["--num_images", 20, "--seed", seed, "--num_inference_steps", 1, "--animation", "false"]
+        arguments += ["--scheduler", "HeunDiscrete", "--dtype", "bfloat16"]
         run("--model", model, *arguments, "--output_dir", tmp_path / "out")
         chosen.append([image["class_label"] for image in manifest_of(tmp_path / "out")["images"]])
     assert chosen[0] == chosen[1] != chosen[2]
     assert set(chosen[0]) == {0, 1, 2}
     assert "denoising.gif" not in names(tmp_path / "out")
-
-
-@pytest.mark.parametrize("scheduler", ["DPMSolverMultistep", "LearnedVarianceDDPM", "HeunDiscreteScheduler"])
-def test_schedulers(model, tmp_path, scheduler):
-    arguments = ["--scheduler", scheduler, "--num_inference_steps", 3, "--num_images", 2, "--dtype", "bfloat16"]
-    run("--model", model, *arguments, "--output_dir", tmp_path)
-    assert manifest_of(tmp_path)["scheduler"]["class"].startswith(scheduler)
-    assert pixels(tmp_path, "00000.png").std() > 1
+    assert manifest_of(tmp_path / "out")["scheduler"]["class"] == "HeunDiscreteScheduler"
+    assert pixels(tmp_path / "out", "00000.png").std() > 1
 
 
 def test_writes_over_its_own_and_nothing_else(model, tmp_path):
@@ -126,7 +121,6 @@ def test_writes_over_its_own_and_nothing_else(model, tmp_path):
     [
         (["--class_labels", "tabbi"], "error: there is no class named 'tabbi'; did you mean 'tabby'"),
         (["--class_labels", "3"], "error: class label 3 is out of range: ids go from 0 to 2"),
-        (["--class_labels", "-1"], "error: class label -1 is out of range"),
         (["--class_labels", "all", "1"], "error: class_labels names 'all' among others, but it must stand alone"),
         (["--scheduler", "Magic"], "error: there is no scheduler named 'Magic'"),
         (["--num_inference_steps", "0"], "error: num_inference_steps is 0, but must be at least 1"),
@@ -233,9 +227,7 @@ def test_a_finished_run_is_not_generated_again_unless_the_model_has_changed(mode
         patch.setattr(ClassConditionalPipeline, "__call__", None)
         run(*arguments)
     before = pixels(tmp_path / "out", "00000.png")
-    pipeline = make_pipeline()
-    torch.nn.init.normal_(pipeline.unet.head.conv.weight, std=0.2)
-    pipeline.save_pretrained(copy)
+    make_pipeline(time_embed_dim=8).save_pretrained(copy)
     run(*arguments)
     assert (pixels(tmp_path / "out", "00000.png") != before).any()
 
@@ -253,14 +245,15 @@ def test_two_ranks_do_what_one_does(model, undisturbed, tmp_path):
     assert snapshot(tmp_path / "out") == snapshot(undisturbed)
 
 
-def test_a_rank_that_fails_does_not_leave_the_other_waiting(model, tmp_path):
-    """The second of two cannot write its images."""
+def test_a_rank_that_fails_stops_the_other(model, tmp_path):
+    """The second of two cannot write its first image; the first begins no further batch."""
     (tmp_path / "out" / ".writing.00002.png").mkdir(parents=True)
     ranks = start_two(model, tmp_path)
     assert all(process.end() != 0 for process in ranks)
     said = "".join(process.output() for process in ranks)
     assert said.count("error: ") == 1
     assert "process 1 of 2" in said
+    assert not (tmp_path / "out" / "00004.png").exists()
 
 
 def test_one_writer_at_a_time(model, tmp_path, monkeypatch, capsys):

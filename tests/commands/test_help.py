@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], type, str]] = {
         "output, source, images of imagefolder and dataset",
     ),
     "train_imagenet64.py": (train_imagenet64.main, TrainOptions, TRAIN_HEADINGS),
-    "generate_images.py": (generate_images.main, GenerateOptions, "model, images, output, sampling"),
+    "generate_images.py": (generate_images.main, GenerateOptions, "sampling, model, images, output"),
     "convert_checkpoints.py": (convert_checkpoints.main, ConvertOptions, "files, pipeline, back to the original, Hub"),
     **{
         f"evaluate_models.py {name}": (evaluate_models.main, evaluate_models.COMMANDS[name].options_class, headings)

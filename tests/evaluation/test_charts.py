@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from imagenet64_diffusion.evaluation.charts import best, make_sweep_charts, over_steps, short_names, trade_offs
-from imagenet64_diffusion.pipelines.sampler import Sampler
+from imagenet64_diffusion.pipelines.generation_options import Sampler
 
 
 DDIM, DDPM = Sampler("DDIM"), Sampler("DDPMScheduler", step_size=10, eta=1.0)

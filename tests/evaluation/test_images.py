@@ -12,8 +12,8 @@ from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.errors import DataError
 from imagenet64_diffusion.data.image_source import convert_image
 from imagenet64_diffusion.evaluation.images import GeneratedImages, count_classes, open_images
+from imagenet64_diffusion.pipelines.generation_options import Sampler
 from imagenet64_diffusion.pipelines.loading import load_pipeline
-from imagenet64_diffusion.pipelines.sampler import Sampler
 from imagenet64_diffusion.tests.components import make_pipeline, seeded
 
 from .conftest import make_pixels, write_images

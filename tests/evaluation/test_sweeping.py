@@ -6,7 +6,7 @@ import pytest
 
 from imagenet64_diffusion.evaluation.options import SweepOptions
 from imagenet64_diffusion.evaluation.sweeping import find_models, sampler_grid
-from imagenet64_diffusion.pipelines.sampler import Sampler
+from imagenet64_diffusion.pipelines.generation_options import Sampler
 
 
 def grid(**changes) -> list[Sampler]:
@@ -75,8 +75,8 @@ def test_a_grid_file(tmp_path):
         *((text, "samplers must be a list, each with names and values") for text in ("{}", "[]", "[1]")),
         ("- {steps: 3}", "names 'steps', but must be made of scheduler, num_inference_steps, step_size"),
         ("- {num_inference_steps: ten}", "num_inference_steps is 'ten', but must be a whole number"),
-        ("- {guidance_interval: [1]}", "guidance_interval is (1,), but must be two fractions"),
-        ("- {guidance_interval: 1}", "guidance_interval is 1, but must be two fractions"),
+        ("- {guidance_interval: [1]}", "guidance_interval is [1], but must be 2 numbers"),
+        ("- {guidance_interval: 1}", "guidance_interval is 1, but must be 2 numbers"),
     ],
 )
 def test_wrong_grid_files(tmp_path, text, message):

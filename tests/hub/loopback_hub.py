@@ -1,8 +1,4 @@
-"""A small Hub on this machine: repositories with commits, large files, tokens, and faults on request.
-
-It answers the routes that huggingface_hub calls to look up, download, create and commit to model repositories, the way
-the Hub does, down to status codes and headers. What is served is what was pushed, addressed by its content.
-"""
+"""A small Hub on this machine: the routes that huggingface_hub calls for models, answered as the Hub does."""
 
 import base64
 import hashlib
@@ -19,10 +15,8 @@ TOKEN = "hf_loopback"
 
 
 class Blob(NamedTuple):
-    """A file: its content, and whether it is kept as a large file, which is served from elsewhere."""
-
     content: bytes
-    is_large: bool = False
+    is_large: bool = False  # served from elsewhere then
 
     @property
     def git_oid(self) -> str:
@@ -35,8 +29,6 @@ class Blob(NamedTuple):
 
 @dataclass(frozen=True)
 class Commit:
-    """Files by name, and what was said of them."""
-
     files: Mapping[str, Blob]
     message: str
     parent: str | None = None
@@ -49,10 +41,8 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits by id, and what branches, tags and pull requests point to."""
-
     commits: dict[str, Commit] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)  # branches and pull requests -> commits
     private: bool = False
     gated: bool = False
 
@@ -64,7 +54,6 @@ class Repository:
 
     @property
     def files(self) -> Mapping[str, Blob]:
-        """Those of the main branch."""
         return self.commits[self.refs["main"]].files
 
 
@@ -75,28 +64,19 @@ class Request(NamedTuple):
     token: str | None
 
 
+@dataclass
 class LoopbackHub:
-    """The server, in a thread of its own while the ``with`` block lasts.
+    """The server, in a thread of its own while the ``with`` block lasts; ``url`` is what HF_ENDPOINT must be."""
 
-    Attributes:
-        url: What HF_ENDPOINT must be.
-        repositories: By id.
-        renamed: Old id -> new id.
-        uploaded: SHA-256 -> large files, as they came.
-        requests: All that were answered, in order.
-        faults: Method and part of a path -> the status that is answered instead.
-        replaced: SHA-256 of a large file -> what is sent in its place.
-        cut: SHA-256 of a large file -> after how many bytes the connection breaks, once.
-    """
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)  # old id -> new id
+    uploaded: dict[str, bytes] = field(default_factory=dict)  # SHA-256 -> large files, as they came
+    requests: list[Request] = field(default_factory=list)  # that were answered, in order
+    faults: dict[tuple[str, str], int] = field(default_factory=dict)  # method, part of a path -> the answered status
+    replaced: dict[str, bytes] = field(default_factory=dict)  # SHA-256 of a large file -> what is sent in its place
+    cut: dict[str, int] = field(default_factory=dict)  # likewise, after how many bytes the connection breaks, once
 
-    def __init__(self) -> None:
-        self.repositories: dict[str, Repository] = {}
-        self.renamed: dict[str, str] = {}
-        self.uploaded: dict[str, bytes] = {}
-        self.requests: list[Request] = []
-        self.faults: dict[tuple[str, str], int] = {}
-        self.replaced: dict[str, bytes] = {}
-        self.cut: dict[str, int] = {}
+    def __post_init__(self) -> None:
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -140,8 +120,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case "GET", ["cdn", digest]:
                 return self._send_large(digest)
             case "PUT", ["upload", digest]:
-                if hashlib.sha256(body).hexdigest() != digest:
-                    return self._answer({"error": "The content has another SHA-256"}, 400)
+                assert hashlib.sha256(body).hexdigest() == digest
                 hub.uploaded[digest] = body
                 return self._answer(b"")
             case "POST", [namespace, name, "info", "lfs", "objects", "batch"]:
@@ -206,8 +185,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body[: int(headers.get("X-Cut", len(body)))])
 
-    def log_message(self, *_) -> None:
-        """Keeps the requests out of the output of the tests."""
+    def log_message(self, *_) -> None: ...
 
     def _may_write(self) -> bool:
         if self.token != TOKEN:
@@ -215,7 +193,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self.token == TOKEN
 
     def _repository(self, repo_id: str, writes: bool) -> Repository | None:
-        """The repository, if it exists for who asks; otherwise the answer has been given."""
         repository = self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and self.token != TOKEN):
             # the Hub does not tell strangers which private repositories there are
@@ -241,14 +218,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_large(self, digest: str) -> None:
         commits = [commit for repository in self.hub.repositories.values() for commit in repository.commits.values()]
-        for blob in (blob for commit in commits for blob in commit.files.values()):
-            if blob.is_large and blob.oid == digest:
-                content = self.hub.replaced.get(digest, blob.content)
-                return self._send(content, {"ETag": f'"{digest}"'}, digest)
-        return self._answer({"error": "no such object"}, 404)
+        blobs = (blob for commit in commits for blob in commit.files.values())
+        content = next(blob.content for blob in blobs if blob.is_large and blob.oid == digest)
+        self._send(self.hub.replaced.get(digest, content), {"ETag": f'"{digest}"'}, digest)
 
     def _send(self, content: bytes, headers: Mapping[str, str], digest: str | None = None) -> None:
-        """Sends a file, or the range of it that is asked for."""
         total, start = len(content), 0
         headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
         if (ranged := self.headers.get("Range")) is not None:
@@ -295,10 +269,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 message = value["summary"]
             elif key == "file":
                 files[value["path"]] = Blob(base64.b64decode(value["content"]))
-            elif value["oid"] in self.hub.uploaded:
-                files[value["path"]] = Blob(self.hub.uploaded[value["oid"]], is_large=True)
             else:
-                return self._answer({"error": f"{value['path']}: the object was never uploaded"}, 400)
+                files[value["path"]] = Blob(self.hub.uploaded[value["oid"]], is_large=True)
         pull_request = None
         with self.hub.lock:
             if self.query.get("create_pr") == "1":

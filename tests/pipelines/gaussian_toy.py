@@ -23,13 +23,8 @@ SCHEDULES = ("original", "cosine")
 class GaussianToy(ModelMixin, ConfigMixin):
     """The exact prediction for Gaussian images, computed in float64, with the call of the class-conditional U-Net.
 
-    Args:
-        alphas_cumprod: The noise schedule. Between two timesteps the logarithm of the noise level is linear.
-        class_means: The mean of each class and, last, that of the null class.
-        standard_deviation: s, the same for all.
-        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
-        round_timesteps: Whether timesteps are rounded, as the time embeddings of the original program are.
-        prediction_error: Added to every prediction, for a network that is not perfect.
+    Between two timesteps the logarithm of the noise level is linear; ``round_timesteps`` is as the time embeddings of
+    the original program do. The last of the class means is that of the null class.
     """
 
     @register_to_config
@@ -40,12 +35,12 @@ class GaussianToy(ModelMixin, ConfigMixin):
         standard_deviation: float = 0.3,
         prediction_type: str = "epsilon",
         round_timesteps: bool = False,
-        prediction_error: float = 0.0,
         in_channels: int = 1,
-        sample_size: int = 32,
+        sample_size: int = 64,
         num_class_embeds: int = 3,
     ):
         super().__init__()
+        self.prediction_error = 0.0  # added to every prediction, for a network that is not perfect
         self.means = torch.nn.Parameter(torch.tensor(class_means), requires_grad=False)
         abar = torch.tensor(alphas_cumprod, dtype=torch.float64)
         self.log_noise_levels = -torch.logit(abar) / 2
@@ -70,16 +65,13 @@ class GaussianToy(ModelMixin, ConfigMixin):
         prediction = noise_rate * deviation
         if self.config.prediction_type == "v_prediction":
             prediction = signal_rate * prediction - noise_rate * (means + signal_rate * data_variance * deviation)
-        prediction = prediction + self.config.prediction_error
+        prediction = prediction + self.prediction_error
         # the lower end of the learned variance, that of the posterior
         return (torch.cat([prediction, -torch.ones_like(prediction)], dim=1).to(sample.dtype),)
 
 
 def make_gaussian_pipeline(schedule: str, **options) -> ClassConditionalPipeline:
-    """A pipeline as the converter makes it ("original") or the training ("cosine"); options go to the toy.
-
-    Nothing is clipped: a clipped Gaussian is none.
-    """
+    """A pipeline as the converter makes it ("original") or the training ("cosine"), without clipping."""
     if schedule == "original":
         scheduler = EtaDDIMScheduler(**original_cosine_options())
         options = {"round_timesteps": True, **options}
@@ -106,7 +98,7 @@ class GaussianSamples:
     standard_deviation: float
 
     def error(self, end: str) -> float:
-        """Root mean square distance from the solution of the ODE, as a fraction of the standard deviation."""
+        """Root mean square distance from the solution, as a fraction of the standard deviation."""
         return (self.images - self.ends[end]).square().mean().sqrt().item() / self.standard_deviation
 
     @property
@@ -123,10 +115,7 @@ class GaussianSamples:
 def sample_gaussian(
     pipeline: ClassConditionalPipeline, num_inference_steps: int, guidance_scale: float = 2.0, **options
 ) -> GaussianSamples:
-    """Generates an image of every class, each from its own generator, and the solution for the same starting noise.
-
-    The solution starts where the scheduler does: at what it first gives to the network, and at that timestep.
-    """
+    """An image of every class, and the solution from where the scheduler starts: its first input and timestep."""
     toy, first_inputs = pipeline.unet, []
     hook = toy.register_forward_pre_hook(lambda module, arguments: first_inputs.append(arguments[:2]))
     labels = list(range(toy.config.num_class_embeds))

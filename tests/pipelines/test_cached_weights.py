@@ -1,10 +1,10 @@
 """Prepared weights give the answers of the network's own weights, whatever happens to these meanwhile."""
 
 import copy
+import functools
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
-import diffusers
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
@@ -44,8 +44,9 @@ def attached(network):
     return [module for module in network.modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize(("head", "attention"), [("conv", "channel"), ("original", "identity")])
-@pytest.mark.parametrize("size", [8, (16, 32)])
+@pytest.mark.parametrize(
+    ("head", "attention", "size"), [("conv", "channel", 8), ("original", "identity", 8), ("conv", "channel", (16, 32))]
+)
 def test_every_layer(head, attention, size):
     options = {"attention_patch_size": 4, "output_head_type": head, "class_attention_type": attention}
     unet = make_unet(layer_types=ALL_LAYERS, sample_size=size, **options)
@@ -59,21 +60,18 @@ def test_every_layer(head, attention, size):
 
 def test_batches_sizes_and_dtypes_that_change(unet):
     with cached_weights(unet):
-        for batch, size in ((1, 16), (4, 16), (2, 32), (1, 16)):
+        for batch, size in ((1, 16), (3, 16), (2, 32), (1, 16)):
             assert_right(unet, *inputs(batch, size))
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 0.0)):
-        sample, *others = inputs()
-        with cached_weights(unet.to(dtype)):
-            assert_right(unet, sample.to(dtype), *others, tolerance=tolerance)
-
-
-def test_under_autocast(unet):
     with torch.autocast("cpu", torch.bfloat16):
         expected = answer(unet)
     with cached_weights(unet):
         answer(unet)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(answer(unet), expected, rtol=0, atol=0)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 0.0)):
+        sample, *others = inputs()
+        with cached_weights(unet.to(dtype)):
+            assert_right(unet, sample.to(dtype), *others, tolerance=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -100,20 +98,6 @@ def test_every_kind_of_convolution(conv, takes_part, size):
             torch.testing.assert_close(conv(images), expected, rtol=0, atol=1e-5)
 
 
-def test_a_stock_network():
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(32, 32),
-        down_block_types=["DownBlock2D"] * 2,
-        up_block_types=["UpBlock2D"] * 2,
-    ).eval()
-    sample = torch.randn(2, 3, 8, 8)
-    expected = answer(unet, sample, 5)
-    with cached_weights(unet):
-        assert attached(unet)
-        torch.testing.assert_close(answer(unet, sample, 5), expected, rtol=0, atol=2e-5)
-
-
 def scale_in_place(unet):
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -130,10 +114,6 @@ def load(unet, **options):
     unet.load_state_dict({name: 1.3 * value for name, value in unet.state_dict().items()}, **options)
 
 
-def load_by_assignment(unet):
-    load(unet, assign=True)
-
-
 def replace(unet):
     for module in unet.modules():
         if isinstance(module, nn.Conv2d):
@@ -146,7 +126,9 @@ def move(unet):
     scale_in_place(unet)
 
 
-@pytest.mark.parametrize("change", [scale_in_place, optimizer_step, load, load_by_assignment, replace, move])
+@pytest.mark.parametrize(
+    "change", [scale_in_place, optimizer_step, load, functools.partial(load, assign=True), replace, move]
+)
 def test_weights_that_change_meanwhile(unet, change):
     with cached_weights(unet):
         before = answer(unet)
@@ -166,9 +148,6 @@ def test_the_ema_that_is_swapped_in_between(unet):
     with cached_weights(unet):
         assert (answer(unet) - before).abs().max() > 1e-3
         assert_right(unet)
-    ema.restore(unet.parameters())
-    with cached_weights(unet):
-        torch.testing.assert_close(answer(unet), before)
 
 
 def test_gradients_are_those_of_the_weights(unet):
@@ -198,55 +177,39 @@ def test_in_inference_mode(unet):
             torch.testing.assert_close(answer(unet), answer(unet), rtol=0, atol=0)
 
 
-def test_nothing_is_left(unet):
-    names = list(unet.state_dict())
-    with cached_weights(unet):
-        with cached_weights(unet):
-            answer(unet)
-        assert attached(unet)
-        assert list(unet.state_dict()) == names
-    assert not attached(unet)
-
-
 def test_several_threads(unet):
     """Each with batches of its own, in times that overlap."""
     expected = {batch: answer(unet, *inputs(batch)) for batch in (1, 2, 3)}
-    wrong = []
 
-    def work(batch):
-        for _ in range(5):
-            with cached_weights(unet):
-                for _ in range(3):
-                    distance = (answer(unet, *inputs(batch)) - expected[batch]).abs().max().item()
-                    if distance > 2e-5:
-                        wrong.append((batch, distance))
+    def distance(batch):
+        with cached_weights(unet):
+            return max((answer(unet, *inputs(batch)) - expected[batch]).abs().max().item() for _ in range(3))
 
-    threads = [threading.Thread(target=work, args=(batch,)) for batch in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(3) as threads:
+        assert max(threads.map(distance, [1, 2, 3] * 3)) < 2e-5
     assert not attached(unet)
 
 
-def test_weights_are_standardised_once(unet, monkeypatch):
-    calls = []
-    effective_weight = StandardizedConv2d.effective_weight
+def test_weights_are_standardised_once_and_nothing_is_left(unet, monkeypatch):
+    calls, names, effective_weight = [], list(unet.state_dict()), StandardizedConv2d.effective_weight
     monkeypatch.setattr(
         StandardizedConv2d, "effective_weight", lambda conv: calls.append(conv) or effective_weight(conv)
     )
     with cached_weights(unet):
         for _ in range(3):
-            answer(unet)
+            with cached_weights(unet):
+                answer(unet)
+        assert attached(unet)
+        assert list(unet.state_dict()) == names
     assert len(calls) == len(set(calls)) == sum(isinstance(module, StandardizedConv2d) for module in unet.modules())
+    assert not attached(unet)
 
 
 def test_compiled_networks_are_left_alone():
-    """Traced as torch.compile traces, without the minutes that its compiler takes; with neither break nor retrace."""
+    """Traced as torch.compile traces, without its compiler; with neither break nor retrace."""
     torch._dynamo.reset()
-    unet = make_unet(block_out_channels=(8,))
-    compiled = torch.compile(unet, backend="aot_eager", fullgraph=True)
+    unet = make_unet(block_out_channels=(8,), layer_types=("resnet",))
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
     sample, _, labels = inputs()
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for timestep in torch.tensor([999, 500]):
@@ -254,10 +217,3 @@ def test_compiled_networks_are_left_alone():
             torch.testing.assert_close(compiled(sample, timestep, labels).sample, expected, rtol=0, atol=2e-5)
             with cached_weights(compiled):
                 torch.testing.assert_close(compiled(sample, timestep, labels).sample, expected, rtol=0, atol=2e-5)
-
-    compiled(*inputs()).sample.square().mean().backward()
-    gradients = [parameter.grad.clone() for parameter in unet.parameters()]
-    unet.zero_grad()
-    unet(*inputs()).sample.square().mean().backward()
-    for gradient, parameter in zip(gradients, unet.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)

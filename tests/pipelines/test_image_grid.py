@@ -29,12 +29,9 @@ def test_captions_below_and_long_ones():
     caption = "a very long name of a class, with a second one, and a third that says the same once more"
     assert image_grid([plain(0)] * 2, [caption] * 2, columns=2).width < 2 * 66 + 280
     assert image_grid([plain(0)] * 2, [caption, "b"], columns=2).width < 2 * 66 + 20
-
-
-@pytest.mark.parametrize(("images", "captions"), [([], []), ([plain(0)], []), ([plain(0)], ["a", "b"])])
-def test_wrong_numbers(images, captions):
-    with pytest.raises(ValueError, match="a grid needs images and as many captions"):
-        image_grid(images, captions)
+    for images, captions in (([], []), ([plain(0)], ["a", "b"])):
+        with pytest.raises(ValueError, match="a grid needs images and as many captions"):
+            image_grid(images, captions)
 
 
 def test_animation(tmp_path):

@@ -9,6 +9,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.pipelines.loading import scheduler_class, swap_scheduler
 from imagenet64_diffusion.tests.components import generate_two, make_pipeline, make_unet
+from imagenet64_diffusion.tests.hub.conftest import files_under
+from imagenet64_diffusion.tests.hub.test_pushing import CODE_AND_WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -19,17 +21,7 @@ def folder(tmp_path_factory):
 
 
 def test_what_the_folder_holds(folder):
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert files == [
-        "cached_weights.py",
-        "model_index.json",
-        "pipeline_class_conditional.py",
-        "scheduler/scheduler_config.json",
-        "scheduler/scheduling_ddim_eta.py",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/unet_class_conditional.py",
-    ]
+    assert files_under(folder) == CODE_AND_WEIGHTS
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_class_conditional", "ClassConditionalPipeline"]
     assert index["unet"] == ["unet_class_conditional", "ClassConditionalUNet2DModel"]
@@ -55,14 +47,17 @@ def test_components_of_ones_own(folder):
     ("name", "library"), [("DPMSolverMultistep", "diffusers"), ("LearnedVarianceDDPM", "scheduling_ddim_eta")]
 )
 def test_another_scheduler_inside(tmp_path, name, library):
-    pipeline = make_pipeline()
-    swap_scheduler(pipeline, name)
-    assert pipeline.scheduler.config.get("lambda_min_clipped", -5.1) == -5.1
-    expected = generate_two(pipeline)
-    pipeline.save_pretrained(tmp_path)
+    """Saving before or after the swap makes no difference."""
+    make_pipeline().save_pretrained(tmp_path)
+    pipelines = make_pipeline(), ClassConditionalPipeline.from_pretrained(tmp_path)
+    for pipeline in pipelines:
+        swap_scheduler(pipeline, name)
+    expected, again = map(generate_two, pipelines)
+    assert torch.equal(again, expected)
+    pipelines[0].save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == [library, f"{name}Scheduler"]
-    assert torch.equal(generate_two(ClassConditionalPipeline.from_pretrained(tmp_path)), expected)
-    assert torch.equal(generate_two(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)), expected)
+    for loaded in (ClassConditionalPipeline, DiffusionPipeline):
+        assert torch.equal(generate_two(loaded.from_pretrained(tmp_path, trust_remote_code=True)), expected)
 
 
 def test_scheduler_names():

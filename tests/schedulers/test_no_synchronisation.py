@@ -35,16 +35,28 @@ def test_the_guard_sees_a_stock_scheduler():
         scheduler.step(torch.zeros(SHAPE), scheduler.timesteps[0], torch.zeros(SHAPE))
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 @pytest.mark.parametrize(("scheduler_class", "options"), CASES)
-def test_nothing_is_read_back(scheduler_class, options):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_nothing_is_read_back(scheduler_class, options, device):
     scheduler = scheduler_class()
-    scheduler.set_timesteps(10)
-    sample, output = torch.zeros(SHAPE), torch.zeros(2, 6, 4, 4)
-    with ForbidHostReads():
-        for t in scheduler.timesteps:
-            sample = scheduler.step(output, t, sample, **options).prev_sample
-        scheduler.add_noise(sample, sample, scheduler.timesteps[:2])
-        scheduler.get_velocity(sample, sample, scheduler.timesteps[:2])
+    scheduler.set_timesteps(10, device=device)
+    sample, output = torch.zeros(SHAPE, device=device), torch.zeros(2, 6, 4, 4, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with ForbidHostReads():
+            for t in scheduler.timesteps:
+                sample = scheduler.step(output, t, sample, generator=generator, **options).prev_sample
+            scheduler.add_noise(sample, sample, scheduler.timesteps[:2])
+            scheduler.get_velocity(sample, sample, scheduler.timesteps[:2])
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert sample.isfinite().all()
 
 
 @pytest.mark.parametrize(("scheduler_class", "options"), CASES)
@@ -63,20 +75,3 @@ def test_devices_go_together(scheduler_class, options, timestep_device):
         assert tensor.device.type == "cuda"
         assert tensor.dtype == torch.float16
         assert tensor.shape == SHAPE
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("scheduler_class", "options"), CASES)
-def test_no_synchronisation_on_a_gpu(scheduler_class, options):
-    scheduler = scheduler_class()
-    sample, output = torch.zeros(SHAPE, device="cuda"), torch.zeros(2, 6, 4, 4, device="cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    scheduler.set_timesteps(10, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for t in scheduler.timesteps:
-            sample = scheduler.step(output, t, sample, generator=generator, **options).prev_sample
-        scheduler.add_noise(sample, sample, scheduler.timesteps[:2])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert sample.isfinite().all()

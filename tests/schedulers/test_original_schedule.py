@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from imagenet64_diffusion import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas, original_timesteps
+from imagenet64_diffusion.schedulers.scheduling_ddim_eta import StepCoefficients
 
 
 SCHEDULES = load_file(Path(__file__).parents[1] / "fixtures" / "schedules.safetensors")
@@ -18,12 +19,12 @@ def test_cosine_tables(total, step_size):
     betas = original_cosine_betas(total)
     scheduler = EtaDDIMScheduler(total, trained_betas=betas, set_alpha_to_one=False, max_beta=0.999)
     scheduler.set_timesteps(timesteps=original_timesteps(total, step_size))
-    rows = [scheduler._step_coefficients(t, torch.device("cpu")) for t in scheduler.timesteps.flip(0)]
+    rows = StepCoefficients(*scheduler._table(torch.device("cpu"))[scheduler.timesteps.flip(0)].unbind(dim=1))
     ours = {
-        "a_bar_t": torch.stack([row.signal_rate**2 for row in rows]),
-        "a_bar_t1": torch.stack([row.previous_signal_rate**2 for row in rows]),
-        "beta_t": torch.stack([row.beta for row in rows]),
-        "beta_tilde_t": torch.stack([row.beta_tilde for row in rows]),
+        "a_bar_t": rows.signal_rate**2,
+        "a_bar_t1": rows.previous_signal_rate**2,
+        "beta_t": rows.beta,
+        "beta_tilde_t": rows.beta_tilde,
     }
     theirs = {name: SCHEDULES[f"cosine.T{total}.step{step_size}.{name}"].double() for name in ours}
     for name in ("a_bar_t", "a_bar_t1"):
@@ -34,8 +35,8 @@ def test_cosine_tables(total, step_size):
     clamped = theirs["beta_t"] == torch.tensor(1e-10).double()
     assert clamped[0]
     for name in ("beta_t", "beta_tilde_t"):
-        for rows, tolerance in ((precise, 2e-6), (~precise, 4e-5), (clamped, 0)):
-            torch.testing.assert_close(ours[name][rows], theirs[name][rows], rtol=1e-6, atol=tolerance)
+        for which, tolerance in ((precise, 2e-6), (~precise, 4e-5), (clamped, 0)):
+            torch.testing.assert_close(ours[name][which], theirs[name][which], rtol=1e-6, atol=tolerance)
     assert ours["beta_t"].max() <= 0.999
 
 
