@@ -242,6 +242,6 @@ def _sampler(values: Mapping[str, Any]) -> Sampler:
         if name not in SAMPLER_NAMES:
             known = ", ".join(SAMPLER_NAMES) + perhaps(name, SAMPLER_NAMES)
             raise ValueError(f"it names {name!r}, but must be made of {known}")
-    kinds = Parser.of(Sampler, "sweep", "").kinds
+    kinds = Parser("sweep", "", Sampler).kinds
     checked = {name: kinds[name].from_file(value, name) for name, value in values.items()}
     return Sampler(**{name: value for name, value in checked.items() if (name, value) != ("scheduler", "own")})
