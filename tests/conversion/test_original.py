@@ -147,14 +147,17 @@ def test_every_moment_has_its_place(tmp_path, recipe):
 
 
 def test_state_of_other_versions(tmp_path):
-    """Parameters that never had a gradient, and options that torch has gained or lost."""
+    """Steps as plain numbers, parameters that never had a gradient, and options that torch has gained or lost."""
     shapes = originals.original_weight_shapes(SMALL_PARAMS)
     parameters = [torch.zeros(shape, requires_grad=True) for shape in shapes.values()]
     theirs = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
     sum(parameter.sum() for parameter in parameters[::2]).backward()
     theirs.step()
     theirs.param_groups[0]["former_option"] = 1
-    torch.save(theirs.state_dict(), tmp_path / "optim.pkl", _use_new_zipfile_serialization=False)
+    saved = theirs.state_dict()
+    for entry in saved["state"].values():
+        entry["step"] = int(entry["step"])
+    torch.save(saved, tmp_path / "optim.pkl", _use_new_zipfile_serialization=False)
     convert_checkpoint(*write_small(tmp_path / "small"), tmp_path / "out", tmp_path / "optim.pkl")
     stored = load_checkpoint(tmp_path / "out" / "checkpoints" / "checkpoint-7").optimizer
     assert [entry["step"] for entry in stored["state"].values()] == [1] * len(parameters[::2])

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -96,6 +97,16 @@ def test_every_kind_of_convolution(conv, takes_part, size):
         with cached_weights(conv):
             assert bool(attached(conv)) == takes_part
             torch.testing.assert_close(conv(images), expected, rtol=0, atol=1e-5)
+
+
+def test_a_stock_network():
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, **blocks).eval()
+    sample = torch.randn(2, 3, 8, 8)
+    expected = answer(unet, sample, 5)
+    with cached_weights(unet):
+        assert attached(unet)
+        torch.testing.assert_close(answer(unet, sample, 5), expected, rtol=0, atol=2e-5)
 
 
 def scale_in_place(unet):
