@@ -27,8 +27,8 @@ SCRIPTS = {
     "training": ["--data", "{prepared}"],
     "training_step": ["--config", "demo", "--precision", "no"],
 }
-# they start processes of their own, each of which imports torch
-SLOW = ("conversion", "startup", "training_step")
+# they start processes of their own, each of which imports torch, or take seconds even at tiny size
+SLOW = ("conversion", "data", "samplers", "startup", "training_step")
 
 
 def run(script: Path, arguments: list[str]) -> None:

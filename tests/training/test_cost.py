@@ -30,7 +30,6 @@ def batch_of(unet, images):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "gigaflops", "millions"), [("res_res", 105.8, 197.6), ("res_res_atn", 118.9, 212.9)]
 )
 def test_the_published_figures_of_the_original(recipe, gigaflops, millions):
     """The faithful network leaves out queries and keys of the class attention, whose result the original discards."""
