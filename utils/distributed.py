@@ -15,6 +15,9 @@ Result = TypeVar("Result")
 
 def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], Result]) -> Result:
     """What the main process finds, given to every process: picklable, its tensors on the CPU."""
+    if accelerator.num_processes == 1:
+        # the others of the launch, if there are any, have work of their own, and take no part
+        return find()
     found = on_every_process(accelerator, lambda: find() if accelerator.is_main_process else None)
     # on a GPU this takes as much memory for a moment, which is less than the training of what a checkpoint holds
     return broadcast_object_list([found])[0]
