@@ -108,14 +108,14 @@ def list_entries(options: SweepOptions, reference: Evaluation, extractor: Featur
         "reference": file_digest(file / STATISTICS_NAME if file.is_dir() else file),
         "protocol": {entry: extractor.header.get(entry) for entry in COMPARED_ENTRIES},
     }
-    entries = []
+    entries, samplers = [], sampler_grid(options)
     for model, family, step in find_models(options.models):
         revision = find_revision(model)
         identity = {"model": model, "revision": revision}
         if revision is None:
             files = [path for path in sorted(Path(model).rglob("*")) if path.suffix in (".json", ".safetensors")]
             identity = {"model": str(Path(model).resolve()), "files": file_digest(*files)}
-        for sampler in sampler_grid(options):
+        for sampler in samplers:
             settings = dataclasses.asdict(sampler)
             key = json.dumps({**depends, **identity, "sampler": settings}, sort_keys=True)
             name = hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -224,24 +224,24 @@ def sampler_grid(options: SweepOptions) -> list[Sampler]:
         for scale in options.guidance_scale
         for eta in options.eta
     ]
+    kinds = Parser("sweep", "", Sampler).kinds
     try:
         if options.grid is not None:
             # JSON is YAML too
             listed = yaml.safe_load(Path(options.grid).read_text(encoding="utf-8"))
         if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
             raise ValueError("samplers must be a list, each with names and values")
-        return list(dict.fromkeys(map(_sampler, listed)))
+        return list(dict.fromkeys(_sampler(entry, kinds) for entry in listed))
     except (yaml.YAMLError, ValueError) as error:
         if options.grid is None:
             raise
         raise ValueError(f"grid is {options.grid}, which is wrong: {' '.join(str(error).split())}") from error
 
 
-def _sampler(values: Mapping[str, Any]) -> Sampler:
+def _sampler(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> Sampler:
     for name in values:
         if name not in SAMPLER_NAMES:
             known = ", ".join(SAMPLER_NAMES) + perhaps(name, SAMPLER_NAMES)
             raise ValueError(f"it names {name!r}, but must be made of {known}")
-    kinds = Parser("sweep", "", Sampler).kinds
     checked = {name: kinds[name].from_file(value, name) for name, value in values.items()}
     return Sampler(**{name: value for name, value in checked.items() if (name, value) != ("scheduler", "own")})
