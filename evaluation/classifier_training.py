@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from ..data.dataset import PreparedImages, to_model_range
 from ..utils.atomic_write import atomic_folder, only_writer
+from ..utils.file_digest import file_digest
 from .options import ClassifierOptions
-from .weights import file_digest
 
 
 _NAMES = {"README.md", "config.json", "model.safetensors"}

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..pipelines.image_grid import to_image
-from ..utils.atomic_write import atomic_file, atomic_folder, only_writer
+from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, write_json
 from ..utils.distributed import on_every_process, on_main_process
 from ..version import __version__
 from .extractors import FeatureExtractor, make_extractor
@@ -97,11 +97,6 @@ class Evaluation:
         if ours is None or theirs is None:
             same = protocol.get("num_classes") == images.get("num_classes") == self.probabilities.shape[1]
         return self.labels if same else None
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    with atomic_file(file) as writing:
-        writing.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def evenly_spread(count: int, total: int) -> np.ndarray:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 from ..pipelines.loading import download_snapshot
 from ..utils.devices import find_device
+from ..utils.file_digest import file_digest
 from ..utils.nearest_names import perhaps
 from .protocols import PROTOCOLS
-from .weights import INCEPTION_2015, TORCHVISION_INCEPTION, file_digest, find_weights
+from .weights import INCEPTION_2015, TORCHVISION_INCEPTION, find_weights
 
 
 class Features(NamedTuple):

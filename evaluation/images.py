@@ -27,8 +27,8 @@ from ..pipelines.generation import class_id, open_model, plain_config, sample_im
 from ..pipelines.generation_options import Sampler
 from ..pipelines.loading import download_snapshot
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from ..utils.file_digest import file_digest
 from .options import SAMPLER_NAMES
-from .weights import file_digest
 
 
 # as imagenet64-prepare has it by default, and the published ImageNet of 64x64 pixels

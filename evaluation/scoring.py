@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .evaluating import Evaluation, write_json
+from ..utils.atomic_write import write_json
+from .evaluating import Evaluation
 from .metrics import METRICS
 from .options import ScoreOptions
 from .protocols import check_comparable

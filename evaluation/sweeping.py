@@ -18,18 +18,18 @@ import yaml
 from accelerate.utils import gather_object
 
 from ..pipelines.generation_options import Sampler
-from ..utils.atomic_write import atomic_file, only_writer
+from ..utils.atomic_write import atomic_file, only_writer, write_json
 from ..utils.command_line import Parser
 from ..utils.distributed import on_every_process, on_main_process
+from ..utils.file_digest import file_digest
 from ..utils.nearest_names import perhaps
 from .charts import make_sweep_charts
-from .evaluating import STATISTICS_NAME, Evaluation, distributed_state, evaluate_model, open_extractor, write_json
+from .evaluating import STATISTICS_NAME, Evaluation, distributed_state, evaluate_model, open_extractor
 from .extractors import FeatureExtractor
 from .images import find_revision
 from .options import SAMPLER_NAMES, ModelOptions, SamplingOptions, SweepOptions
 from .protocols import COMPARED_ENTRIES, check_comparable
 from .scoring import compare
-from .weights import file_digest
 
 
 RESULTS_NAME = "results.csv"

@@ -1,6 +1,5 @@
 """Published weights of extractors: named by a path, or fetched once into the Hugging Face cache."""
 
-import hashlib
 import http.client
 import logging
 import os
@@ -11,6 +10,7 @@ import torch
 from huggingface_hub import cached_assets_path, constants
 
 from ..utils.atomic_write import only_writer
+from ..utils.file_digest import file_digest
 
 
 logger = logging.getLogger(__name__)
@@ -81,13 +81,3 @@ def find_weights(published: WeightsFile, path: str | Path | None = None) -> tupl
                 f" {MIRROR_VARIABLE} names, a URL"
             ) from error
     return file, file_digest(file)
-
-
-def file_digest(*files: Path) -> str:
-    """The SHA-256 of a file, or of several one after the other, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -23,7 +23,7 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..utils.atomic_write import atomic_file, only_writer
+from ..utils.atomic_write import atomic_file, only_writer, write_json
 from ..utils.command_line import StoppedBySignalError
 from ..utils.devices import best_device, find_device, keep_freed_memory
 from ..utils.distributed import on_every_process, on_main_process
@@ -113,7 +113,7 @@ class _Run:
                 for name in written:
                     (self.folder / Path(name).name).unlink(missing_ok=True)
                 shutil.rmtree(self.frames_folder, ignore_errors=True)
-        self._write_manifest({"unfinished": True})
+        write_json(self.folder / MANIFEST_NAME, self.manifest | {"unfinished": True})
         self.has_begun = True
         self.frames_folder.mkdir(exist_ok=True)
 
@@ -129,10 +129,6 @@ class _Run:
             return not present.issuperset(needed)
 
         return list(filter(is_missing, batches))
-
-    def _write_manifest(self, entries: dict[str, Any]) -> None:
-        with atomic_file(self.folder / MANIFEST_NAME) as writing:
-            writing.write_text(json.dumps(self.manifest | entries, indent=2) + "\n", encoding="utf-8")
 
     def remove_if_empty(self) -> None:
         """Leaves nothing of a run that failed before its first image, so that any other may take its place."""
@@ -154,7 +150,7 @@ class _Run:
             steps = ([to_image(image) for batch in step for image in batch] for step in zip(*ways, strict=True))
             save_animation([image_grid(step, self.captions, columns) for step in steps], animation, self.options.fps)
         shutil.rmtree(self.frames_folder)
-        self._write_manifest({})
+        write_json(self.folder / MANIFEST_NAME, self.manifest)
 
     def generate_batches(self, batches: list[range]) -> None:
         """Generates the batches, one on each rank at a time: where one fails, no rank begins another."""

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..utils.atomic_write import atomic_folder, settle_folder
+from ..utils.file_digest import file_digest
 
 
 STATE_NAME = "training_state.json"
@@ -89,7 +90,7 @@ def save_checkpoint(
             config = {key: value for key, value in configured.config.items() if not key.startswith("_")}
             (writing / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         written = sorted(writing.iterdir())
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in written}
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in written}
         state = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(progress)}
         state |= {"options": dict(options), "files": files}
         state["sha256"] = _sha256_of_state(state)
@@ -121,7 +122,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     files: dict[str, Any] = state["files"] if is_whole else {}
     for name in (_CONFIG, _SCHEDULER_CONFIG, _WEIGHTS, _OPTIMIZER, *files):
         file = folder / name
-        if name not in files or not file.is_file() or _sha256(file) != files[name]["sha256"]:
+        if name not in files or not file.is_file() or file_digest(file) != files[name]["sha256"]:
             changed = name if is_whole else STATE_NAME
             raise DamagedCheckpointError(f"{folder} is not a whole checkpoint: {changed} is missing or has changed")
     averaged_weights, timestep_sampler = None, dict[str, np.ndarray]()
@@ -158,14 +159,6 @@ def remove_old_checkpoints(folder: str | Path, limit: int) -> None:
     for old in find_checkpoints(folder)[:-limit]:
         # renamed first, so that it is never half there under its name
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.writing")))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while piece := content.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _sha256_of_state(state: Mapping[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """Files and folders that appear whole or not at all: written beside their place, synced, then renamed."""
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -59,6 +61,11 @@ def atomic_file(file: str | Path) -> Iterator[Path]:
         raise
     finally:
         writing.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    with atomic_file(file) as writing:
+        writing.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def lock_path(folder: Path) -> Path:

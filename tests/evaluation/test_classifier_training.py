@@ -9,8 +9,8 @@ from imagenet64_diffusion.data.dataset import PreparedImages, to_model_range
 from imagenet64_diffusion.evaluate_models import main
 from imagenet64_diffusion.evaluation.classifier_training import train_classifier
 from imagenet64_diffusion.evaluation.options import ClassifierOptions
-from imagenet64_diffusion.evaluation.weights import file_digest
 from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions, prepare
+from imagenet64_diffusion.utils.file_digest import file_digest
 
 
 def options(prepared, folder, **changes) -> ClassifierOptions:
