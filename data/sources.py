@@ -1,5 +1,6 @@
 """What every source of images offers, and the source of MNIST digits."""
 
+import abc
 import dataclasses
 import pathlib
 from collections.abc import Generator, Iterable
@@ -33,7 +34,7 @@ class ImageStream:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON values that the record keeps
 
 
-class ImageSource:
+class ImageSource(abc.ABC):
     """Images with labels; a further source is a subclass, and a line in prepare_imagenet64.SOURCES.
 
     Making one checks the files, and raises DataError for what cannot be images with labels. The description says what
@@ -45,9 +46,9 @@ class ImageSource:
     def __init__(self, description: dict[str, Any], summary: str) -> None:
         self.description, self.summary = description, summary
 
+    @abc.abstractmethod
     def open(self, work_folder: pathlib.Path) -> ImageStream:
         """Starts reading, and may raise DataError; temporary files go to the work folder, which must exist."""
-        raise NotImplementedError
 
 
 def check_split(split: str, what: str, *known: str) -> None:

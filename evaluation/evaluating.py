@@ -8,7 +8,6 @@ comes last: a folder that has it is whole.
 """
 
 import contextlib
-import datetime
 import json
 import re
 import shutil
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..pipelines.image_grid import to_image
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, write_json
-from ..utils.distributed import on_every_process, on_main_process
+from ..utils.distributed import distributed_state, on_every_process, on_main_process
 from ..version import __version__
 from .extractors import FeatureExtractor, make_extractor
 from .images import (
@@ -104,17 +103,6 @@ def evenly_spread(count: int, total: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
-@contextlib.contextmanager
-def distributed_state(device: str | None = None) -> Iterator[PartialState]:
-    """The ranks that accelerate has started; on the CPU where that is asked for."""
-    # one rank may have the last batch of an hour while the others wait for it
-    state = PartialState(cpu=device == "cpu", timeout=datetime.timedelta(days=7))
-    yield state
-    # not on an error, of which the others may not know yet
-    if state.num_processes > 1:
-        state.destroy_process_group()
-
-
 class _EvenlySpread(ImageBatches):
     """Some of the images, evenly spread over all, because sets are often sorted by class."""
 
@@ -130,7 +118,7 @@ class _EvenlySpread(ImageBatches):
 
 def evaluate_reference(options: ReferenceOptions) -> Path:
     """Evaluates real images and returns the folder; ValueError or OSError if that cannot be."""
-    with distributed_state(options.device) as state:
+    with distributed_state(cpu=options.device == "cpu") as state:
         images = on_every_process(
             state, lambda: open_images(options.source, options.split, options.resolution, options.color_mode)
         )
@@ -161,7 +149,7 @@ def evaluate_model(
     A sweep gives its ranks, the extractor of the options, and the commit of a Hub repository.
     """
     if state is None:
-        with distributed_state(options.device) as state:
+        with distributed_state(cpu=options.device == "cpu") as state:
             return evaluate_model(options, state)
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))

@@ -8,10 +8,10 @@ from typing import Any
 from ..pipelines.generation_options import GenerateOptions, Sampler, check_class_labels
 from ..utils.command_line import CheckedOptions, option
 from .metrics import METRICS
+from .protocols import PROTOCOLS as _PROTOCOLS
 
 
-# here, because --help should not wait for torch
-PROTOCOLS = ("clean", "legacy_tensorflow", "original", "dinov2", "classifier", "pixels")
+PROTOCOLS = tuple(_PROTOCOLS)
 SAMPLER_NAMES = tuple(item.name for item in fields(Sampler))
 
 _images, _output, _features, _speed, _scores, _training = (

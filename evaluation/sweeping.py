@@ -20,11 +20,11 @@ from accelerate.utils import gather_object
 from ..pipelines.generation_options import Sampler
 from ..utils.atomic_write import atomic_file, only_writer, write_json
 from ..utils.command_line import Parser
-from ..utils.distributed import on_every_process, on_main_process
+from ..utils.distributed import distributed_state, on_every_process, on_main_process
 from ..utils.file_digest import file_digest
 from ..utils.nearest_names import perhaps
 from .charts import make_sweep_charts
-from .evaluating import STATISTICS_NAME, Evaluation, distributed_state, evaluate_model, open_extractor
+from .evaluating import STATISTICS_NAME, Evaluation, evaluate_model, open_extractor
 from .extractors import FeatureExtractor
 from .images import find_revision
 from .options import SAMPLER_NAMES, ModelOptions, SamplingOptions, SweepOptions
@@ -55,7 +55,7 @@ def sweep(options: SweepOptions) -> Path:
     row with its reason as ``error``, ends in a ValueError after all others, and is tried again by the next call.
     """
     folder = Path(options.output_dir)
-    with distributed_state(options.device) as state, contextlib.ExitStack() as stack:
+    with distributed_state(cpu=options.device == "cpu") as state, contextlib.ExitStack() as stack:
         reference = on_every_process(state, lambda: Evaluation.load(options.reference))
         extractor = open_extractor(options, reference.header["images"].get("image_size", [3])[0], state)
 

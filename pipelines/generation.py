@@ -1,7 +1,6 @@
 """Generating images to a folder, and resuming that: the images themselves tell how far a run came."""
 
 import contextlib
-import datetime
 import functools
 import hashlib
 import json
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 from ..utils.atomic_write import atomic_file, only_writer, write_json
 from ..utils.command_line import StoppedBySignalError
 from ..utils.devices import best_device, find_device, keep_freed_memory
-from ..utils.distributed import on_every_process, on_main_process
+from ..utils.distributed import distributed_state, on_every_process, on_main_process
 from ..version import __version__
 from .generation_options import GenerateOptions, Sampler
 from .image_grid import image_grid, save_animation, to_image
@@ -45,15 +44,13 @@ _MAY_DIFFER = {"unfinished", "versions", "device", "batch_size", "output_dir"}
 def generate(options: GenerateOptions) -> Path:
     """Generates the images that the options ask for, on all ranks, or resumes that; returns their folder."""
     on_cpu = (options.device or best_device()) == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-    # a rank that waits for a slower one must not give up
-    state = PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=7))
     folder = Path(options.output_dir)
 
     def stop(number: int, frame: Any) -> None:
         message = f"stopped by {signal.Signals(number).name}; the images in {folder} stay: the same command resumes"
         raise StoppedBySignalError(number, message if state.is_main_process else "")
 
-    with contextlib.ExitStack() as stack:
+    with distributed_state(on_cpu) as state, contextlib.ExitStack() as stack:
         # at once: every file is written atomically, so nothing need be saved; only the main thread may set handlers
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -72,9 +69,6 @@ def generate(options: GenerateOptions) -> Path:
         if state.is_main_process:
             files = ", ".join([f"{len(run.labels)} images", *run.manifest["files"]])
             print(f"{files} and {MANIFEST_NAME} {'were' if missing is None else 'are'} in {folder}", flush=True)
-    # not on an error, of which the others may not know yet
-    if state.num_processes > 1:
-        state.destroy_process_group()
     return folder
 
 

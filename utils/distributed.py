@@ -1,7 +1,8 @@
 """What the ranks of one run do together, so that none waits for another that has failed."""
 
 import contextlib
-from collections.abc import Callable
+import datetime
+from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 from accelerate import Accelerator, PartialState
@@ -11,6 +12,17 @@ from .command_line import OtherRankError
 
 
 Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def distributed_state(cpu: bool) -> Iterator[PartialState]:
+    """The ranks that accelerate has started; on the CPU where that is asked for."""
+    # one rank may have the last batch of an hour while the others wait for it
+    state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
+    yield state
+    # not on an error, of which the others may not know yet
+    if state.num_processes > 1:
+        state.destroy_process_group()
 
 
 def on_main_process(accelerator: Accelerator | PartialState, find: Callable[[], Result]) -> Result:
