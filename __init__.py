@@ -12,6 +12,7 @@ from .version import __version__
 _MODULES = {
     "ClassConditionalPipeline": "pipelines.pipeline_class_conditional",
     "ClassConditionalUNet2DModel": "models.unet_class_conditional",
+    "EDMHeunScheduler": "schedulers.scheduling_edm_heun",
     "EtaDDIMScheduler": "schedulers.scheduling_ddim_eta",
     "LearnedVarianceDDPMScheduler": "schedulers.scheduling_ddpm_learned",
     "swap_scheduler": "pipelines.loading",
@@ -26,3 +27,4 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_class_conditional import ClassConditionalPipeline
     from .schedulers.scheduling_ddim_eta import EtaDDIMScheduler
     from .schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
+    from .schedulers.scheduling_edm_heun import EDMHeunScheduler
