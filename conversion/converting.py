@@ -132,9 +132,7 @@ def _write(
     with atomic_folder(output_dir) as writing:
         source.write_more(writing)
         # sigma 1, or the middle of the training's timesteps
-        timestep = (
-            0.0 if noise_kind(pipeline.scheduler) is EDMNoise else pipeline.scheduler.config.num_train_timesteps // 2
-        )
+        timestep = 0.0 if pipeline.noise_kind is EDMNoise else pipeline.scheduler.config.num_train_timesteps // 2
         for role, component in pipeline.components.items():
             if isinstance(component, ModelMixin):
                 _cast_and_check(component, dtype, timestep, f"{checkpoint.name} ({role})")
@@ -166,8 +164,11 @@ def _check_replaceable(output_dir: Path) -> None:
 
 
 def _cast_and_check(network: ModelMixin, dtype: torch.dtype, timestep: float, name: str) -> None:
-    for key, parameter in network.to(dtype).named_parameters():
-        require(is_finite(parameter), f"{name}: {key} holds numbers too large for {dtype}: take another dtype")
+    kept = network._keep_in_fp32_modules or []
+    for key, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point() and not any(part in key for part in kept):
+            tensor.data = tensor.data.to(dtype)
+        require(is_finite(tensor), f"{name}: {key} holds numbers too large for {dtype}: take another dtype")
     config, size = network.config, network.config.sample_size
     if not isinstance(network, ADMClassifierModel):
         # as small as the network takes, with two by two cells in its middle: CPUs are slow at half precision

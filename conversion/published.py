@@ -53,20 +53,19 @@ def read_published(
     if guidance_checkpoint is not None:
         found = read_checkpoint(guidance_checkpoint, read_pickle)
         guide, other, more = _read_denoiser(guidance_checkpoint.name, found, flags)
-        fits = type(other) is type(scheduler) and dict(other.config) == dict(scheduler.config)
-        require(fits, f"guidance_checkpoint is {guidance_checkpoint}, whose noise levels are not those of {name}")
-        classes = None if guide.config.num_class_embeds is None else "num_class_embeds"
-        _check_fits(f"guidance_checkpoint is {guidance_checkpoint}", guide, unet, classes)
+        what, num_classes = f"guidance_checkpoint is {guidance_checkpoint}", guide.config.num_class_embeds
+        same = type(other) is type(scheduler) and dict(other.config) == dict(scheduler.config)
+        require(same, f"{what}, whose noise levels are not those of {name}")
+        _check_guide(what, guide, unet, num_classes in (None, unet.config.num_class_embeds))
         components["guidance_unet"], num_weights = guide, num_weights + more
     if classifier_checkpoint is not None:
-        require(
-            family == "adm", f"classifier_checkpoint is {classifier_checkpoint}, but it guides ADM's networks alone"
-        )
+        what = f"classifier_checkpoint is {classifier_checkpoint}"
+        require(family == "adm", f"{what}, but it guides networks of ADM alone: leave it out")
         described = read_state_dict(classifier_checkpoint.name, read_checkpoint(classifier_checkpoint))
         with _errors_name(classifier_checkpoint.name):
             conversion = adm.convert_classifier(_shapes(described), _part(flags, "classifier"))
         classifier = _fill(classifier_checkpoint.name, described, conversion)
-        _check_fits(f"classifier_checkpoint is {classifier_checkpoint}", classifier, unet, "num_classes")
+        _check_guide(what, classifier, unet, classifier.config.num_classes >= (unet.config.num_class_embeds or 0))
         components["classifier"], num_weights = classifier, num_weights + len(conversion.shapes)
     labels = class_names(id2label, unet.config.num_class_embeds, PROGRAMS[family].class_order)
     files = {"checkpoint": checkpoint, "guidance": guidance_checkpoint, "classifier": classifier_checkpoint}
@@ -127,16 +126,11 @@ def _fill(name: str, described: Mapping[str, Any], conversion: Conversion) -> Mo
     return conversion.network.eval()
 
 
-def _check_fits(what: str, network: ModelMixin, unet: ModelMixin, classes: str | None = None) -> None:
-    """Refuses a guiding network for images, or classes, that are not those of the network that it guides."""
-    options = {"sample_size": "sample_size", "in_channels": "in_channels"}
-    if classes is not None:
-        options[classes] = "num_class_embeds"
-    for theirs, ours in options.items():
-        found, wanted = network.config[theirs], unet.config[ours]
-        require(
-            found == wanted, f"{what}, whose {theirs} is {found}, but must be {wanted} as of the network it guides"
-        )
+def _check_guide(what: str, guide: ModelMixin, unet: ModelMixin, has_classes: bool) -> None:
+    for option in ("sample_size", "in_channels"):
+        found, wanted = guide.config[option], unet.config[option]
+        require(found == wanted, f"{what}, whose {option} is {found}, but must be {wanted} as of what it guides")
+    require(has_classes, f"{what}, which does not know the classes of what it guides, {unet.config.num_class_embeds}")
 
 
 @contextlib.contextmanager

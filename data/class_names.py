@@ -1,7 +1,7 @@
 """The 1000 classes of ImageNet, in the order of ImageNet-64's labels and in that of most models.
 
 The labels of ImageNet-64 follow the ILSVRC2012 development kit (label 1 is n02119789, kit fox; label 1000 is
-n03255030, dumbbell), not the sorted synsets of most ImageNet models. Index i of it is label i + 1 of the published files.
+n03255030, dumbbell), not the sorted synsets of most ImageNet models. Index i of them is label i + 1 of its files.
 """
 
 import importlib.resources
