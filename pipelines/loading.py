@@ -87,7 +87,7 @@ def solvable_betas(alphas_cumprod: torch.Tensor, distinct: bool = True) -> list[
 
 
 def _solvable(
-    new_class: type[SchedulerMixin], accepted: Container[str], options: dict[str, Any], alphas_cumprod: torch.Tensor
+    new_class: type[SchedulerMixin], accepted: Container[str], options: dict[str, Any], alphas_cumprod: Any
 ) -> dict[str, Any]:
     """The options that a scheduler needs to solve over the noise schedule of the training."""
     overrides: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def load_pipeline(
         raise ValueError(f"unknown arguments of from_pretrained: {', '.join(unknown)}{perhaps(unknown[0], known)}")
     name = str(pretrained_model_name_or_path)
     folder = Path(name)
-    networks = {"unet": unet, "guidance_unet": guidance_unet, "classifier": classifier}
+    networks: dict[str, Any] = {"unet": unet, "guidance_unet": guidance_unet, "classifier": classifier}
     if not folder.is_dir():
         # of several variants, the weights of this one alone
         weights = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
@@ -211,7 +211,7 @@ def load_pipeline(
         networks[role].register_to_config(_name_or_path=name)
     if scheduler is None:
         scheduler = scheduler_class(str(kinds.get("scheduler"))).from_pretrained(folder, subfolder="scheduler")
-    own = {key: options.get(key, index.get(key, default)) for key, default in _STORED_OPTIONS.items()}
+    own: dict[str, Any] = {key: options.get(key, index.get(key, default)) for key, default in _STORED_OPTIONS.items()}
     pipeline = pipeline_class(scheduler=scheduler, **networks, **own)
     pipeline.register_to_config(_name_or_path=name)
     return pipeline
