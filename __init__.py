@@ -15,6 +15,7 @@ _MODULES = {
     "ClassConditionalPipeline": "pipelines.pipeline_class_conditional",
     "ClassConditionalUNet2DModel": "models.unet_class_conditional",
     "EDM2UNet2DModel": "models.unet_edm2",
+    "EDMHeunScheduler": "schedulers.scheduling_edm_heun",
     "EtaDDIMScheduler": "schedulers.scheduling_ddim_eta",
     "LearnedVarianceDDPMScheduler": "schedulers.scheduling_ddpm_learned",
     "swap_scheduler": "pipelines.loading",
@@ -32,3 +33,4 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_class_conditional import ClassConditionalPipeline
     from .schedulers.scheduling_ddim_eta import EtaDDIMScheduler
     from .schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
+    from .schedulers.scheduling_edm_heun import EDMHeunScheduler

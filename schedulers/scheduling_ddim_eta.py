@@ -2,7 +2,8 @@
 
 The file imports torch and diffusers only: a repository on the Hub carries it. Song et al. 2020 is
 https://arxiv.org/abs/2010.02502, Ho et al. 2020 https://arxiv.org/abs/2006.11239, Nichol & Dhariwal 2021
-https://arxiv.org/abs/2102.09672, and Salimans & Ho 2022 https://arxiv.org/abs/2202.00512.
+https://arxiv.org/abs/2102.09672, Dhariwal & Nichol 2021 https://arxiv.org/abs/2105.05233, and Salimans & Ho 2022
+https://arxiv.org/abs/2202.00512.
 """
 
 import math
@@ -43,6 +44,7 @@ class StepCoefficients(NamedTuple):
     posterior_sample: torch.Tensor  # factor of x_t in the posterior mean, Ho et al. eq. 7
     beta: torch.Tensor  # 1 - abar_t / abar_prev, clamped
     beta_tilde: torch.Tensor  # (1 - abar_prev) / (1 - abar_t) * beta
+    least_variance: torch.Tensor  # beta_tilde; of a step to a clean sample, whose own is 0, that of the step before
 
 
 def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -213,6 +215,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         noise_variance = torch.where(has_noise, 1 - abar, 1.0)
         alpha = abar / abar_prev
         beta = (1 - alpha).clamp(MIN_VARIANCE, self.max_beta)
+        beta_tilde = (1 - abar_prev) / noise_variance * beta
         coefficients = StepCoefficients(
             signal_rate=abar.sqrt(),
             noise_rate=(1 - abar).sqrt(),
@@ -222,7 +225,8 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
             posterior_original=torch.where(has_noise, abar_prev.sqrt() * (1 - alpha) / noise_variance, 1.0),
             posterior_sample=torch.where(has_noise, alpha.sqrt() * (1 - abar_prev) / noise_variance, 0.0),
             beta=beta,
-            beta_tilde=(1 - abar_prev) / noise_variance * beta,
+            beta_tilde=beta_tilde,
+            least_variance=torch.where(abar_prev < 1, beta_tilde, beta_tilde[ascending[:2][-1]]),
         )
         # one row a timestep: a step then costs one look-up, not one for each coefficient
         self._tables = {torch.device("cpu"): torch.stack(coefficients, dim=1)}
@@ -270,18 +274,20 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
             original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return original
 
-    def _standard_deviation(self, interpolation: torch.Tensor | None, c: StepCoefficients) -> torch.Tensor:
-        """Standard deviation of a step's noise: shape () if fixed, (batch, channels, height, width) if learned."""
+    def _variance(self, interpolation: torch.Tensor | None, c: StepCoefficients) -> torch.Tensor:
+        """Variance of a step: shape () if fixed, (batch, channels, height, width) if learned."""
         if self.config.variance_type == "fixed_large":
-            deviation = c.beta.sqrt()
-        elif self.config.variance_type == "fixed_small" or interpolation is None:
-            deviation = c.beta_tilde.sqrt()
-        else:
-            # Nichol & Dhariwal 2021, eq. 15, with the interpolation in [-1, 1] as the models of diffusers give it
-            fraction = (interpolation + 1) / 2
-            log_variance = fraction * c.beta.log() + (1 - fraction) * c.beta_tilde.clamp(min=MIN_VARIANCE).log()
-            deviation = (0.5 * log_variance.clamp(-30, 30)).exp()
-        return (c.previous_noise_variance > 0) * deviation  # a step to a clean sample adds none
+            return torch.where(c.previous_noise_variance > 0, c.beta, c.least_variance)
+        if self.config.variance_type == "fixed_small" or interpolation is None:
+            return c.beta_tilde
+        # Nichol & Dhariwal 2021, eq. 15, with the interpolation in [-1, 1] as the models of diffusers give it
+        fraction = (interpolation + 1) / 2
+        log_variance = fraction * c.beta.log() + (1 - fraction) * c.least_variance.clamp(min=MIN_VARIANCE).log()
+        return log_variance.clamp(-30, 30).exp()
+
+    def _standard_deviation(self, interpolation: torch.Tensor | None, c: StepCoefficients) -> torch.Tensor:
+        """Standard deviation of a step's noise, shaped as its variance; a step to a clean sample adds none."""
+        return (c.previous_noise_variance > 0) * self._variance(interpolation, c).sqrt()
 
     def _sample_noise(
         self, sample: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
@@ -407,11 +413,20 @@ class LearnedVarianceDDPMScheduler(LearnedVarianceScheduler):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        score_gradient: torch.Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One denoising step, from the sample at a timestep to the sample at the previous one.
 
         Arguments, result and errors are those of [`EtaDDIMScheduler.step`]. Noise is sampled at every step.
+
+        Args:
+            score_gradient: For classifier guidance (Dhariwal & Nichol 2021, algorithm 1) the gradient of
+                log p(y | x_t) at the sample, times the scale, (batch, channels, height, width). Times the variance of
+                the step it is added to the mean; a step to a clean sample has a variance here too, if it is no
+                "fixed_small" one: its posterior variance, 0, is replaced by that of the step before.
         """
+        if score_gradient is not None and score_gradient.shape != sample.shape:
+            raise ValueError(f"score_gradient has shape {tuple(score_gradient.shape)}, not {tuple(sample.shape)}.")
         # 1. Look up the coefficients of this step, split the model output, and choose a precision to compute in.
         c, prediction, interpolation, x_t = self._prepare(model_output, timestep, sample)
 
@@ -421,7 +436,11 @@ class LearnedVarianceDDPMScheduler(LearnedVarianceScheduler):
         # 3. Mean of the posterior q(x_prev | x_t, x_0) (Ho et al. 2020, eq. 7).
         mean = c.posterior_original * original + c.posterior_sample * x_t
 
-        # 4. Add noise of the fixed (Ho et al. 2020, section 3.2) or learned variance (Nichol & Dhariwal 2021, eq. 15).
+        # 4. Classifier guidance shifts it (Dhariwal & Nichol 2021, algorithm 1).
+        if score_gradient is not None:
+            mean = mean + self._variance(interpolation, c) * score_gradient.to(x_t.dtype)
+
+        # 5. Add noise of the fixed (Ho et al. 2020, section 3.2) or learned variance (Nichol & Dhariwal 2021, eq. 15).
         previous = mean + self._standard_deviation(interpolation, c) * self._sample_noise(x_t, generator)
 
         previous, original = previous.to(sample.dtype), original.to(sample.dtype)
