@@ -10,10 +10,12 @@ from .version import __version__
 
 
 _MODULES = {
+    "ADMClassifierModel": "models.classifier_adm",
+    "ADMUNet2DModel": "models.unet_adm",
     "ClassConditionalPipeline": "pipelines.pipeline_class_conditional",
     "ClassConditionalUNet2DModel": "models.unet_class_conditional",
-    "EDMHeunScheduler": "schedulers.scheduling_edm_heun",
     "EDM2UNet2DModel": "models.unet_edm2",
+    "EDMHeunScheduler": "schedulers.scheduling_edm_heun",
     "EtaDDIMScheduler": "schedulers.scheduling_ddim_eta",
     "LearnedVarianceDDPMScheduler": "schedulers.scheduling_ddpm_learned",
     "swap_scheduler": "pipelines.loading",
@@ -23,6 +25,8 @@ __all__ = list(_MODULES)
 __getattr__, __dir__ = lazy_exports(__name__, _MODULES)
 
 if TYPE_CHECKING:
+    from .models.classifier_adm import ADMClassifierModel
+    from .models.unet_adm import ADMUNet2DModel
     from .models.unet_class_conditional import ClassConditionalUNet2DModel
     from .models.unet_edm2 import EDM2UNet2DModel
     from .pipelines.loading import swap_scheduler
