@@ -19,8 +19,8 @@ from imagenet64_diffusion.tests.hub.loopback_hub import Blob, Repository
 
 CODE_AND_WEIGHTS = [
     "cached_weights.py",
-    "noise_kinds.py",
     "model_index.json",
+    "noise_kinds.py",
     "pipeline_class_conditional.py",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_ddim_eta.py",
