@@ -240,7 +240,7 @@ class EDMHeunScheduler(EDMEulerScheduler):
                 if churn_noise is None:
                     dtype = torch.promote_types(sample.dtype, torch.float32)
                     churn_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
-                previous = previous + math.sqrt(following**2 - sigma**2) * self.config.S_noise * churn_noise
+                previous = previous + math.sqrt(following**2 - sigma**2) * self.config.S_noise * _double(churn_noise)
 
         self._step_index = index + 1
         previous, original = previous.to(sample.dtype), original.to(sample.dtype)
