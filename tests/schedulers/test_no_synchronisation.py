@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imagenet64_diffusion import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion import EDMHeunScheduler, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 
 
 SHAPE = (2, 3, 4, 4)
@@ -75,3 +75,35 @@ def test_devices_go_together(scheduler_class, options, timestep_device):
         assert tensor.device.type == "cuda"
         assert tensor.dtype == torch.float16
         assert tensor.shape == SHAPE
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_nothing_is_read_back_by_edm(device):
+    scheduler = EDMHeunScheduler(S_churn=10)
+    scheduler.set_timesteps(10, device=device)
+    sample = torch.zeros(SHAPE, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with ForbidHostReads():
+            for t in scheduler.timesteps:
+                output = scheduler.scale_model_input(sample, t)
+                sample = scheduler.step(output, t, sample, generator=generator).prev_sample
+            scheduler.add_noise(sample, sample, scheduler.timesteps[:2])
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert sample.isfinite().all()
+
+
+def test_devices_of_edm_go_together():
+    scheduler = EDMHeunScheduler()
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(0)  # fake tensors have no place to be found by
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sample = torch.empty(SHAPE, device="cuda", dtype=torch.float16)
+        for t in scheduler.timesteps[:3]:
+            out = scheduler.step(scheduler.scale_model_input(sample, t), t, sample)
+            for tensor in (out.prev_sample, out.pred_original_sample, scheduler.add_noise(sample, sample, t)):
+                assert (tensor.device.type, tensor.dtype, tensor.shape) == ("cuda", torch.float16, SHAPE)
