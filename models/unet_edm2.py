@@ -5,11 +5,10 @@ The file imports torch and diffusers only, so that a repository on the Hub can c
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
@@ -101,16 +100,9 @@ class FourierFeatures(nn.Module):
         return math.sqrt(2) * (values[:, None] * self.frequencies + self.phases).cos()
 
 
-@dataclass(frozen=True)
-class BlockConfig:
-    """What every block of one network has in common."""
-
-    embedding_width: int
-    dropout: float
-    res_balance: float
-    attention_balance: float
-    concat_balance: float
-    clip_activations: float | None
+def embedding_width(config: FrozenDict) -> int:
+    """Features of the embedding that every block of the network with that config is given."""
+    return config.model_channels * (config.channel_mult_emb or max(config.channel_mult))
 
 
 class SelfAttention(nn.Module):
@@ -118,6 +110,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, attention_balance: float):
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"attention_head_dim asks for {heads} heads, but must divide {channels} channels evenly")
         self.heads = heads
         self.main_scale, branch_scale = balance(attention_balance)
         self.query_key_value = MPConv2d(channels, 3 * channels, 1)
@@ -135,13 +129,13 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """What blocks of encoder and decoder share: the residual branch, its sum with the main path, self-attention."""
 
-    def __init__(self, in_channels: int, residual_channels: int, out_channels: int, heads: int, config: BlockConfig):
+    def __init__(self, in_channels: int, residual_channels: int, out_channels: int, heads: int, config: FrozenDict):
         super().__init__()
         self.main_scale, residual_scale = balance(config.res_balance)
         self.clip = config.clip_activations
         self.shortcut = MPConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.conv1 = MPConv2d(residual_channels, out_channels, 3, gain=1 / SILU_MAGNITUDE)
-        self.embedding_projection = MPLinear(config.embedding_width, out_channels, gain=1 / SILU_MAGNITUDE)
+        self.embedding_projection = MPLinear(embedding_width(config), out_channels, gain=1 / SILU_MAGNITUDE)
         self.embedding_gain = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = MPConv2d(out_channels, out_channels, 3, gain=residual_scale / SILU_MAGNITUDE)
@@ -163,7 +157,7 @@ class Block(nn.Module):
 class EncoderBlock(Block):
     """Normalises the features of every pixel; halves the resolution first if it ``resamples``."""
 
-    def __init__(self, in_channels: int, out_channels: int, heads: int, config: BlockConfig, resamples: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, heads: int, config: FrozenDict, resamples: bool = False):
         super().__init__(in_channels, out_channels, out_channels, heads, config)
         self.resamples = resamples
 
@@ -185,7 +179,7 @@ class DecoderBlock(Block):
         skip_channels: int,
         out_channels: int,
         heads: int,
-        config: BlockConfig,
+        config: FrozenDict,
         resamples: bool = False,
     ):
         width = in_channels + skip_channels
@@ -272,17 +266,14 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         self._check_config()
         widths = [model_channels * factor for factor in channel_mult]
         fourier_width = model_channels * (channel_mult_noise or channel_mult[0])
-        embedding_width = model_channels * (channel_mult_emb or max(channel_mult))
-        config = BlockConfig(
-            embedding_width, dropout, res_balance, attention_balance, concat_balance, clip_activations
-        )
+        embed_dim = embedding_width(self.config)
         height = sample_size if isinstance(sample_size, int) else sample_size[0]
         most_heads = [width // attention_head_dim for width in widths]
         heads = [count if height >> level in attention_resolutions else 0 for level, count in enumerate(most_heads)]
 
         self.time_fourier = FourierFeatures(fourier_width)
-        self.time_embedding = MPLinear(fourier_width, embedding_width)
-        self.class_embedding = MPLinear(num_class_embeds, embedding_width) if num_class_embeds is not None else None
+        self.time_embedding = MPLinear(fourier_width, embed_dim)
+        self.class_embedding = MPLinear(num_class_embeds, embed_dim) if num_class_embeds is not None else None
 
         # a channel of ones beside the image stands in for biases
         self.conv_in = MPConv2d(in_channels + 1, widths[0], 3)
@@ -290,19 +281,19 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         skips = [widths[0]]  # widths of the skip connections
         for level, width in enumerate(widths):
             if level > 0:
-                self.encoder.append(EncoderBlock(skips[-1], skips[-1], 0, config, resamples=True))
+                self.encoder.append(EncoderBlock(skips[-1], skips[-1], 0, self.config, resamples=True))
                 skips.append(skips[-1])
             for _ in range(layers_per_block):
-                self.encoder.append(EncoderBlock(skips[-1], width, heads[level], config))
+                self.encoder.append(EncoderBlock(skips[-1], width, heads[level], self.config))
                 skips.append(width)
         channels = widths[-1]
-        self.decoder.append(DecoderBlock(channels, 0, channels, most_heads[-1], config))
-        self.decoder.append(DecoderBlock(channels, 0, channels, 0, config))
+        self.decoder.append(DecoderBlock(channels, 0, channels, most_heads[-1], self.config))
+        self.decoder.append(DecoderBlock(channels, 0, channels, 0, self.config))
         for level, width in reversed(list(enumerate(widths))):
             if level < len(widths) - 1:
-                self.decoder.append(DecoderBlock(channels, 0, channels, 0, config, resamples=True))
+                self.decoder.append(DecoderBlock(channels, 0, channels, 0, self.config, resamples=True))
             for _ in range(layers_per_block + 1):
-                self.decoder.append(DecoderBlock(channels, skips.pop(), width, heads[level], config))
+                self.decoder.append(DecoderBlock(channels, skips.pop(), width, heads[level], self.config))
                 channels = width
         self.conv_out = MPConv2d(channels, in_channels, 3)
         self.out_gain = nn.Parameter(torch.zeros(()))
@@ -337,7 +328,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         halvings = len(self.config.channel_mult) - 1
         if height < 1 or width < 1 or height % 2**halvings or width % 2**halvings:
             wanted = f"multiples of {2**halvings}"
-            raise ValueError(f"{what} is {height}x{width}, which {halvings} levels cannot halve: take {wanted}")
+            raise ValueError(f"{what} is {height}x{width}, which {halvings} halvings do not divide: take {wanted}")
 
     def forward(
         self,

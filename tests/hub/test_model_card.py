@@ -26,7 +26,8 @@ def facts(card: ModelCard) -> dict[str, str]:
 def test_recipes_are_recognised(recipe):
     config = json.loads((CONFIG_DIR / f"{recipe}.json").read_text())
     assert recipe_name(config | {"sample_size": 48, "in_channels": 1, "num_class_embeds": 7}) == recipe
-    assert recipe_name(config | {"stem_channels": 12}) is None
+    width = "model_channels" if recipe.startswith("edm2") else "stem_channels"
+    assert recipe_name(config | {width: 12}) is None
     if recipe.startswith("original/"):
         assert recipe_name(config | {"time_embedding_type": "original_sine"}) == recipe
         assert recipe_name(config | {"time_embedding_type": "sinusoidal"}) is None
