@@ -33,18 +33,14 @@ def balance(t: float) -> tuple[float, float]:
     return (1 - t) / magnitude, t / magnitude
 
 
-def _silu(hidden_states: Tensor) -> Tensor:
-    """SiLU of a tensor that nobody else needs: in its place where no gradient is asked for."""
-    return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
-
-
 class MagnitudePreserving(nn.Module):
     """Equation 47: a layer without bias that computes with normalised filters, so that magnitudes pass unchanged.
 
     What it computes, times ``gain``, depends on the directions of its filters alone.
     """
 
-    gain = 1.0
+    weight: Tensor
+    gain: float
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
@@ -100,11 +96,6 @@ class FourierFeatures(nn.Module):
         return math.sqrt(2) * (values[:, None] * self.frequencies + self.phases).cos()
 
 
-def embedding_width(config: FrozenDict) -> int:
-    """Features of the embedding that every block of the network with that config is given."""
-    return config.model_channels * (config.channel_mult_emb or max(config.channel_mult))
-
-
 class SelfAttention(nn.Module):
     """Cosine attention among all positions: queries, keys and values have magnitude 1 in every head."""
 
@@ -126,26 +117,49 @@ class SelfAttention(nn.Module):
         return torch.add(self.out_conv(attended), hidden_states, alpha=self.main_scale)
 
 
+def embedding_width(config: FrozenDict) -> int:
+    """Features of the embedding that every block of the network with that config is given."""
+    return config.model_channels * (config.channel_mult_emb or max(config.channel_mult))
+
+
 class Block(nn.Module):
     """What blocks of encoder and decoder share: the residual branch, its sum with the main path, self-attention."""
 
-    def __init__(self, in_channels: int, residual_channels: int, out_channels: int, heads: int, config: FrozenDict):
+    shortcut_first: bool  # whether the shortcut is of the main path or a branch of its own
+
+    def __init__(
+        self,
+        config: FrozenDict,
+        in_channels: int,
+        out_channels: int,
+        attends: bool = False,
+        resamples: bool = False,
+        skip_channels: int = 0,
+    ):
         super().__init__()
+        self.resamples, self.skip_channels, self.clip = resamples, skip_channels, config.clip_activations
         self.main_scale, residual_scale = balance(config.res_balance)
-        self.clip = config.clip_activations
-        self.shortcut = MPConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.conv1 = MPConv2d(residual_channels, out_channels, 3, gain=1 / SILU_MAGNITUDE)
+        width = in_channels + skip_channels
+        if skip_channels:
+            # equation 103: a concatenation to which both parts contribute by their shares, whatever their widths
+            scales = zip(balance(config.concat_balance), (in_channels, skip_channels), strict=True)
+            self.concat_scales = [scale * math.sqrt(width / channels) for scale, channels in scales]
+        self.shortcut = MPConv2d(width, out_channels, 1) if width != out_channels else None
+        first_width = out_channels if self.shortcut_first else width
+        self.conv1 = MPConv2d(first_width, out_channels, 3, gain=1 / SILU_MAGNITUDE)
         self.embedding_projection = MPLinear(embedding_width(config), out_channels, gain=1 / SILU_MAGNITUDE)
         self.embedding_gain = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = MPConv2d(out_channels, out_channels, 3, gain=residual_scale / SILU_MAGNITUDE)
+        heads = out_channels // config.attention_head_dim if attends else 0
         self.attention = SelfAttention(out_channels, heads, config.attention_balance) if heads else None
 
     def residual(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         """The branch's term of the sum, its factor in the weights."""
         scale = self.embedding_projection(embedding) * self.embedding_gain + 1
         hidden_states = self.conv1(F.silu(hidden_states)) * scale[:, :, None, None]
-        return self.conv2(self.dropout(_silu(hidden_states)))
+        hidden_states = F.silu(hidden_states, inplace=not torch.is_grad_enabled())
+        return self.conv2(self.dropout(hidden_states))
 
     def join(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
         hidden_states = torch.add(residual, hidden_states, alpha=self.main_scale)
@@ -155,11 +169,9 @@ class Block(nn.Module):
 
 
 class EncoderBlock(Block):
-    """Normalises the features of every pixel; halves the resolution first if it ``resamples``."""
+    """Halves the resolution if it ``resamples``, and normalises the features of every pixel."""
 
-    def __init__(self, in_channels: int, out_channels: int, heads: int, config: FrozenDict, resamples: bool = False):
-        super().__init__(in_channels, out_channels, out_channels, heads, config)
-        self.resamples = resamples
+    shortcut_first = True
 
     def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         if self.resamples:
@@ -171,27 +183,9 @@ class EncoderBlock(Block):
 
 
 class DecoderBlock(Block):
-    """Doubles the resolution if it ``resamples``; joins a skip connection if it has ``skip_channels``."""
+    """Doubles the resolution if it ``resamples``, and joins a skip connection if it has ``skip_channels``."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        skip_channels: int,
-        out_channels: int,
-        heads: int,
-        config: FrozenDict,
-        resamples: bool = False,
-    ):
-        width = in_channels + skip_channels
-        super().__init__(width, width, out_channels, heads, config)
-        self.resamples = resamples
-        self.skip_channels = skip_channels
-        # equation 103: a concatenation to which both parts contribute by their share, whatever their widths
-        main_scale, skip_scale = balance(config.concat_balance)
-        self.concat_scales = (
-            main_scale * math.sqrt(width / in_channels),
-            skip_scale * math.sqrt(width / max(skip_channels, 1)),
-        )
+    shortcut_first = False
 
     def forward(self, hidden_states: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.resamples:
@@ -268,8 +262,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         fourier_width = model_channels * (channel_mult_noise or channel_mult[0])
         embed_dim = embedding_width(self.config)
         height = sample_size if isinstance(sample_size, int) else sample_size[0]
-        most_heads = [width // attention_head_dim for width in widths]
-        heads = [count if height >> level in attention_resolutions else 0 for level, count in enumerate(most_heads)]
+        attends = [height >> level in attention_resolutions for level in range(len(widths))]
 
         self.time_fourier = FourierFeatures(fourier_width)
         self.time_embedding = MPLinear(fourier_width, embed_dim)
@@ -278,22 +271,23 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         # a channel of ones beside the image stands in for biases
         self.conv_in = MPConv2d(in_channels + 1, widths[0], 3)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
-        skips = [widths[0]]  # widths of the skip connections
+        channels = widths[0]
+        skips = [channels]  # widths of the skip connections
         for level, width in enumerate(widths):
             if level > 0:
-                self.encoder.append(EncoderBlock(skips[-1], skips[-1], 0, self.config, resamples=True))
-                skips.append(skips[-1])
+                self.encoder.append(EncoderBlock(self.config, channels, channels, resamples=True))
+                skips.append(channels)
             for _ in range(layers_per_block):
-                self.encoder.append(EncoderBlock(skips[-1], width, heads[level], self.config))
-                skips.append(width)
-        channels = widths[-1]
-        self.decoder.append(DecoderBlock(channels, 0, channels, most_heads[-1], self.config))
-        self.decoder.append(DecoderBlock(channels, 0, channels, 0, self.config))
+                self.encoder.append(EncoderBlock(self.config, channels, width, attends[level]))
+                skips.append(channels := width)
+        self.decoder.append(DecoderBlock(self.config, channels, channels, attends=True))
+        self.decoder.append(DecoderBlock(self.config, channels, channels))
         for level, width in reversed(list(enumerate(widths))):
             if level < len(widths) - 1:
-                self.decoder.append(DecoderBlock(channels, 0, channels, 0, self.config, resamples=True))
+                self.decoder.append(DecoderBlock(self.config, channels, channels, resamples=True))
             for _ in range(layers_per_block + 1):
-                self.decoder.append(DecoderBlock(channels, skips.pop(), width, heads[level], self.config))
+                block = DecoderBlock(self.config, channels, width, attends[level], skip_channels=skips.pop())
+                self.decoder.append(block)
                 channels = width
         self.conv_out = MPConv2d(channels, in_channels, 3)
         self.out_gain = nn.Parameter(torch.zeros(()))
@@ -390,7 +384,8 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
             self.logvar_linear.force_normalization()
         weight = self.logvar_linear.weight
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=weight.device).reshape(-1)
-        return self.logvar_linear(self.logvar_fourier(timestep).to(weight.dtype)).squeeze(1)
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.logvar_linear(self.logvar_fourier(timestep).to(weight.dtype)).squeeze(1)
 
     def _call(self, block: Block, *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
