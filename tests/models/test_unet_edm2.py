@@ -150,6 +150,9 @@ def test_the_uncertainty():
     expected = mp_conv(unet.logvar_linear.double(), features)[:, 0]
     torch.testing.assert_close(unet.float().log_variance(timestep).double(), expected, rtol=0, atol=1e-5)
     assert unet.log_variance(0.5).shape == (1,)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert unet.log_variance(timestep).dtype == torch.float32
+        assert answer(unet).isfinite().all()
 
 
 def train(unet, steps=2):
