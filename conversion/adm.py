@@ -143,6 +143,7 @@ def make_scheduler(flags: Flags | None) -> LearnedVarianceDDPMScheduler:
         variance_type="learned_range" if _flag(flags, "learn_sigma") else "fixed_large",
         timestep_spacing="linspace",
         clip_sample=True,
+        use_clipped_model_output=True,
         **options,
     )
 

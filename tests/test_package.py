@@ -53,7 +53,9 @@ def test_training_configs_are_options(file, prepared):
     assert options.max_train_steps > 0
 
 
-STANDING_ALONE = "models.unet_class_conditional pipelines.cached_weights pipelines.pipeline_class_conditional"
+STANDING_ALONE = (
+    "models.unet_class_conditional models.unet_edm2 pipelines.cached_weights pipelines.pipeline_class_conditional"
+)
 
 
 @pytest.mark.parametrize("module", [*STANDING_ALONE.split(), "schedulers.scheduling_ddim_eta"])

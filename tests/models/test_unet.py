@@ -95,7 +95,7 @@ def test_saving_and_loading(tmp_path, time, low_cpu_mem_usage):
     assert loaded.config.layer_types == tuple(LAYER_TYPES)
 
 
-@pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("[!e]*.json")), ids=lambda file: file.stem)
 def test_every_config_file_is_whole(file):
     config, faithful = json.loads(file.read_text()), file.parent.name == "original"
     assert set(config) <= {*inspect.signature(ClassConditionalUNet2DModel).parameters, "_class_name"}
