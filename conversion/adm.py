@@ -37,9 +37,10 @@ _RELEASED_NETWORK = {
     **block_types([False, True, True, True], resnet_resampling=True),
 }
 _ALLOWED = {
-    "classifier_depth": range(1, 65), "image_size": range(8, 4097), "num_head_channels": range(1, 65_537), "num_heads": range(1, 65_537),
+    "image_size": range(8, 4097), "num_head_channels": range(1, 65_537), "num_heads": range(1, 65_537),
     "use_new_attention_order": (False, True), "learn_sigma": (False, True), "predict_xstart": (False, True),
     "rescale_timesteps": (False, True), "diffusion_steps": range(2, 10_001), "noise_schedule": ("cosine", "linear"),
+    "classifier_depth": range(1, 65),
 }
 
 # Names inside the modules, the official ones and ours.
