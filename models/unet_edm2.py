@@ -202,7 +202,7 @@ class DecoderBlock(Block):
 class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     r"""EDM2's U-Net, whose layers all preserve the magnitude of what passes through them.
 
-    Training must be with `train()`, where each pass first brings the filters back to unit magnitude.
+    In `train()` mode each pass first brings the filters back to unit magnitude: call backward before the next pass.
 
     Args:
         sample_size: Height and width of the images, one int or (height, width), in pixels.
