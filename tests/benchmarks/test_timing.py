@@ -1,22 +1,14 @@
 """What the benchmarks measure with: rounds, ratios, operations, networks."""
 
 import re
-import time
 
 import networks
 import pytest
 import torch
 from diffusers import UNet2DModel
-from report import alternate, ratios_to, spread, time_methods
+from report import ratios_to, spread
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
-
-
-def test_rounds_alternate():
-    called = []
-    measures = {name: lambda name=name: called.append(name) or name for name in "ab"}
-    assert alternate(measures, rounds=3, warmup=1) == {"a": ["a"] * 3, "b": ["b"] * 3}
-    assert "".join(called) == "abbaabba"
 
 
 def test_a_ratio_is_that_of_each_round():
@@ -25,21 +17,6 @@ def test_a_ratio_is_that_of_each_round():
     assert ratios_to("ours", seconds) == {"other": {"median": 2.0, "quartiles": [2.0, 2.0]}}
     assert spread([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0]}
     assert spread([3.0]) == {"median": 3.0, "quartiles": [3.0, 3.0]}
-
-
-def test_timed_methods_count_what_is_inside_once():
-    class Worker:
-        def outer(self):
-            self.inner()
-
-        def inner(self):
-            time.sleep(0.02)
-
-    seconds = time_methods((Worker, "outer", "outer"), (Worker, "inner", "inner"))
-    Worker().outer()
-    assert seconds.keys() == {"outer"}
-    Worker().inner()
-    assert min(seconds.values()) >= 0.02
 
 
 def test_flops_of_a_convolution():

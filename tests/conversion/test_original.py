@@ -41,6 +41,7 @@ def test_other_right_files(tmp_path):
         assert not [name for name in originals.original_weight_shapes(params) if "c_emb" in name or "clsProj" in name]
     older = {name: value for name, value in SMALL_PARAMS.items() if name not in ("atn_resolution", "epoch", "step")}
     assert read(tmp_path, {**older, "remark": "x"}) == {**older, "remark": "x"}
+    assert original.original_unet_config(older)["attention_patch_size"] == 16
 
 
 @pytest.mark.parametrize(

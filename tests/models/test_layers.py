@@ -87,23 +87,6 @@ class TestClassAttention(LayerContract):
         torch.testing.assert_close(layer(sample, None, class_embedding), expected.detach(), atol=1e-9, rtol=1e-9)
 
 
-class TestClassAttentionOfTheOriginal(LayerContract):
-    layer_type = "class_attention"
-
-    def make(self, in_channels=8, out_channels=8, **options):
-        return super().make(in_channels, out_channels, **options, class_attention_type="identity")
-
-    def test_equals_attention_whose_matrix_only_weights_its_own_rows(self):
-        """As the original computes it: each row of softmax, which sums to 1, multiplies its own channel."""
-        layer = self.make()
-        sample, time_embedding, class_embedding = self.inputs()
-        normed = layer.norm(sample)
-        attention = torch.randn(3, 8, 8).softmax(dim=-1)
-        contracted = torch.einsum("nclw,ncd->nclw", normed, attention)
-        expected = layer.out_norm(layer.out_conv(contracted)) + sample
-        torch.testing.assert_close(layer(sample, time_embedding, class_embedding), expected, atol=1e-5, rtol=1e-5)
-
-
 class TestSelfAttention(LayerContract):
     layer_type = "self_attention"
 

@@ -205,18 +205,6 @@ def test_the_originals_answers(original_checkpoint, answers, kind, rows):
     torch.testing.assert_close((variance + 1) / 2, expected[f"forward.{answers}.v"][rows], atol=1e-5, rtol=0)
 
 
-def test_without_classes_and_with_older_files():
-    params = {"inCh": 1, "embCh": 8, "chMult": 0, "num_blocks": 1, "blk_types": ["res", "conv"], "T": 50}
-    params |= {"beta_sched": "cosine", "t_dim": 8, "c_dim": None, "num_classes": 10}
-    config = original_unet_config(params)
-    assert config["num_class_embeds"] is None
-    assert (config["attention_patch_size"], config["block_out_channels"]) == (16, (8,))
-    unet = ClassConditionalUNet2DModel(**config)
-    assert unet(torch.zeros(1, 1, 8, 8), 49).sample.shape == (1, 2, 8, 8)
-    with pytest.raises(KeyError):
-        map_original_weights({"unet.downBlocks.0.block.0.block3.proj.weight": torch.zeros(1)}, params)
-
-
 def test_time_encodings_follow_their_formula():
     """Against float64 sines of the float32 phases: the phases are rounded as the original rounds them."""
     dim, timesteps = 32, torch.tensor([0, 12, 499, 999])
