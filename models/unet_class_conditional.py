@@ -97,8 +97,8 @@ class ResnetLayer(ModulatedLayer):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, hidden_states: Tensor, *embeddings: Tensor | None) -> Tensor:
-        embeddings = (None if embedding is None else F.silu(embedding) for embedding in embeddings)
-        features = self._modulate(self.norm1(self.conv1(hidden_states)), *embeddings)
+        activated = (None if embedding is None else F.silu(embedding) for embedding in embeddings)
+        features = self._modulate(self.norm1(self.conv1(hidden_states)), *activated)
         features = self.dropout(_silu(features))
         return _silu(self.norm2(self.conv2(features))) + self.shortcut(hidden_states)
 

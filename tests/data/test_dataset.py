@@ -186,8 +186,5 @@ def test_resuming_gives_the_rest_and_costs_nothing():
         # and again: a DataLoader may ask twice
         assert next(iter(resumed)) == whole[start]
     assert len(set(first_images(100, 1000, seed=0, first_image=10**14))) == 100
-
-
-def test_batch_that_ranks_cannot_share():
     with pytest.raises(ValueError, match="multiple of 2 ranks"):
         GlobalBatchSampler(100, 9, seed=0, world_size=2)

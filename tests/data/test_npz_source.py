@@ -87,8 +87,6 @@ def test_equal_descriptions_mean_equal_images_however_they_came(tmp_path):
         write_prepared(tmp_path / f"{len(paths)}", NpzSource(paths)) for paths in ([one], [first, second])
     )
     assert joined.fingerprint == whole.fingerprint
-    assert (joined.channels, joined.height, joined.width, joined.num_images) == (5, 6, 6, 90)
-    assert joined.images_per_class == np.bincount(labels).tolist()
     np.savez(one, images, labels)
     assert NpzSource([one]).description == before
     # the same bytes of file, one pixel of another value

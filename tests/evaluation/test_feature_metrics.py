@@ -235,6 +235,9 @@ TWINS = np.repeat(normal(20, seed=1), 12, axis=0), np.concatenate([normal(20, se
     [
         *((normal(300, seed=1).astype(f"f{k + 1}"), normal(250, shift=0.3, seed=2).astype(f"f{k + 1}"), k)
           for k in (1, 3, 7)),
+        # each point lies in its own ball and at the edge of others; and none in any
+        (normal(150), normal(150)[::-1].copy(), 5),
+        (normal(100, seed=1), normal(120, shift=100, seed=2), 5),
         # radii of 0 and distances of 0: the balls are closed
         (*TWINS, 5),
         # distances that are equal by the dozen, at the edge of the balls
@@ -251,15 +254,6 @@ def test_manifolds_by_their_definitions(real, generated, k, monkeypatch):
     # several blocks, of unequal sizes, of few images
     monkeypatch.setattr(feature_metrics, "BLOCK", 64)
     assert all_four(real, generated, k) == pytest.approx(brute_force(real, generated, k), abs=1e-12)
-
-
-def test_equal_and_disjoint_sets():
-    """Each point lies in its own ball and in those of k others, sometimes at the very edge."""
-    points, same = normal(150).astype(np.float32), np.ones((70, 16))
-    assert all_four(points, points) == pytest.approx((1, 1, 6 / 5, 1), abs=1e-12)
-    assert all_four(points, points[::-1].copy()) == pytest.approx((1, 1, 6 / 5, 1), abs=1e-12)
-    assert all_four(same, same) == pytest.approx((1, 1, 70 / 5, 1))
-    assert all_four(normal(100, seed=1), normal(120, shift=100, seed=2)) == (0, 0, 0, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
