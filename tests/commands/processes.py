@@ -22,6 +22,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "imagenet64_diffusion.training.loop",
         "imagenet64_diffusion.evaluation.evaluating",
+        "accelerate.commands.launch",
         "transformers",
         "matplotlib.figure",
         "datasets",
