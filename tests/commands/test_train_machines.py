@@ -98,17 +98,8 @@ def test_two_processes_killed(new_run, shared):
 def test_accelerate_launch(new_run):
     """Stopped by a SIGTERM that the launcher hands on, and resumed by others."""
     run = new_run(**SHARED | {"lr_scheduler": "constant"})
-    words = [
-        "--multi_gpu",
-        "--num_processes",
-        2,
-        "--num_machines",
-        1,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    words = ["--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+    words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     words += ["--main_process_port", 0, ROOT / "train_imagenet64.py", *run.arguments(max_train_steps=10_000)]
     options = {"environment": {"ACCELERATE_USE_CPU": "true"}, "program": "tests.commands.test_train_machines"}
     launcher = CommandProcess(words, run.folder / "launcher", **options)

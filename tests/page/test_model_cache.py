@@ -20,13 +20,6 @@ def test_facts_of_the_digits_and_of_a_network_without_classes():
     assert "· 32x16 pixels, RGB · no classes ·" in facts("mine", pipeline)
 
 
-def test_a_lent_pipeline_shares_the_network_alone(models):
-    first, second = (models.pipeline(models.names[0]) for _ in range(2))
-    assert first.unet is second.unet
-    first.scheduler.set_timesteps(3)
-    assert len(second.scheduler.timesteps) == len(models.pipeline(models.names[0]).scheduler.timesteps) == 1000
-
-
 def test_each_is_loaded_once_and_only_so_many_stay_in_memory(tmp_path, tiny_model, monkeypatch):
     names, loaded = [str(shutil.copytree(tiny_model, tmp_path / name)) for name in "abc"], []
     load = model_cache.open_model

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from imagenet64_diffusion import ClassConditionalPipeline, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
-from imagenet64_diffusion.models.unet_class_conditional import StandardizedConv2d
 from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seeded
 from imagenet64_diffusion.tests.pipelines.gaussian_toy import make_gaussian_pipeline
 
@@ -262,19 +261,3 @@ def test_a_callback_sees_replaces_and_interrupts(pipeline, batches, capsys):
 def test_wrong_arguments(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"class_labels": 0, "num_inference_steps": 2, **options})
-
-
-def test_weights_are_prepared_once_in_a_call_even_if_it_fails(monkeypatch):
-    pipeline, prepared = make_pipeline(), []
-    effective_weight = StandardizedConv2d.effective_weight
-    monkeypatch.setattr(
-        StandardizedConv2d, "effective_weight", lambda conv: prepared.append(conv) or effective_weight(conv)
-    )
-
-    def fail(_, step, *__):
-        return {} if step == 0 else 1 / 0
-
-    with pytest.raises(ZeroDivisionError):
-        generate(pipeline, callback_on_step_end=fail)
-    assert len(prepared) == len(set(prepared)) > 0
-    assert not any("forward" in vars(module) for module in pipeline.unet.modules())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, LearnedVarianceDDPMScheduler
-from imagenet64_diffusion.pipelines.loading import scheduler_class, swap_scheduler
+from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel
+from imagenet64_diffusion.pipelines.loading import swap_scheduler
 from imagenet64_diffusion.tests.components import generate_two, make_pipeline, make_unet
 from imagenet64_diffusion.tests.hub.conftest import files_under
 from imagenet64_diffusion.tests.hub.test_pushing import CODE_AND_WEIGHTS
@@ -58,11 +58,3 @@ def test_another_scheduler_inside(tmp_path, name, library):
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == [library, f"{name}Scheduler"]
     for loaded in (ClassConditionalPipeline, DiffusionPipeline):
         assert torch.equal(generate_two(loaded.from_pretrained(tmp_path, trust_remote_code=True)), expected)
-
-
-def test_scheduler_names():
-    assert scheduler_class("DDIM") is DDIMScheduler
-    assert scheduler_class("LearnedVarianceDDPM") is LearnedVarianceDDPMScheduler
-    for name in ("Nothing", "UNet2DModel", "DDIMPipeline"):
-        with pytest.raises(ValueError, match=f"there is no scheduler named '{name}'"):
-            scheduler_class(name)
