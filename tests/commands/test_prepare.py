@@ -103,34 +103,6 @@ def test_killed_in_the_middle_and_run_again(here, published):
     np.testing.assert_array_equal(PreparedImages("out")[list(range(505))]["pixel_values"], pixels[:505])
 
 
-def test_class_folders_leave_nothing_behind(here):
-    for label in ("cat", "dog"):
-        (here / "images" / label).mkdir(parents=True)
-        PIL.Image.new("RGB", (100, 50), "red").save(here / "images" / label / "one.jpg")
-    assert run("--source", "imagefolder", "--input", "images", "--output_dir", "out", "--resolution", "16") == 0
-    assert PreparedImages("out").id2label == {0: "cat", 1: "dog"}
-    assert names(here) == ["images", "out"]
-
-
-def test_npz_files_of_four_channels(here, capsys):
-    pixels, labels = np.random.default_rng(0).integers(0, 256, (90, 8, 12, 4), dtype=np.uint8), np.arange(90) % 3
-    for part, rows in ((2, slice(20)), (10, slice(20, 90))):
-        path = here / f"part{part}.npz"
-        np.savez_compressed(path, images=pixels[rows], labels=labels[rows], class_names=["ER", "nucleus", "wall"])
-    arguments = ["--source", "npz", "--input", ".", "--output_dir", "out"]
-    assert run(*arguments) == 0
-    output = capsys.readouterr().out
-    assert output.startswith("reading 2 .npz files: part2.npz, part10.npz\n")
-    assert "prepared out: 90 images, 3 classes, 12x8 4-channel, 0.0 MB in " in output
-    images = PreparedImages("out")
-    assert (images.channels, images.image_size, images.id2label[1]) == (4, (8, 12), "nucleus")
-    np.testing.assert_array_equal(images[list(range(90))]["pixel_values"], np.moveaxis(pixels, -1, 1))
-    path.write_bytes(path.read_bytes()[:-100])
-    assert run(*arguments, "--overwrite") == 2
-    assert capsys.readouterr().err.startswith("error: part10.npz cannot be read")
-    assert len(PreparedImages("out")) == 90
-
-
 def test_datasets_of_the_hub_and_local_ones(here):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     pictures = [PIL.Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 100, 200)]

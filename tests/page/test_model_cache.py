@@ -40,13 +40,3 @@ def test_another_folder_is_opened_where_that_is_allowed(models, tmp_path, tiny_m
         with pytest.raises(ValueError, match=f"^Model is '{name}', but this page has .*tiny only$"):
             models.pipeline(name)
     assert ModelCache(AppOptions(model=[str(tiny_model)], allow_any_model=True)).pipeline(copy).unet is not None
-
-
-def test_a_model_that_is_not_there(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    models = ModelCache(AppOptions(model=[str(tiny_model)], allow_any_model=True))
-    for name in ("no/where", "/no/where/at/all", "no such model"):
-        with pytest.raises(OSError, match=f"^{name} is not a folder, and cannot be"):
-            models.pipeline(name)
-    with pytest.raises(ValueError, match="holds no pipeline"):
-        models.pipeline(str(tmp_path))

@@ -153,11 +153,6 @@ class TestSchedulers:
         pipeline.scheduler = stock.from_config(pipeline.scheduler.config)
         torch.testing.assert_close(generate(pipeline, steps=10, output_type="latent"), ours, atol=1e-4, rtol=1e-4)
 
-    def test_own_timesteps(self, pipeline, batches):
-        generate(pipeline, timesteps=[900, 400, 50])
-        assert len(batches) == pipeline.num_timesteps == 3
-        assert pipeline.timesteps.tolist() == [900, 400, 50]
-
     def test_clipping(self, pipeline):
         as_configured = generate(pipeline, output_type="latent")
         assert torch.equal(generate(pipeline, clip_sample=False, output_type="latent"), as_configured)

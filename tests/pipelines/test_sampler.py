@@ -1,7 +1,5 @@
 """The settings of a sampling run, and what the pipeline is called with."""
 
-import re
-
 import pytest
 import torch
 
@@ -39,21 +37,3 @@ def test_what_the_pipeline_is_called_with():
 )
 def test_titles(values, title):
     assert Sampler(**values).title() == title
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("num_inference_steps", (0,), "but must be at least 1"),
-        ("step_size", (-1,), "but must be at least 1"),
-        ("guidance_scale", (float("nan"), -1), "but must be in [0, inf)"),
-        ("eta", (-0.5, float("inf")), "but must be in [0, inf)"),
-        ("guidance_interval", ((0.5,), (0.5, 0.4), (0.5, 1.1)), "0 <= begin <= end <= 1"),
-    ],
-)
-def test_wrong_values(name, values, message):
-    for value in values:
-        with pytest.raises(ValueError, match=f"^{name} is .*{re.escape(message)}"):
-            Sampler(**{name: value})
-    with pytest.raises(ValueError, match="both say the number of steps"):
-        Sampler(num_inference_steps=5, step_size=5)
