@@ -1,6 +1,5 @@
 """A repository on the Hub where this package is not installed: in a process that cannot import it."""
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -24,10 +23,14 @@ def use(url: str, folder: Path, code_of_the_card: list[str]) -> None:
     for name in [name for name in sys.modules if name.startswith("imagenet64_diffusion.")]:
         del sys.modules[name]
     sys.modules["imagenet64_diffusion"] = None
-    point_at(url, folder, pytest.MonkeyPatch())
-    os.environ["HF_TOKEN"] = TOKEN
-    diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE = str(folder / "modules")
-    os.chdir(folder)
+    patch, modules = pytest.MonkeyPatch(), folder / "modules"
+    point_at(url, folder, patch)
+    patch.setenv("HF_TOKEN", TOKEN)
+    modules.mkdir()
+    patch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(modules))
+    # before the place where another test may have put downloaded code
+    patch.syspath_prepend(modules)
+    patch.chdir(folder)
 
     with pytest.raises(ModuleNotFoundError):
         exec("from imagenet64_diffusion.pipelines import pipeline_class_conditional")
