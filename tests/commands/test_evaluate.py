@@ -303,11 +303,6 @@ def test_wrong_references_and_scores(prepared, reference, evaluated, broken, cap
         assert evaluate(command, **{**given[command], outputs[command]: broken / "out", **changes}) == 2
         assert message in capsys.readouterr().err
         assert not (broken / "out").exists()
-    assert main(["scroe"]) == 2
-    assert (
-        "error: there is no 'scroe': take one of reference, model, score, sweep, classifier; perhaps score"
-        in capsys.readouterr().err
-    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file that opens and cannot be read")

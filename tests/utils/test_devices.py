@@ -47,8 +47,3 @@ def test_a_large_block_comes_from_the_heap_and_stays_there():
     mapped, heap, given_back = json.loads(run_command("tests.utils.test_devices", "kept").stdout)
     assert mapped == given_back == 0
     assert heap >= size
-
-
-def test_without_glibc_it_says_so(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert keep_freed_memory() is False
