@@ -11,6 +11,18 @@ from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions, prepare
 from imagenet64_diffusion.tests.components import RECIPES, OriginalCheckpoint
 
 
+# These fork processes from a server, which takes as long to start as many of them to run: one worker runs them all.
+FORKING = {"benchmarks", "commands", "page"}
+FORKING |= {"test_devices", "test_extending", "test_full_float32", "test_without_package"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if FORKING & {item.path.parent.name, item.path.stem}:
+            item.add_marker(pytest.mark.xdist_group("forking"))
+
+
 @pytest.fixture(scope="session", params=RECIPES)
 def original_checkpoint(request) -> OriginalCheckpoint:
     return OriginalCheckpoint(request.param)
