@@ -158,9 +158,7 @@ class TestNoiseLevels:
 
     def test_a_swap_keeps_the_kind(self):
         edm, ddpm = pipeline_of(edm2()), make_pipeline()
-        with pytest.raises(
-            ValueError, match="alphas_cumprod, but the network was trained with EDM's noise levels"
-        ):
+        with pytest.raises(ValueError, match="alphas_cumprod, but the network was trained with EDM's noise levels"):
             swap_scheduler(edm, "DDIM")
         ddpm.scheduler = EDMEulerScheduler()
         with pytest.raises(ValueError, match=r"EDMEulerScheduler cannot.*trained with alphas_cumprod; take UniPC"):

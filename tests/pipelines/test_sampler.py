@@ -1,13 +1,11 @@
 """The settings of a sampling run, and what the pipeline is called with."""
 
-import re
-
 import pytest
 import torch
 
-from imagenet64_diffusion.pipelines.generation import sample_images, weights_digest
+from imagenet64_diffusion.pipelines.generation import sample_images
 from imagenet64_diffusion.pipelines.generation_options import Sampler
-from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, seeded
 
 
 def test_what_the_pipeline_is_called_with():
@@ -32,13 +30,6 @@ def test_what_the_pipeline_is_called_with():
             Sampler(scheduler_options=[option]).prepare(pipeline)
 
 
-def test_the_digest_of_weights_is_kept(monkeypatch):
-    unet = make_unet()
-    assert weights_digest(unet) == weights_digest(make_unet()) != weights_digest(make_unet(stem_channels=16))
-    monkeypatch.setattr(unet, "state_dict", None)
-    assert weights_digest(unet) == weights_digest(make_unet())
-
-
 @pytest.mark.parametrize(
     ("values", "title"),
     [
@@ -60,20 +51,7 @@ def test_titles(values, title):
     assert Sampler(**values).title() == title
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("num_inference_steps", (0,), "but must be at least 1"),
-        ("step_size", (-1,), "but must be at least 1"),
-        ("guidance_scale", (float("nan"), -1), "but must be in [0, inf)"),
-        ("eta", (-0.5, float("inf")), "but must be in [0, inf)"),
-        ("guidance_interval", ((0.5,), (0.5, 0.4), (0.5, 1.1)), "0 <= begin <= end <= 1"),
-        ("guidance_sigma_interval", ([0.5], [2.0, 1.0]), "two noise levels, 0 <= low <= high"),
-    ],
-)
-def test_wrong_values(name, values, message):
-    for value in values:
-        with pytest.raises(ValueError, match=f"^{name} is .*{re.escape(message)}"):
-            Sampler(**{name: value})
-    with pytest.raises(ValueError, match="both say the number of steps"):
-        Sampler(num_inference_steps=5, step_size=5)
+def test_noise_levels_that_are_no_interval():
+    for value in ([0.5], [2.0, 1.0]):
+        with pytest.raises(ValueError, match="^guidance_sigma_interval is .*two noise levels, 0 <= low <= high"):
+            Sampler(guidance_sigma_interval=value)
