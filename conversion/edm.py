@@ -111,11 +111,11 @@ def make_scheduler(options: Mapping[str, Any]) -> EDMHeunScheduler:
 
 def _check_options(options: Mapping[str, Any], num_tensors: int) -> dict[str, Any]:
     """All arguments that concern the network, checked."""
-    known = {*_WHOLE_NUMBERS, *_LISTS, *_FRACTIONS, *_OTHERS}
-    unknown = [name for name in options if name not in known]
-    require(not unknown, f"the network has the argument {reprlib.repr(unknown[:1])}, which EDM's DhariwalUNet has not")
     model_type = options.get("model_type", "DhariwalUNet")
     require(model_type == "DhariwalUNet", f"model_type is {reprlib.repr(model_type)}, but must be 'DhariwalUNet'")
+    for name in options:
+        known = name in {*_WHOLE_NUMBERS, *_LISTS, *_FRACTIONS, *_OTHERS}
+        require(known, f"the network has the argument {reprlib.repr(name)}, which EDM's DhariwalUNet has not")
     checked: dict[str, Any] = {}
     for name, (default, allowed) in (_WHOLE_NUMBERS | _LISTS).items():
         value = checked[name] = options.get(name, default)
