@@ -129,7 +129,8 @@ def evaluate_reference(options: ReferenceOptions) -> Path:
             return Path(options.output_dir)
         if options.num_images is not None:
             raise ValueError(
-                f"num_images is {options.num_images}, but {options.source} holds no published statistics: leave it out"
+                f"num_images is {options.num_images}, but of {options.source} the protocol {options.protocol} takes"
+                " images, not statistics: leave it out"
             )
         images = on_every_process(
             state, lambda: open_images(options.source, options.split, options.resolution, options.color_mode)

@@ -67,8 +67,9 @@ def _read_moments(
             raise DataError(f'{source}: "{name}" is {found}, but must be of floating-point numbers {shape}')
         moments.append(np.concatenate(list(read_rows(array))).astype(np.float64))
     mean, covariance = moments
+    largest = np.abs(covariance).max()
     # sums of outer products may be symmetric only but for rounding
-    if not np.abs(covariance - covariance.T).max() <= _ROUNDING * np.abs(covariance).max():
+    if not np.isfinite(largest) or np.abs(covariance - covariance.T).max() > _ROUNDING * largest:
         raise DataError(f'{source}: "sigma{ending}" is not finite or not symmetric, but must be a covariance')
     try:
         return FeatureStatistics.from_moments(mean, (covariance + covariance.T) / 2, num_images)
