@@ -40,8 +40,8 @@ _SPATIAL = ("reference.spatial_statistics", "model.spatial_statistics")
 
 METRICS = {
     "fid": Metric("FID", "distance_of_statistics", _STATISTICS, {}, 2, True),
-    "sfid": Metric("sFID", "distance_of_statistics", _SPATIAL, {}, 2, True),
     "kid": Metric("KID", "kernel_distance", _FEATURES, {"num_subsets": 100, "max_subset_size": 1000}, 6, True),
+    "sfid": Metric("sFID", "distance_of_statistics", _SPATIAL, {}, 2, True),
     "inception_score": Metric("Inception Score", "inception_score", _PREDICTIONS, {"num_splits": 10}, 10),
     "precision": Metric("precision", "precision_and_recall", _FEATURES, {"k": 3}, 6),
     "recall": Metric("recall", "precision_and_recall", _FEATURES, {"k": 3}, 6),
