@@ -1,6 +1,5 @@
 """Published statistics of real images: the files of guided-diffusion's, EDM's and EDM2's evaluation programs."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ def read_published(source: str, num_images: int | None) -> tuple[FeatureStatisti
     path = Path(source).expanduser()
     if not path.is_file() or path.suffix.lower() not in (".npz", ".pkl"):
         return None
-    arrays: Mapping[str, Any]
+    arrays: dict[str, Any]
     if path.suffix.lower() == ".npz":
-        arrays = open_arrays(path, source)
+        arrays = dict(open_arrays(path, source))
         if not arrays.keys() & {"mu", "sigma"}:
             return None
     else:
@@ -56,9 +55,7 @@ def read_published(source: str, num_images: int | None) -> tuple[FeatureStatisti
     return _read_moments(arrays, "", 2048, num_images, source), spatial
 
 
-def _read_moments(
-    arrays: Mapping[str, Any], ending: str, size: int, num_images: int, source: str
-) -> FeatureStatistics:
+def _read_moments(arrays: dict[str, Any], ending: str, size: int, num_images: int, source: str) -> FeatureStatistics:
     moments = []
     for name, shape in ((f"mu{ending}", (size,)), (f"sigma{ending}", (size, size))):
         array = arrays.get(name)

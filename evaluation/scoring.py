@@ -94,9 +94,8 @@ def _find(need: str, sides: Mapping[str, Evaluation], min_images: int) -> Any:
     evaluation = sides[side]
     found = getattr(evaluation, what)
     if found is None:
-        missing = (
-            "labels of classes that the extractor tells apart" if what == "known_labels" else what.replace("_", " ")
-        )
+        names = {"known_labels": "labels of classes that the extractor tells apart"}
+        missing = names.get(what, what.replace("_", " "))
         raise ValueError(f"{evaluation.folder} has no {missing}")
     count = found.count if isinstance(found, FeatureStatistics) else len(found)
     if count < min_images:
