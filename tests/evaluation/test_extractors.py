@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 from cleanfid.inception_torchscript import InceptionV3W
 
-from imagenet64_diffusion.evaluation import frechet_distance
+from imagenet64_diffusion.evaluation import frechet_distance, options, protocols
 from imagenet64_diffusion.evaluation.extractors import make_extractor
 from imagenet64_diffusion.evaluation.protocols import COMPARED_ENTRIES, check_comparable
 from imagenet64_diffusion.tests.hub.loopback_hub import Blob, Repository
@@ -161,14 +161,17 @@ def test_original_is_what_torchvision_computes(tmp_path):
     pixels = make_pixels(5, count=1, size=32)
     x = F.interpolate(pixels / 255, size=(299, 299), mode="bilinear", align_corners=False)
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    captured = []
+    captured, spatial = [], []
     network.avgpool.register_forward_hook(lambda module, inputs, output: captured.append(output.flatten(1)))
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: spatial.append(output[:, :7]))
     with torch.no_grad():
         logits = network((x - mean) / std)
     extractor = make_extractor("original", weights=file, dtype="float32")
     found = extractor(pixels)
     torch.testing.assert_close(found.features, captured[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.probabilities, logits.softmax(1), rtol=1e-5, atol=1e-7)
+    expected = spatial[0].permute(0, 2, 3, 1).reshape(1, 2023)
+    torch.testing.assert_close(extractor.extract(pixels)["spatial_features"], expected, rtol=1e-5, atol=1e-5)
     assert (extractor.num_features, extractor.num_classes) == (2048, 1000)
 
     half = make_extractor("original", weights=file)
@@ -272,6 +275,7 @@ def test_weights_from_the_hub(models, online):
 
 def test_comparable_is_what_decides_the_numbers(stand_in):
     header, legacy = (make_extractor(mode, weights=stand_in).header for mode in MODES)
+    assert tuple(protocols.PROTOCOLS) == options.PROTOCOLS
     assert header["versions"].keys() == {"Pillow", "clean-fid", "torch"}
     resize = {"library": "Pillow", "filter": "bicubic", "antialias": True, "quantized": False, "size": [299, 299]}
     assert header["resize"] == resize
