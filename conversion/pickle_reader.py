@@ -173,7 +173,9 @@ class Reader(pickle._Unpickler):
         {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()}
         | {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.FRAME[0]: load_frame}
     )
-    dispatch = Handlers(usual | {pickle.BUILD[0]: load_build, pickle.BINPERSID[0]: pickle._Unpickler.load_binpersid})
+    dispatch = Handlers(
+        usual | {pickle.BUILD[0]: load_build, pickle.BINPERSID[0]: pickle._Unpickler.dispatch[pickle.BINPERSID[0]]}
+    )
 
 
 def read_legacy(memory: memoryview) -> Any:
