@@ -237,7 +237,7 @@ def with_weights(**weights) -> bytes:
         (lambda: with_weights(out_gain=weight(load_storage(ONE[:-1]))), "does not hold the 4 bytes of storage"),
         (
             lambda: with_weights(out_gain=weight(load_storage(as_archive(b"\x80\x02" + STORAGE + b".")))),
-            "not as torch",
+            "opcode PERSID",
         ),
         (lambda: with_weights(out_gain=weight(load_storage(as_legacy(state_dict())))), "a StateDict where a storage"),
         (lambda: pickle.dumps({"ema": network()})[:-100], "download or copy it again"),
