@@ -15,12 +15,21 @@ from PIL import Image
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.prepare_imagenet64 import main as prepare
 from imagenet64_diffusion.pretrained import DIGITS
-from imagenet64_diffusion.tests.components import make_pipeline
+from imagenet64_diffusion.tests.components import FIXTURES, make_pipeline
 from imagenet64_diffusion.tests.conversion.originals import model_file, params_file, unpack_optimizer
 from imagenet64_diffusion.tests.documents.pages import ROOT
 
 
 MODEL, OPTIMIZER = Path("model_469e_600000s.pkl"), Path("optim_469e_600000s.pkl")
+# what others have published -> a tiny network of theirs
+PEERS = {
+    "64x64_diffusion.pt": "adm/diffusion.pt",
+    "64x64_classifier.pt": "adm/classifier.pt",
+    "edm-imagenet-64x64-cond-adm.pkl": "edm/net.pkl",
+    "edm2-img64-s-1073741-0.075.pkl": "edm2/net.pkl",
+    "edm2-img64-s-1073741-0.045.pkl": "edm2/net.pkl",
+    "edm2-img64-xs-0134217-0.110.pkl": "edm2/gnet.pkl",
+}
 ZIPS = ("Imagenet64_train_part1.zip", "Imagenet64_train_part2.zip")
 
 
@@ -136,4 +145,5 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
     str(MODEL): _original,
     str(OPTIMIZER): _optimizer,
     "original_models": _originals,
+    **{name: partial(shutil.copy, FIXTURES / "peers" / file) for name, file in PEERS.items()},
 }
