@@ -10,6 +10,8 @@ from .version import __version__
 
 
 _MODULES = {
+    "ADMClassifierModel": "models.classifier_adm",
+    "ADMUNet2DModel": "models.unet_adm",
     "ClassConditionalPipeline": "pipelines.pipeline_class_conditional",
     "ClassConditionalUNet2DModel": "models.unet_class_conditional",
     "EDMHeunScheduler": "schedulers.scheduling_edm_heun",
@@ -22,6 +24,8 @@ __all__ = list(_MODULES)
 __getattr__, __dir__ = lazy_exports(__name__, _MODULES)
 
 if TYPE_CHECKING:
+    from .models.classifier_adm import ADMClassifierModel
+    from .models.unet_adm import ADMUNet2DModel
     from .models.unet_class_conditional import ClassConditionalUNet2DModel
     from .pipelines.loading import swap_scheduler
     from .pipelines.pipeline_class_conditional import ClassConditionalPipeline
