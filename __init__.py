@@ -15,6 +15,7 @@ _MODULES = {
     "ClassConditionalPipeline": "pipelines.pipeline_class_conditional",
     "ClassConditionalUNet2DModel": "models.unet_class_conditional",
     "EDMHeunScheduler": "schedulers.scheduling_edm_heun",
+    "EDM2UNet2DModel": "models.unet_edm2",
     "EtaDDIMScheduler": "schedulers.scheduling_ddim_eta",
     "LearnedVarianceDDPMScheduler": "schedulers.scheduling_ddpm_learned",
     "swap_scheduler": "pipelines.loading",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .models.classifier_adm import ADMClassifierModel
     from .models.unet_adm import ADMUNet2DModel
     from .models.unet_class_conditional import ClassConditionalUNet2DModel
+    from .models.unet_edm2 import EDM2UNet2DModel
     from .pipelines.loading import swap_scheduler
     from .pipelines.pipeline_class_conditional import ClassConditionalPipeline
     from .schedulers.scheduling_ddim_eta import EtaDDIMScheduler
