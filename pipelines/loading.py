@@ -3,11 +3,14 @@
 import contextlib
 import inspect
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers import UNet2DModel
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.import_utils import DummyObject
 from huggingface_hub import errors, snapshot_download
@@ -17,9 +20,14 @@ from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
 from ..utils.nearest_names import perhaps
-from .pipeline_class_conditional import ClassConditionalPipeline, check_scheduler
+from .noise_kinds import NoiseKind, VariancePreserving, noise_kind
+from .pipeline_class_conditional import ClassConditionalPipeline
 
 
+# The networks that a pipeline folder may hold, by the class that its model_index.json names.
+NETWORKS: dict[str, type[ModelMixin]] = {
+    network.__name__: network for network in (ClassConditionalUNet2DModel, UNet2DModel)
+}
 OUR_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     scheduler.__name__: scheduler for scheduler in (EtaDDIMScheduler, LearnedVarianceDDPMScheduler)
 }
@@ -40,12 +48,15 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
     raise ValueError(f"there is no scheduler named {name!r}: {wanted}{perhaps(name.removesuffix('Scheduler'), known)}")
 
 
-def scheduler_names() -> list[str]:
-    """The schedulers that sample from such networks and whose libraries are installed, ours first."""
-    names = list(OUR_SCHEDULERS)
-    for name in sorted(entry for entry in dir(diffusers.schedulers) if entry.endswith("Scheduler")):
+def scheduler_names(kind: type[NoiseKind] = VariancePreserving) -> list[str]:
+    """The schedulers of a kind that can generate and whose libraries are installed, ours first."""
+    names = []
+    for name in (
+        *OUR_SCHEDULERS,
+        *sorted(entry for entry in dir(diffusers.schedulers) if entry.endswith("Scheduler")),
+    ):
         with contextlib.suppress(ValueError):
-            check_scheduler(scheduler_class(name))
+            noise_kind(scheduler_class(name), kind)
             names.append(name)
     return names
 
@@ -75,27 +86,11 @@ def solvable_betas(alphas_cumprod: torch.Tensor, distinct: bool = True) -> list[
     return (1 - abar / torch.cat([torch.ones_like(abar[:1]), abar[:-1]])).clamp(min=0).tolist()
 
 
-def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
-    """Gives a pipeline another scheduler on the same noise schedule, with the options that it needs there.
-
-    More than ``from_config``: stock solvers get `solvable_betas` and a spacing that begins at the noisy end. A second
-    swap begins with the options before the first. docs/schedulers.md has the errors of either way.
-
-    Args:
-        pipeline: The pipeline; its ``scheduler`` is replaced.
-        name: As for `scheduler_class`.
-
-    Raises:
-        ValueError: If there is none of that name, or it cannot generate with such a network.
-    """
-    new_class = scheduler_class(name)
-    check_scheduler(new_class)
-    old = pipeline.scheduler
-    # from_config leaves out what was not named when the scheduler was made: saving and loading would change a pipeline
-    options = {key: value for key, value in old.config.items() if key != "_use_default_values"}
-    options, alphas_cumprod = getattr(old, "_before_swap", (options, old.alphas_cumprod))
+def _solvable(
+    new_class: type[SchedulerMixin], accepted: Container[str], options: dict[str, Any], alphas_cumprod: torch.Tensor
+) -> dict[str, Any]:
+    """The options that a scheduler needs to solve over the noise schedule of the training."""
     overrides: dict[str, Any] = {}
-    accepted = inspect.signature(new_class.__init__).parameters
     if new_class.__name__ not in _TAKE_EVERY_SCHEDULE:
         # the polynomials of LMS go astray where steps are close together: it keeps equal levels, which are refused
         distinct = new_class.__name__ != "LMSDiscreteScheduler"
@@ -106,10 +101,40 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
         overrides["timestep_spacing"] = "linspace"  # else these begin up to a fifth below the noisy end
     if "original_inference_steps" in accepted:
         overrides["original_inference_steps"] = options["num_train_timesteps"]
+    return overrides
+
+
+def swap_scheduler(pipeline: ClassConditionalPipeline, name: str | None = None, **scheduler_options: Any) -> None:
+    """Gives a pipeline another scheduler on the same noise schedule, with the options that it needs there.
+
+    More than ``from_config``: stock solvers get `solvable_betas` and a spacing that begins at the noisy end. A second
+    swap begins with the options before the first. docs/schedulers.md has the errors of either way.
+
+    Args:
+        pipeline: The pipeline; its ``scheduler`` is replaced.
+        name: As for `scheduler_class`; None stays with the class of the pipeline's scheduler.
+        scheduler_options: Options of the new scheduler that are not those of the old one.
+
+    Raises:
+        ValueError: If there is none of that name, it cannot generate with such a network, or has no such option.
+    """
+    new_class = type(pipeline.scheduler) if name is None else scheduler_class(name)
+    kind = noise_kind(new_class, pipeline.noise_kind)
+    old = pipeline.scheduler
+    # from_config leaves out what was not named when the scheduler was made: saving and loading would change a pipeline
+    options = {key: value for key, value in old.config.items() if key != "_use_default_values"}
+    options, alphas_cumprod = getattr(old, "_before_swap", (options, getattr(old, "alphas_cumprod", None)))
+    accepted = inspect.signature(new_class.__init__).parameters
+    for option in scheduler_options:
+        if option not in accepted:
+            raise ValueError(f"{new_class.__name__} has no option {option!r}{perhaps(option, accepted)}")
+    overrides: dict[str, Any] = {}
+    if kind is VariancePreserving and (name is not None or hasattr(old, "_before_swap")):
+        overrides = _solvable(new_class, accepted, options, alphas_cumprod)
     # what it has no use for it keeps all the same, for a swap back; from_config would warn of it each time
     foreign = {key: options[key] for key in options.keys() - accepted.keys() if not key.startswith("_")}
     own = {key: value for key, value in options.items() if key not in foreign}
-    pipeline.scheduler = new_class.from_config(own, **overrides)
+    pipeline.scheduler = new_class.from_config(own, **overrides | scheduler_options)
     pipeline.scheduler.register_to_config(**foreign)
     pipeline.scheduler._before_swap = (options, alphas_cumprod)
 
@@ -122,8 +147,10 @@ def load_pipeline(
     pretrained_model_name_or_path: str | Path,
     *,
     pipeline_class: type[ClassConditionalPipeline] = ClassConditionalPipeline,
-    unet: ClassConditionalUNet2DModel | None = None,
+    unet: ModelMixin | None = None,
     scheduler: SchedulerMixin | None = None,
+    guidance_unet: ModelMixin | None = None,
+    classifier: ModelMixin | None = None,
     dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None,
     variant: str | None = None,
@@ -135,8 +162,8 @@ def load_pipeline(
     Args:
         pretrained_model_name_or_path: A folder written by `ClassConditionalPipeline.save_pretrained`, or a Hub id.
         pipeline_class: The class to make.
-        unet, scheduler: Used instead of the stored ones, which are not downloaded then.
-        dtype: The dtype of the network; by default that of its file. ``torch_dtype`` is its former name.
+        unet, scheduler, guidance_unet, classifier: Used instead of the stored ones, which are not downloaded then.
+        dtype: The dtype of the networks; by default that of its file. ``torch_dtype`` is its former name.
         variant: Which of several files of weights, such as ``"fp16"``.
         trust_remote_code: Accepted and not needed.
         options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` for a Hub
@@ -152,11 +179,13 @@ def load_pipeline(
         raise ValueError(f"unknown arguments of from_pretrained: {', '.join(unknown)}{perhaps(unknown[0], known)}")
     name = str(pretrained_model_name_or_path)
     folder = Path(name)
+    networks = {"unet": unet, "guidance_unet": guidance_unet, "classifier": classifier}
     if not folder.is_dir():
         # of several variants, the weights of this one alone
-        weights = "unet/diffusion_pytorch_model" + (f".{variant}" if variant else "")
+        weights = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
         patterns = [pipeline_class.config_name] + ["scheduler/*.json"] * (scheduler is None)
-        patterns += ["unet/*.json", f"{weights}.safetensors", f"{weights}-*-of-*.safetensors"] * (unet is None)
+        for role in (role for role, given in networks.items() if given is None):
+            patterns += [f"{role}/*.json", f"{role}/{weights}.safetensors", f"{role}/{weights}-*-of-*.safetensors"]
         folder = download_snapshot(name, patterns, **{key: options[key] for key in _HUB_OPTIONS if key in options})
 
     file = folder / pipeline_class.config_name
@@ -169,18 +198,21 @@ def load_pipeline(
     kinds = {key: entry[1] if isinstance(entry, list) and len(entry) == 2 else entry for key, entry in index.items()}
     if kinds.get("_class_name") not in (ClassConditionalPipeline.__name__, pipeline_class.__name__):
         raise ValueError(f"{folder} holds a {kinds.get('_class_name')}, but must hold a ClassConditionalPipeline")
-    if unet is None:
-        if kinds.get("unet") != ClassConditionalUNet2DModel.__name__:
-            raise ValueError(f"{folder} has a {kinds.get('unet')} as its unet, not a ClassConditionalUNet2DModel")
-        unet = ClassConditionalUNet2DModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype or torch_dtype, variant=variant
+    for role in (role for role, given in networks.items() if given is None):
+        kind = kinds.get(role)
+        if kind is None and role in pipeline_class._optional_components:
+            continue
+        if kind not in NETWORKS:
+            raise ValueError(f"{folder} has a {kind} as its {role}, but must have one of {', '.join(NETWORKS)}")
+        networks[role] = NETWORKS[kind].from_pretrained(
+            folder, subfolder=role, torch_dtype=dtype or torch_dtype, variant=variant
         )
         # not the place in this machine's cache, which saving and pushing would write down
-        unet.register_to_config(_name_or_path=name)
+        networks[role].register_to_config(_name_or_path=name)
     if scheduler is None:
         scheduler = scheduler_class(str(kinds.get("scheduler"))).from_pretrained(folder, subfolder="scheduler")
     own = {key: options.get(key, index.get(key, default)) for key, default in _STORED_OPTIONS.items()}
-    pipeline = pipeline_class(unet=unet, scheduler=scheduler, **own)
+    pipeline = pipeline_class(scheduler=scheduler, **networks, **own)
     pipeline.register_to_config(_name_or_path=name)
     return pipeline
 

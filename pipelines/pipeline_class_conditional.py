@@ -1,8 +1,9 @@
 """Class-conditional image generation in pixel space, with classifier-free guidance and any diffusers scheduler.
 
-The file imports torch, diffusers and the file of `cached_weights` only: a repository on the Hub carries both files.
+The file imports torch, diffusers and two files beside it: a repository on the Hub carries all three.
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.machinery
@@ -20,93 +21,38 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
 
 from .cached_weights import cached_weights
+from .noise_kinds import known_kind, noise_kind
 
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# They know the noise levels of the training and would generate wrong images all the same.
-UNSUITABLE_SCHEDULERS = {
-    "LCMScheduler": "it takes every prediction for a finished image, which only a network distilled for that gives",
-    "CogVideoXDDIMScheduler": "it shifts the noise levels of the training, which this network does not know",
-    "CogVideoXDPMScheduler": "it shifts the noise levels of the training, which this network does not know",
-    "DDIMInverseScheduler": "it runs from an image to its noise",
-    "DPMSolverMultistepInverseScheduler": "it runs from an image to its noise",
-    "IPNDMScheduler": "it asks for times between 0 and 1, and this network knows timesteps of num_train_timesteps",
-    "RePaintScheduler": "it fills a hole in a given image",
-    "UnCLIPScheduler": "it must be told the previous timestep at every step",
-}
-_OF_ANOTHER_KIND = "it has no alphas_cumprod, the noise levels of the training, as flow matching and EDM do not"
-
-# They divide by the difference of two noise levels or take its logarithm: two steps at one level give NaN.
-_NEED_DIFFERENT_NOISE_LEVELS = {
-    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"),
-    *("LMSDiscreteScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
-}
-
-# Of errors of the noise prediction; with more nothing can be recognised. The original program stays below 160.
-_MAX_FIRST_STEP_GAIN = 1000.0
-
-
-def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
-    """Raises ValueError for a scheduler, or a class of them, that cannot generate with a network of this kind."""
-    kind = scheduler if isinstance(scheduler, type) else type(scheduler)
-    accepted = inspect.signature(kind.__init__).parameters if kind is scheduler else ()
-    knows_levels = hasattr(scheduler, "alphas_cumprod") or "trained_betas" in accepted
-    names = (base.__name__ for base in kind.__mro__ if base.__name__ in UNSUITABLE_SCHEDULERS)
-    reason = UNSUITABLE_SCHEDULERS.get(next(names, ""), None if knows_levels else _OF_ANOTHER_KIND)
-    if reason is not None:
-        raise ValueError(f"{kind.__name__} cannot generate with this network: {reason}; take UniPCMultistepScheduler")
-
-
-def _check_noise_levels(scheduler: SchedulerMixin) -> None:
-    """Refuses noise levels that a stock scheduler chose and cannot step over; ours can step over all."""
-    timesteps = scheduler.timesteps.detach().cpu()
-    steps = getattr(scheduler, "num_inference_steps", len(timesteps))
-    name, names = type(scheduler).__name__, {base.__name__ for base in type(scheduler).__mro__}
-    if not timesteps.isfinite().all():
-        raise ValueError(f"{name} finds no {steps} timesteps on this noise schedule: take more, or 'leading' spacing")
-    # schedulers of second order have a timestep of their own between any two
-    visited = timesteps[:: getattr(scheduler, "order", 1)].to(torch.int64).clamp(0, len(scheduler.alphas_cumprod) - 1)
-    levels = scheduler.alphas_cumprod.detach().cpu()[visited]
-    equal = (levels[1:] == levels[:-1]).nonzero().flatten().tolist()
-    # the upper end of a learned variance is a beta, whose logarithm is taken
-    if equal and (names & _NEED_DIFFERENT_NOISE_LEVELS or _takes_learned_variance(scheduler)):
-        remedy = f"take fewer than {steps} steps, or EulerDiscreteScheduler"
-        raise ValueError(f"{name} needs a different noise level at every step, but two are the same: {remedy}")
-    # x_0 = (x_t - sqrt(1 - abar_t) noise) / sqrt(abar_t), and the next sample has sqrt(abar_next) of it
-    gain = ((levels[1] if len(levels) > 1 else 1.0) / levels[0]) ** 0.5
-    if scheduler.config.get("prediction_type") == "epsilon" and gain > _MAX_FIRST_STEP_GAIN:
-        told = f"the first step, from timestep {visited[0].item()}, multiplies errors of the noise prediction by"
-        logger.warning(f"{name}: {told} {gain:.0f}; take timestep_spacing='leading'")
-
-
-def _takes_learned_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler's step takes 2 * channels: by its class, as from_config carries any option."""
-    if not isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
-        return getattr(scheduler, "accepts_learned_variance", False)
-    if scheduler.config.variance_type == "learned":
-        raise ValueError("the scheduler's variance_type is 'learned', but the network predicts 'learned_range'")
-    return scheduler.config.variance_type == "learned_range"
-
+_NO_NULL_CLASS = (
+    "1: this network has no null class to be guided away from. Autoguidance is the way, by a weaker network, or one"
+    " without classes, as the pipeline's guidance_unet"
+)
+_NO_CLASSIFIER = "0: the pipeline has no classifier, or an image has no class"
 
 # diffusers checks a component that from_pretrained is given against the class that the repository names, imported by
 # the name of its file: stand-ins with the right base classes let it pass.
 for _file, _name, _base in (
     ("unet_class_conditional", "ClassConditionalUNet2DModel", ModelMixin),
+    ("unet_adm", "ADMUNet2DModel", ModelMixin),
+    ("unet_edm2", "EDM2UNet2DModel", ModelMixin),
+    ("classifier_adm", "ADMClassifierModel", ModelMixin),
     ("scheduling_ddim_eta", "EtaDDIMScheduler", SchedulerMixin),
     ("scheduling_ddim_eta", "LearnedVarianceDDPMScheduler", SchedulerMixin),
     ("scheduling_ddpm_learned", "LearnedVarianceDDPMScheduler", SchedulerMixin),
+    ("scheduling_edm_heun", "EDMHeunScheduler", SchedulerMixin),
 ):
     _module = sys.modules.setdefault(_file, types.ModuleType(_file))
     if not hasattr(_module, _name):
@@ -124,21 +70,30 @@ def _package_module(name: str) -> Any:
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Generates images of given classes with a `ClassConditionalUNet2DModel` and any scheduler.
+    """Generates images of given classes with one of our networks, or diffusers' `UNet2DModel`, and any scheduler.
+
+    The scheduler says how noise is described, and with it what the network predicts: see ``noise_kinds.py``.
 
     Args:
-        unet: The denoising network, (batch, channels, height, width) -> (batch, 2 * channels, height, width): the
-            prediction, then the interpolation of the variance.
+        unet: The denoising network, (batch, channels, height, width) -> the prediction in that shape, or in (batch,
+            2 * channels, height, width) followed by the interpolation of the variance. Class ``num_class_embeds`` is
+            its null class, unless its config has ``null_class=False``; of a stock `UNet2DModel` the last embedding
+            is, where it has one more than ``id2label`` has names.
         scheduler: Ours or a stock one. Those that use the learned variance are given both halves of the network's
             output, the others the prediction alone.
         id2label: The name of each class id, several names of one class separated by commas; None without names.
         guide_variance: Whether guidance extrapolates the variance too, as the original program does; else the variance
             is that of the conditional branch.
+        guidance_unet: A weaker network, or one without classes, to be guided away from instead of the null class
+            (autoguidance, Karras et al. 2024, https://arxiv.org/abs/2406.02507).
+        classifier: (batch, channels, height, width), timestep -> ``logits`` (batch, classes) of noisy images, for
+            guidance by a classifier (Dhariwal and Nichol 2021, https://arxiv.org/abs/2105.05233).
 
     During and after a call ``timesteps`` are its timesteps, and ``num_timesteps`` how many there are.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "classifier->guidance_unet->unet"
+    _optional_components: ClassVar[list[str]] = ["guidance_unet", "classifier"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "model_output", "pred_original_sample"]
 
     def __init__(
@@ -147,9 +102,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,
         guide_variance: bool = False,
+        guidance_unet: ModelMixin | None = None,
+        classifier: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, guidance_unet=guidance_unet, classifier=classifier)
+        # schedulers are swapped later, and the network stays what it was trained to be
+        self.noise_kind = known_kind(scheduler)
         # JSON has string keys; inside they are ints
         id2label = None if id2label is None else {int(key): str(label) for key, label in id2label.items()}
         self.register_to_config(id2label=id2label, guide_variance=guide_variance)
@@ -181,9 +140,27 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"the name {label!r} stands for several classes: give the id, {whole}")
         return ids
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, the null class not among them; None for a network without classes."""
+        return self._count_classes()[0]
+
+    @property
+    def null_class(self) -> int | None:
+        """The label of an image without class; None where the network was not trained with such images."""
+        return self._count_classes()[1]
+
+    def _count_classes(self) -> tuple[int | None, int | None]:
+        config, num_names = self.unet.config, len(self.config.id2label or ())
+        network = getattr(self.unet, "_orig_mod", self.unet)
+        is_stock = isinstance(network, UNet2DModel) and "null_class" not in config
+        if is_stock and num_names and config.num_class_embeds == num_names + 1:
+            return num_names, num_names
+        return config.num_class_embeds, config.num_class_embeds if config.get("null_class", not is_stock) else None
+
     def _class_ids(self, class_labels: Any) -> list[int]:
-        """One class id for each label, the null class for None; without classes they only count."""
-        num_classes = self.unet.config.num_class_embeds
+        """One class id for each image; without classes they only count."""
+        num_classes, null_class = self.num_classes, self.null_class
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
         labels = [class_labels] if class_labels is None or isinstance(class_labels, (int, str)) else list(class_labels)
@@ -194,10 +171,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         ids = []
         for label in labels:
             index = self.get_label_ids(label)[0] if isinstance(label, str) else label
-            if index is not None and not 0 <= index <= num_classes:
-                known = f"ids go from 0 to {num_classes - 1}, and {num_classes} or None is the null class"
-                raise ValueError(f"class label {label} is out of range: {known}")
-            ids.append((num_classes or 0) if index is None else int(index))
+            if num_classes is None:
+                index = 0
+            elif index is None and null_class is None:
+                raise ValueError("class label None asks for the null class, which this network does not have")
+            elif index is None:
+                index = null_class
+            elif not 0 <= index < num_classes and index != null_class:
+                null = "" if null_class is None else f", and {null_class} or None is the null class"
+                raise ValueError(f"class label {label} is out of range: ids go from 0 to {num_classes - 1}{null}")
+            ids.append(int(index))
         return ids
 
     @property
@@ -210,7 +193,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         class_labels: int | str | Sequence[int | str | None] | torch.Tensor | None = None,
         num_images_per_label: int = 1,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int = 100,
         timesteps: Sequence[int] | None = None,
@@ -222,6 +205,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_sigma_interval: tuple[float, float] | None = None,
+        classifier_scale: float = 0.0,
     ) -> ImagePipelineOutput | Any:
         """Generates images.
 
@@ -229,7 +214,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: Class ids or names, one or several. None is the null class: an image without class.
             num_images_per_label: How many images of each; those of one label follow one another.
             guidance_scale: g in null + g (conditional - null) (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598,
-                equation 6, with g = 1 + w). Up to 1 the conditional branch runs alone.
+                equation 6, with g = 1 + w), where null is the null class, or the guidance network if there is one. Up
+                to 1 the conditional branch runs alone. None is 5 where there is a null class, and 1 elsewhere.
             guidance_interval: Begin and end of guidance as fractions of the steps (Kynkäänniemi et al. 2024,
                 https://arxiv.org/abs/2404.07724). Outside it a step costs one branch.
             num_inference_steps: Number of denoising steps.
@@ -246,22 +232,34 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 return ``{"latents": ...}`` to replace the sample; ``pipeline._interrupt = True`` ends the call early.
             callback_on_step_end_tensor_inputs: What ``tensors`` holds: ``"latents"``, ``"model_output"`` (after
                 guidance), ``"pred_original_sample"`` (None for schedulers that do not tell it).
+            guidance_sigma_interval: Noise levels above the first and up to the second are guided, as the paper of the
+                interval has it, in standard deviations of the noise over that of the image; None is all.
+            classifier_scale: Factor of the classifier's gradient, at least 0; 0 does without the classifier.
 
         Raises:
             ValueError: If an argument does not fit.
         """
         # 1. One class id for each image. An image of the null class has no other branch to be guided away from.
         class_ids = [index for index in self._class_ids(class_labels) for _ in range(num_images_per_label)]
-        null_class, channels = self.unet.config.num_class_embeds, self.unet.config.in_channels
-        can_guide = null_class is not None and any(index != null_class for index in class_ids)
-        interval, num_images = guidance_interval, len(class_ids)
+        null_class, channels, num_images = self.null_class, self.unet.config.in_channels, len(class_ids)
+        has_other, any_class = self.guidance_unet is not None, any(index != null_class for index in class_ids)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if null_class is None or has_other else 5.0
+        cannot_guide = guidance_scale > 1 and not has_other and null_class is None and self.num_classes is not None
+        cannot_classify = classifier_scale > 0 and (self.classifier is None or null_class in class_ids)
+        interval, sigmas = guidance_interval, guidance_sigma_interval
         given, known = list(callback_on_step_end_tensor_inputs), self._callback_tensor_inputs
         num_generators = len(generator) if isinstance(generator, (list, tuple)) else num_images
         is_interval = len(interval) == 2 and 0.0 <= interval[0] <= interval[1] <= 1.0
+        are_sigmas = sigmas is None or (len(sigmas) == 2 and 0.0 <= sigmas[0] <= sigmas[1])
         fits = output_type != "pil" or channels in (1, 3, 4)
         for name, value, is_right, wanted in (
             ("num_images_per_label", num_images_per_label, num_images_per_label >= 1, "at least 1"),
+            ("guidance_scale", guidance_scale, not cannot_guide, _NO_NULL_CLASS),
             ("guidance_interval", interval, is_interval, "two fractions of the steps, 0 <= begin <= end <= 1"),
+            ("guidance_sigma_interval", sigmas, are_sigmas, "two noise levels, 0 <= low <= high"),
+            ("classifier_scale", classifier_scale, classifier_scale >= 0, "at least 0"),
+            ("classifier_scale", classifier_scale, not cannot_classify, _NO_CLASSIFIER),
             ("output_type", repr(output_type), output_type in OUTPUT_TYPES, f"one of {OUTPUT_TYPES}"),
             ("output_type", "'pil'", fits, f"'np' or 'pt' for images of {channels} channels"),
             ("generator", f"a list of {num_generators}", num_generators == num_images, f"one, or of {num_images}"),
@@ -273,31 +271,37 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         # 2. Timesteps, and which of them are guided; 0.29 * 100 is a little less than 29.
         scheduler = self.prepare_scheduler(num_inference_steps, timesteps, clip_sample)
-        takes_variance, step_arguments = _takes_learned_variance(scheduler), _step_arguments(scheduler, eta, generator)
-        guided_steps = range(*(math.floor(end * self.num_timesteps + 1e-6) for end in guidance_interval))
+        kind, step_arguments = noise_kind(scheduler, self.noise_kind), _step_arguments(scheduler, eta, generator)
+        takes_variance = kind.takes_learned_variance(scheduler)
+        guided_steps = {*range(*(math.floor(end * self.num_timesteps + 1e-6) for end in interval))}
+        if sigmas is not None:
+            levels = kind.sigmas(scheduler).tolist()
+            guided_steps = {step for step in guided_steps if sigmas[0] < levels[step] <= sigmas[1]}
+        if not (has_other or (null_class is not None and any_class)):
+            guided_steps = set()
 
         # 3. Starting noise, kept in at least float32 whatever the network computes in.
         latents = self.prepare_latents(num_images, generator, latents) * scheduler.init_noise_sigma
-        both_labels = torch.tensor([null_class or 0] * num_images + class_ids, device=latents.device)
-        labels = None if null_class is None else both_labels[num_images:]
+        labels = None if self.num_classes is None else torch.tensor(class_ids, device=latents.device)
 
         # 4. Denoise.
-        with cached_weights(self.unet), self.progress_bar(total=self.num_timesteps) as progress_bar:
+        with contextlib.ExitStack() as stack:
+            for network in filter(None, (self.unet, self.guidance_unet)):
+                stack.enter_context(cached_weights(network))
+            progress_bar = stack.enter_context(self.progress_bar(total=self.num_timesteps))
             for step, timestep in enumerate(scheduler.timesteps):
                 if self._interrupt:
                     break
-                model_input = scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
+                model_input = scheduler.scale_model_input(latents, timestep)
                 # not the argument: a callback may have changed it
-                guided = can_guide and self.guidance_scale > 1 and step in guided_steps
-                if guided:
-                    model_input = model_input.repeat(2, 1, 1, 1)
-                    output = self.unet(model_input, timestep, both_labels, return_dict=False)[0].to(latents.dtype)
-                    null, conditional = output.chunk(2)
-                    model_output = torch.lerp(null, conditional, self.guidance_scale)
-                    if not self.config.guide_variance:
-                        model_output[:, channels:] = conditional[:, channels:]
-                else:
-                    model_output = self.unet(model_input, timestep, labels, return_dict=False)[0].to(latents.dtype)
+                scale = self.guidance_scale if step in guided_steps else 1.0
+                model_output = self._predict(model_input, timestep, labels, scale)
+                if classifier_scale:
+                    gradient = classifier_scale * self._class_gradient(model_input, timestep, class_ids)
+                    if "score_gradient" in inspect.signature(scheduler.step).parameters:
+                        step_arguments["score_gradient"] = gradient
+                    else:
+                        model_output = kind.shift_by_score(model_output, gradient, timestep, scheduler)
                 if not takes_variance:
                     model_output = model_output[:, :channels]
 
@@ -319,6 +323,35 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _predict(
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+    ) -> torch.Tensor:
+        """What the network says of the scaled sample, guided where the scale is above 1, in the sample's dtype."""
+
+        def call(network: ModelMixin, sample: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            return network(sample.to(network.dtype), timestep, labels, return_dict=False)[0].to(sample.dtype)
+
+        if not guidance_scale > 1:
+            return call(self.unet, sample, labels)
+        if self.guidance_unet is not None:
+            has_classes = self.guidance_unet.config.num_class_embeds is not None
+            null = call(self.guidance_unet, sample, labels if has_classes else None)
+            output = call(self.unet, sample, labels)
+        else:
+            both = torch.cat([torch.full_like(labels, self.null_class), labels])
+            null, output = call(self.unet, sample.repeat(2, 1, 1, 1), both).chunk(2)
+        guided = null.shape[1] if self.config.guide_variance else sample.shape[1]
+        mixed = torch.lerp(null[:, :guided], output[:, :guided], guidance_scale)
+        return torch.cat([mixed, output[:, guided:]], dim=1)
+
+    def _class_gradient(self, sample: torch.Tensor, timestep: torch.Tensor, class_ids: list[int]) -> torch.Tensor:
+        """Gradient of the log-probability that the classifier gives each noisy image's class, in the images' shape."""
+        with torch.enable_grad():
+            sample = sample.detach().requires_grad_()
+            logits = self.classifier(sample.to(self.classifier.dtype), timestep).logits.float()
+            chosen = logits.log_softmax(dim=-1)[range(len(class_ids)), class_ids]
+            return torch.autograd.grad(chosen.sum(), sample)[0]
+
     def prepare_latents(self, num_images: int, generator: Any, latents: torch.Tensor | None = None) -> torch.Tensor:
         """Standard normal noise from the generator, or the given latents, (images, channels, height, width)."""
         size = self.unet.config.sample_size
@@ -336,7 +369,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> SchedulerMixin:
         """The scheduler that a call with these arguments steps with, its timesteps set; they are `timesteps` then."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
-        check_scheduler(scheduler)
+        kind = noise_kind(scheduler, self.noise_kind)
         if clip_sample is not None:
             # not by the config, into which from_config carries the options of other schedulers
             if "clip_sample" not in inspect.signature(type(scheduler).__init__).parameters:
@@ -348,8 +381,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 raise ValueError(f"timesteps were given, but {name} chooses its own: give num_inference_steps instead")
             steps = {"timesteps": list(timesteps)}
         scheduler.set_timesteps(**steps, device=self._execution_device)
-        if not getattr(scheduler, "accepts_learned_variance", False):
-            _check_noise_levels(scheduler)
+        kind.check_steps(scheduler)
         self.timesteps, self.num_timesteps = scheduler.timesteps, len(scheduler.timesteps)
         return scheduler
 
@@ -373,7 +405,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         index["_class_name"] = _carry_source(type(self), folder)
         for name, component in self.components.items():
             component_class = type(getattr(component, "_orig_mod", component))
-            if not component_class.__module__.startswith("diffusers."):
+            if component is not None and not component_class.__module__.startswith("diffusers."):
                 index[name] = _carry_source(component_class, folder / name)
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -126,7 +126,7 @@ def index(**entries) -> bytes:
         ("model_index.json", None, "holds no pipeline: there is no model_index.json"),
         ("model_index.json", b"{", "model_index.json is not JSON"),
         ("model_index.json", index(_class_name="DDPMPipeline"), "holds a DDPMPipeline, but must hold a ClassCond"),
-        ("model_index.json", index(unet=["diffusers", "UNet2DModel"]), "has a UNet2DModel as its unet, not a ClassC"),
+        ("model_index.json", index(unet=["diffusers", "UNet1DModel"]), "has a UNet1DModel as its unet, but must have"),
         (WEIGHTS, None, "no file named diffusion_pytorch_model"),
         ("unet/config.json", None, "no file named config.json"),
         (SCHEDULER, None, "no file named scheduler_config.json"),

@@ -19,6 +19,7 @@ from imagenet64_diffusion.tests.hub.loopback_hub import Blob, Repository
 
 CODE_AND_WEIGHTS = [
     "cached_weights.py",
+    "noise_kinds.py",
     "model_index.json",
     "pipeline_class_conditional.py",
     "scheduler/scheduler_config.json",

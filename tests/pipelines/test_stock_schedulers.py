@@ -217,7 +217,7 @@ class TestRefusals:
         pipeline = make_gaussian_pipeline("cosine")
         for scheduler, message in (
             (MyLCMScheduler(), "only a network dist"),
-            (NextYearsScheduler(), "no alphas_cumprod"),
+            (NextYearsScheduler(), "neither alphas_cumprod nor"),
         ):
             pipeline.scheduler = scheduler
             with pytest.raises(ValueError, match=f"{type(scheduler).__name__} cannot generate.*{message}"):
