@@ -16,9 +16,12 @@ from diffusers.utils.import_utils import DummyObject
 from huggingface_hub import errors, snapshot_download
 from huggingface_hub.utils.sha import sha_fileobj
 
+from ..models.unet_adm import ADMUNet2DModel
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
+from ..models.unet_edm2 import EDM2UNet2DModel
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
+from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..utils.nearest_names import perhaps
 from .noise_kinds import NoiseKind, VariancePreserving, noise_kind
 from .pipeline_class_conditional import ClassConditionalPipeline
@@ -26,10 +29,11 @@ from .pipeline_class_conditional import ClassConditionalPipeline
 
 # The networks that a pipeline folder may hold, by the class that its model_index.json names.
 NETWORKS: dict[str, type[ModelMixin]] = {
-    network.__name__: network for network in (ClassConditionalUNet2DModel, UNet2DModel)
+    network.__name__: network
+    for network in (ClassConditionalUNet2DModel, EDM2UNet2DModel, ADMUNet2DModel, UNet2DModel)
 }
 OUR_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
-    scheduler.__name__: scheduler for scheduler in (EtaDDIMScheduler, LearnedVarianceDDPMScheduler)
+    scheduler.__name__: scheduler for scheduler in (EtaDDIMScheduler, LearnedVarianceDDPMScheduler, EDMHeunScheduler)
 }
 
 

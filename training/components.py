@@ -1,7 +1,6 @@
 """The parts that a training run is made of: network, scheduler, objective, optimizer and batches."""
 
 import importlib.util
-import inspect
 import json
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from ..configs import CONFIG_DIR
 from ..data.dataset import GlobalBatchSampler, PreparedImages
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..pipelines.loading import OUR_MODELS
+from ..pipelines.loading import NETWORKS
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
@@ -29,10 +28,6 @@ from .checkpoints import Checkpoint
 from .interruption import leave_stopping_to_parent
 from .objectives import EDMLoss, HybridLoss, ImportanceSampledLoss, TrainingObjective
 from .options import NETWORK_OPTIONS, TrainOptions
-
-
-# The networks that can be trained, by the names of their classes.
-NETWORKS: dict[str, type[ModelMixin]] = {**OUR_MODELS, UNet2DModel.__name__: UNet2DModel}
 
 
 @dataclass
@@ -93,8 +88,9 @@ def unet_config(options: TrainOptions, dataset: PreparedImages, start: Start) ->
     }
     if options.num_train_timesteps is not None:
         known["num_train_timesteps"] = options.num_train_timesteps
-    accepted = inspect.signature(NETWORKS[config["_class_name"]].__init__).parameters
-    config |= {key: value for key, value in known.items() if key in accepted}
+    network = NETWORKS[config["_class_name"]]
+    # not its signature, where a subclass of diffusers' class may have keyword arguments of any name
+    config |= {key: value for key, value in known.items() if key in network._get_init_keys(network)}
     try:
         # the network itself fills in defaults, knows the original's names, and refuses what does not fit
         with torch.device("meta"):

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..data.dataset import PreparedImages
-from ..pipelines.loading import load_pipeline
+from ..pipelines.loading import NETWORKS, load_pipeline
+from ..pipelines.noise_kinds import EDMNoise, VariancePreserving
 from ..utils.command_line import OtherRankError
 from ..utils.distributed import on_every_process, on_main_process
 from .checkpoints import Checkpoint, DamagedCheckpointError, Progress, find_checkpoints, load_checkpoint
-from .components import NETWORKS, OBJECTIVES, Start, starting_config, training_size, unet_config
+from .components import OBJECTIVES, Start, starting_config, training_size, unet_config
 from .options import OBJECTIVE_OPTIONS, TrainOptions, options_of
 
 
@@ -25,6 +26,7 @@ _DEFAULTS = {"prediction_type": "v_prediction", "num_train_timesteps": 1000, "be
 _DEFAULTS |= {"objective": "ddpm", "sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2}
 # The same for networks that have an uncertainty (Karras et al. 2024, arXiv 2312.02696).
 _DEFAULTS_WITH_UNCERTAINTY = {"objective": "edm", "p_mean": -0.4, "p_std": 1.0}
+_TRAINED_BY = {VariancePreserving: "ddpm", EDMNoise: "edm"}
 # With another value of these the weights and moments are for something else.
 _FIXED = {*_DEFAULTS} - {"p_mean", "p_std"} | {"unconditional", "optimizer", "resize_to_power_of_two", "fingerprint"}
 # What may differ from machine to machine.
@@ -156,7 +158,7 @@ def resolve_options(options: TrainOptions, start: Start) -> TrainOptions:
         known |= {name: value for name, value in before.items() if name in known}
     elif start.pretrained is not None:
         scheduler = start.pretrained.scheduler
-        known["objective"] = "edm" if hasattr(scheduler, "precondition_outputs") else "ddpm"
+        known["objective"] = _TRAINED_BY[start.pretrained.noise_kind]
         # the noise schedule is the pipeline's own, whatever it is called
         known["beta_schedule"] = None
         stored = ("prediction_type", "num_train_timesteps", "sigma_data")
