@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.chart_style import BLUE, COLOURS, DPI, finish_axes, save_figure
 from .metrics import METRICS
-from .options import SAMPLER_NAMES
+from .options import INTERVALS, SAMPLER_NAMES
 
 
 if TYPE_CHECKING:
@@ -105,15 +105,19 @@ def _has(row: Row, name: str) -> bool:
     return math.isfinite(row.get(name, math.nan))
 
 
+def _interval(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in INTERVALS)
+
+
 def _lines(rows: list[Row], setting: str) -> dict[str, list[Row]]:
     """Name of a line -> its rows, at least two, by rising setting."""
-    intervals = {row["guidance_interval"] for row in rows if row["guidance_scale"] > 1}
+    intervals = {_interval(row) for row in rows if row["guidance_scale"] > 1}
     groups: dict[tuple[Any, ...], dict[float, Row]] = collections.defaultdict(dict)
     for row in (row for row in rows if row[setting] is not None):
-        others = [row[name] for name in SAMPLER_NAMES if name not in (setting, "guidance_interval")]
+        others = [row[name] for name in SAMPLER_NAMES if name not in (setting, *INTERVALS)]
         # without guidance its interval does not matter: such a row begins the line of each interval
         begins_all = setting == "guidance_scale" and row["guidance_scale"] <= 1
-        for interval in intervals if begins_all else [row["guidance_interval"]]:
+        for interval in intervals if begins_all else [_interval(row)]:
             key = (interval, *others)
             groups[key][row[setting]] = row
     lines = [[line[value] for value in sorted(line)] for line in groups.values() if len(line) > 1]

@@ -23,7 +23,7 @@ from ..data.errors import DataError
 from ..data.image_source import ImageDatasetSource, decode_image
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
-from ..pipelines.generation import class_id, open_model, plain_config, sample_images, weights_digest
+from ..pipelines.generation import class_id, open_model, pipeline_digest, plain_config, sample_images
 from ..pipelines.generation_options import Sampler
 from ..pipelines.loading import download_snapshot
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -240,7 +240,7 @@ class GeneratedImages(ImageBatches):
         self.description: dict[str, Any] = {
             "model": self.model,
             "revision": revision,
-            "weights_sha256": weights_digest(self.pipeline.unet),
+            "weights_sha256": pipeline_digest(self.pipeline),
             "scheduler_config": plain_config(scheduler.config),
             **plain_config({key: getattr(sampler, key) for key in SAMPLER_NAMES} | sampler.arguments(self.pipeline)),
             "scheduler": name,
@@ -250,7 +250,7 @@ class GeneratedImages(ImageBatches):
             "num_images": num_images,
             "image_size": list(self.image_size),
             "dtype": str(dtype).removeprefix("torch."),
-            "num_classes": config.num_class_embeds,
+            "num_classes": self.pipeline.num_classes,
             "id2label": plain_config(self.pipeline.config).get("id2label"),
         }
 
@@ -265,7 +265,7 @@ class GeneratedImages(ImageBatches):
                 f" {self.description['scheduler']}"
             )
         pixels = (generated.float() * 255).round().to(torch.uint8).cpu()
-        has_classes = self.pipeline.unet.config.num_class_embeds is not None
+        has_classes = self.pipeline.num_classes is not None
         given = torch.tensor([-1 if label is None else label for label in labels]) if has_classes else None
         return ImageBatch(pixels, given)
 
@@ -274,7 +274,7 @@ def _choose_classes(
     pipeline: ClassConditionalPipeline, asked: Sequence[str], counts: np.ndarray | None, num_images: int, seed: int
 ) -> list[int | None]:
     """The class of each image; None is the null class."""
-    num_classes = pipeline.unet.config.num_class_embeds
+    num_classes = pipeline.num_classes
     chosen: list[int | None] = [None]
     if num_classes is None:
         if list(asked) not in (["uniform"], ["null"]):

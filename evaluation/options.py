@@ -13,6 +13,7 @@ from .protocols import PROTOCOLS as _PROTOCOLS
 
 PROTOCOLS = tuple(_PROTOCOLS)
 SAMPLER_NAMES = tuple(item.name for item in fields(Sampler))
+INTERVALS = ("guidance_interval", "guidance_sigma_interval")  # which matter where there is guidance
 
 _images, _output, _features, _speed, _scores, _training = (
     partial(option, group=group) for group in ("images", "output", "features", "speed", "metrics", "training")
@@ -137,10 +138,13 @@ class SweepOptions(SamplingOptions, ExtractionOptions):
     reference: str = _folder(help="Evaluation of real images, written by reference.", group="images")
     models: list[str] = _images(help="Pipeline folders, folders of several, or Hub ids.", metavar="MODEL")
     scheduler: list[str] = _as_generate("scheduler", ["own"], help="own is the pipeline's.", group="samplers")
+    scheduler_options: list[str] = _as_generate("scheduler_options", [], group="samplers")
     num_inference_steps: list[int] = _as_generate("num_inference_steps", [], group="samplers")
     step_size: list[int] = _as_generate("step_size", [], group="samplers")
     guidance_scale: list[float] = _as_generate("guidance_scale", [1.0], group="samplers")
     guidance_interval: list[float] = _as_generate("guidance_interval", [0.0, 1.0], group="samplers")
+    guidance_sigma_interval: list[float] | None = _as_generate("guidance_sigma_interval", group="samplers")
+    classifier_scale: list[float] = _as_generate("classifier_scale", [0.0], group="samplers")
     eta: list[float] = _as_generate("eta", [0.0], group="samplers")
     clip_sample: bool | None = _as_generate("clip_sample", group="samplers")
     grid: str | None = option(

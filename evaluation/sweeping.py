@@ -27,7 +27,7 @@ from .charts import make_sweep_charts
 from .evaluating import STATISTICS_NAME, Evaluation, evaluate_model, open_extractor
 from .extractors import FeatureExtractor
 from .images import find_revision
-from .options import SAMPLER_NAMES, ModelOptions, SamplingOptions, SweepOptions
+from .options import INTERVALS, SAMPLER_NAMES, ModelOptions, SamplingOptions, SweepOptions
 from .protocols import COMPARED_ENTRIES, check_comparable
 from .scoring import compare
 
@@ -217,11 +217,13 @@ def sampler_grid(options: SweepOptions) -> list[Sampler]:
     """The samplers of a sweep, each once: the product of its options, or those that its file lists."""
     steps = [{name: number} for name in ("num_inference_steps", "step_size") for number in getattr(options, name)]
     listed: Any = [
-        {"scheduler": scheduler, **step, "guidance_scale": scale, "eta": eta, "clip_sample": options.clip_sample}
-        | ({"guidance_interval": options.guidance_interval} if scale > 1 else {})
+        {"scheduler": scheduler, **step, "guidance_scale": scale, "classifier_scale": classifier_scale, "eta": eta}
+        | {"clip_sample": options.clip_sample, "scheduler_options": options.scheduler_options}
+        | ({name: getattr(options, name) for name in INTERVALS} if scale > 1 else {})
         for scheduler in options.scheduler
         for step in steps or [{}]
         for scale in options.guidance_scale
+        for classifier_scale in options.classifier_scale
         for eta in options.eta
     ]
     kinds = Parser("sweep", "", Sampler).kinds

@@ -14,7 +14,7 @@ from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from .generation import generate
 from .markup import note
 from .model_cache import ModelCache, facts, title
-from .request import MAX_SEED, NOTHING, OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULERS, takes_eta
+from .request import MAX_SEED, NOTHING, OWN_SCHEDULER, TWO_SCALES, TWO_SCHEDULERS, can_be_guided, takes_eta
 
 
 TITLE = "Class-conditional diffusion in pixels"
@@ -69,8 +69,14 @@ def build_page(models: ModelCache) -> gr.Blocks:
             try:
                 opened = models.pipeline(name)
             except (ValueError, OSError) as error:
-                return [gr.skip(), gr.skip(), note(str(error), is_problem=True)]
-            return [_about(name, opened), gr.Dropdown(**_classes(opened)), note("")]
+                return [gr.skip(), gr.skip(), note(str(error), is_problem=True), *[gr.skip()] * 5]
+            guided = gr.Slider(visible=can_be_guided(opened))
+            schedulers: dict[str, Any] = {"choices": _schedulers(opened)}
+            others = gr.Dropdown(value=opened.noise_kind.example, **schedulers)
+            return [
+                *(_about(name, opened), gr.Dropdown(**_classes(opened)), note("")),
+                *(gr.Dropdown(value=OWN_SCHEDULER, **schedulers), others, guided, guided, guided),
+            ]
 
         def on_choice(name: Any, scheduler: str, other: str, compare: str) -> list[Any]:
             schedulers = [scheduler, other] if compare == TWO_SCHEDULERS else [scheduler]
@@ -88,7 +94,8 @@ def build_page(models: ModelCache) -> gr.Blocks:
         # afterwards, or a last image that was on its way would have the last word
         stopped = stop.click(None, None, None, cancels=[running], **_QUIET)
         stopped.then(lambda: note("Stopped."), None, status, **_QUIET)
-        opened = [about, controls["class_labels"], status]
+        fitting = ("scheduler", "other_scheduler", "guidance_scale", "guidance_begin", "guidance_end")
+        opened = [about, controls["class_labels"], status, *(controls[name] for name in fitting)]
         controls["model"].change(on_model, controls["model"], opened, preprocess=False, **_QUIET)
         chosen = [controls[name] for name in ("model", "scheduler", "other_scheduler", "compare")]
         hidden = [controls[name] for name in ("eta", "other_scheduler", "other_guidance_scale")]
@@ -111,7 +118,8 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
         new_seed = gr.Button("New seed", size="sm", min_width=80, elem_id="new-seed")
     new_seed.click(None, None, seed, js=_NEW_SEED, **_QUIET)
     compare = gr.Radio([NOTHING, TWO_SCHEDULERS, TWO_SCALES], value=NOTHING, label="Compare", elem_id="compare")
-    other = gr.Dropdown(_schedulers(), value="DPMSolverMultistepScheduler", label="Other scheduler", visible=False)
+    example = pipeline.noise_kind.example
+    other = gr.Dropdown(_schedulers(pipeline), value=example, label="Other scheduler", visible=False)
     other_scale = gr.Number(5, label="Other guidance scale", visible=False, elem_id="other-scale")
     controls = {"model": model, "class_labels": classes, "num_images_per_label": number, "seed": seed}
     return controls | {"compare": compare, "other_scheduler": other, "other_guidance_scale": other_scale}
@@ -120,14 +128,17 @@ def _controls(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[st
 def _settings(models: ModelCache, pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """The controls of the last column."""
     eta, shown = "0 is deterministic (DDIM), 1 as random as DDPM.", takes_eta(pipeline, OWN_SCHEDULER)
+    guided = can_be_guided(pipeline)
     steps, begin = f"From 1 to {models.options.max_steps}.", "At this fraction of the steps."
     return {
-        "guidance_scale": gr.Slider(0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance."),
+        "guidance_scale": gr.Slider(
+            0, 10, 2.5, step=0.1, label="Guidance scale", info="Up to 1 is no guidance.", visible=guided
+        ),
         "num_inference_steps": gr.Number(20, label="Steps", info=steps, elem_id="steps"),
-        "scheduler": gr.Dropdown(_schedulers(), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"),
+        "scheduler": gr.Dropdown(_schedulers(pipeline), value=OWN_SCHEDULER, label="Scheduler", elem_id="scheduler"),
         "eta": gr.Slider(0, 1, 0, step=0.05, label="Eta", info=eta, visible=shown, elem_id="eta"),
-        "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin),
-        "guidance_end": gr.Slider(0, 1, 1, step=0.05, label="Guidance ends"),
+        "guidance_begin": gr.Slider(0, 1, 0, step=0.05, label="Guidance begins", info=begin, visible=guided),
+        "guidance_end": gr.Slider(0, 1, 1, step=0.05, label="Guidance ends", visible=guided),
     }
 
 
@@ -137,11 +148,11 @@ def _about(name: str, pipeline: ClassConditionalPipeline) -> str:
 
 def _classes(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     """Choices of the classes of a model, and those it begins with."""
-    num_classes = pipeline.unet.config.num_class_embeds
+    num_classes = pipeline.num_classes
     names = {str(number): class_caption(pipeline, number) for number in range(num_classes or 0)}
     choices = [(name if name == number else f"{name} ({number})", number) for number, name in names.items()]
     return {
-        "choices": [*choices, ("no class", "null")],
+        "choices": [*choices, *[("no class", "null")] * (pipeline.null_class is not None)],
         "value": list(names)[: 10 if len(names) <= 10 else 4],
         "multiselect": True,
         "visible": num_classes is not None,
@@ -149,6 +160,6 @@ def _classes(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     }
 
 
-def _schedulers() -> list[tuple[str, str]]:
-    own = ("the model's own", OWN_SCHEDULER)
-    return [own, *((name.removesuffix("Scheduler"), name) for name in scheduler_names())]
+def _schedulers(pipeline: ClassConditionalPipeline) -> list[tuple[str, str]]:
+    own, names = ("the model's own", OWN_SCHEDULER), scheduler_names(pipeline.noise_kind)
+    return [own, *((name.removesuffix("Scheduler"), name) for name in names)]

@@ -56,6 +56,6 @@ def facts(name: str, pipeline: ClassConditionalPipeline) -> str:
     config = pipeline.unet.config
     height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
     colors = {1: "grey", 3: "RGB"}.get(config.in_channels, f"{config.in_channels} channels")
-    classes = "no classes" if config.num_class_embeds is None else f"{config.num_class_embeds:,} classes"
+    classes = "no classes" if pipeline.num_classes is None else f"{pipeline.num_classes:,} classes"
     parameters = f"{pipeline.unet.num_parameters() / 1e6:,.2f} M parameters"
     return f"{title(name)} · {parameters} · {width}x{height} pixels, {colors} · {classes} · on {pipeline.unet.device}"

@@ -104,6 +104,11 @@ def takes_eta(pipeline: ClassConditionalPipeline, scheduler: str) -> bool:
     return "eta" in inspect.signature(chosen.step).parameters
 
 
+def can_be_guided(pipeline: ClassConditionalPipeline) -> bool:
+    """Whether guidance has an effect: there is a null class, or a guidance network."""
+    return pipeline.null_class is not None or pipeline.guidance_unet is not None
+
+
 def read_form(form: Form, models: ModelCache) -> list[Request]:
     """The set of images that a form asks for, or the two of a comparison; ValueError or OSError with a sentence."""
     form = {**form, **_numbers(form, models)}
@@ -118,7 +123,7 @@ def read_form(form: Form, models: ModelCache) -> list[Request]:
     evaluations = 0
     for each in requests:
         # a guided step takes two evaluations for each image, and one of a scheduler of second order again two
-        factor = getattr(each.pipeline.scheduler, "order", 1) * (2 if each.options.guidance_scale > 1 else 1)
+        factor = getattr(each.pipeline.scheduler, "order", 1) * (2 if (each.options.guidance_scale or 0) > 1 else 1)
         evaluations += len(each.class_ids) * form["num_inference_steps"] * factor
     if evaluations > models.options.max_evaluations:
         raise ValueError(
@@ -152,15 +157,16 @@ def _numbers(form: Form, models: ModelCache) -> dict[str, float]:
 
 def _read_side(form: Form, models: ModelCache) -> Request:
     scheduler, max_images = form["scheduler"], models.options.max_images
-    if scheduler not in (OWN_SCHEDULER, *scheduler_names()):
-        raise ValueError(f"Scheduler is {scheduler!r}, which this page does not have: choose one of the list")
     pipeline = models.pipeline(form["model"])
-    labels = form["class_labels"] if pipeline.unet.config.num_class_embeds is not None else ["null"]
+    if scheduler not in (OWN_SCHEDULER, *scheduler_names(pipeline.noise_kind)):
+        raise ValueError(f"Scheduler is {scheduler!r}, which this model does not have: choose one of the list")
+    labels = form["class_labels"] if pipeline.num_classes is not None else ["null"]
     if not isinstance(labels, list) or not labels:
         raise ValueError("Classes is empty: choose at least one class")
-    plain = ("model", "num_images_per_label", "seed", "num_inference_steps", "guidance_scale")
+    plain = ("model", "num_images_per_label", "seed", "num_inference_steps")
     options = GenerateOptions(
         **{name: form[name] for name in plain},
+        guidance_scale=form["guidance_scale"] if can_be_guided(pipeline) else 1.0,
         class_labels=labels,
         guidance_interval=[form["guidance_begin"], form["guidance_end"]],
         eta=form["eta"] if takes_eta(pipeline, scheduler) else 0.0,

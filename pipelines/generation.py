@@ -242,6 +242,12 @@ def weights_digest(unet: torch.nn.Module) -> str:
     return _DIGESTS[unet]
 
 
+def pipeline_digest(pipeline: ClassConditionalPipeline) -> str:
+    """The digest of the network, and of those that guide it where there are any."""
+    networks = filter(None, (pipeline.unet, pipeline.guidance_unet, pipeline.classifier))
+    return "+".join(map(weights_digest, networks))
+
+
 def to_pixels(pipeline: ClassConditionalPipeline, latents: torch.Tensor) -> np.ndarray:
     """What images look like between two denoising steps: uint8 (images, height, width, channels)."""
     return (pipeline.image_processor.postprocess(latents, output_type="np") * 255).round().astype(np.uint8)
@@ -249,7 +255,7 @@ def to_pixels(pipeline: ClassConditionalPipeline, latents: torch.Tensor) -> np.n
 
 def requested_class_ids(pipeline: ClassConditionalPipeline, options: GenerateOptions) -> list[int | None]:
     """The class of each image that the options ask for, None for the null class."""
-    num_classes, asked = pipeline.unet.config.num_class_embeds, options.class_labels
+    num_classes, asked = pipeline.num_classes, options.class_labels
     if num_classes is None:
         if asked not in (["random"], ["null"]):
             raise ValueError(f"class_labels is {' '.join(asked)}, but the model has no classes: leave it out")
@@ -293,7 +299,7 @@ def make_manifest(
             "python": platform.python_version(),
         },
         "model": options.model,
-        "weights_sha256": weights_digest(pipeline.unet),
+        "weights_sha256": pipeline_digest(pipeline),
         "device": pipeline.unet.device.type,
         "options": asdict(options),
         "scheduler": {"class": type(pipeline.scheduler).__name__, "config": plain_config(pipeline.scheduler.config)},

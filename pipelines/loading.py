@@ -16,6 +16,7 @@ from diffusers.utils.import_utils import DummyObject
 from huggingface_hub import errors, snapshot_download
 from huggingface_hub.utils.sha import sha_fileobj
 
+from ..models.classifier_adm import ADMClassifierModel
 from ..models.unet_adm import ADMUNet2DModel
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..models.unet_edm2 import EDM2UNet2DModel
@@ -28,10 +29,8 @@ from .pipeline_class_conditional import ClassConditionalPipeline
 
 
 # The networks that a pipeline folder may hold, by the class that its model_index.json names.
-NETWORKS: dict[str, type[ModelMixin]] = {
-    network.__name__: network
-    for network in (ClassConditionalUNet2DModel, EDM2UNet2DModel, ADMUNet2DModel, UNet2DModel)
-}
+_NETWORKS = (ClassConditionalUNet2DModel, EDM2UNet2DModel, ADMUNet2DModel, UNet2DModel, ADMClassifierModel)
+NETWORKS: dict[str, type[ModelMixin]] = {network.__name__: network for network in _NETWORKS}
 OUR_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     scheduler.__name__: scheduler for scheduler in (EtaDDIMScheduler, LearnedVarianceDDPMScheduler, EDMHeunScheduler)
 }
@@ -91,7 +90,7 @@ def solvable_betas(alphas_cumprod: torch.Tensor, distinct: bool = True) -> list[
 
 
 def _solvable(
-    new_class: type[SchedulerMixin], accepted: Container[str], options: dict[str, Any], alphas_cumprod: torch.Tensor
+    new_class: type[SchedulerMixin], accepted: Container[str], options: dict[str, Any], alphas_cumprod: Any
 ) -> dict[str, Any]:
     """The options that a scheduler needs to solve over the noise schedule of the training."""
     overrides: dict[str, Any] = {}
@@ -183,7 +182,7 @@ def load_pipeline(
         raise ValueError(f"unknown arguments of from_pretrained: {', '.join(unknown)}{perhaps(unknown[0], known)}")
     name = str(pretrained_model_name_or_path)
     folder = Path(name)
-    networks = {"unet": unet, "guidance_unet": guidance_unet, "classifier": classifier}
+    networks: dict[str, Any] = {"unet": unet, "guidance_unet": guidance_unet, "classifier": classifier}
     if not folder.is_dir():
         # of several variants, the weights of this one alone
         weights = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
@@ -215,7 +214,7 @@ def load_pipeline(
         networks[role].register_to_config(_name_or_path=name)
     if scheduler is None:
         scheduler = scheduler_class(str(kinds.get("scheduler"))).from_pretrained(folder, subfolder="scheduler")
-    own = {key: options.get(key, index.get(key, default)) for key, default in _STORED_OPTIONS.items()}
+    own: dict[str, Any] = {key: options.get(key, index.get(key, default)) for key, default in _STORED_OPTIONS.items()}
     pipeline = pipeline_class(scheduler=scheduler, **networks, **own)
     pipeline.register_to_config(_name_or_path=name)
     return pipeline

@@ -18,6 +18,7 @@ from PIL import Image
 from ..configs import CONFIG_DIR
 from ..schedulers.original_schedule import original_cosine_betas
 from ..utils.atomic_write import atomic_file
+from .noise_kinds import VariancePreserving
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 
@@ -29,6 +30,16 @@ UNKNOWN_REPO_ID = "your-name/your-model"
 _MARK = "\n<!-- made by imagenet64_diffusion, digest "
 # Given by the data and the run, not by the recipe.
 _NOT_OF_THE_RECIPE = ("sample_size", "in_channels", "num_class_embeds", "num_train_timesteps", "dropout")
+
+_PAPERS = {
+    True: {
+        "2006.11239": "DDPM",
+        "2102.09672": "learned variance",
+        "2010.02502": "DDIM",
+        "2202.00512": "velocity prediction",
+    },
+    False: {"2206.00364": "noise levels and sampler", "2312.02696": "EDM2"},
+}
 
 
 def write_model_card(
@@ -68,12 +79,11 @@ def create_model_card(
 ) -> ModelCard:
     """The card of a pipeline; the arguments are the facts of `write_model_card`."""
     unet, noise, id2label = pipeline.unet.config, pipeline.scheduler.config, pipeline.config.id2label or {}
-    conditional, betas = unet.num_class_embeds is not None, noise.get("trained_betas")
+    num_classes, null_class, betas = pipeline.num_classes, pipeline.null_class, noise.get("trained_betas")
+    conditional, has_timesteps = num_classes is not None, pipeline.noise_kind is VariancePreserving
     name = "Pixel-space diffusion" if repo_id is None else repo_id.rpartition("/")[2]
     # by name where the first name of a class stands for it alone, else by id
-    shown = {
-        index: id2label.get(index, "").split(",")[0].strip() for index in range(min(2, unet.num_class_embeds or 0))
-    }
+    shown = {index: id2label.get(index, "").split(",")[0].strip() for index in range(min(2, num_classes or 0))}
     labels = [label if pipeline.labels.get(label) == index else index for index, label in shown.items()]
     card = ModelCard.from_template(
         ModelCardData(
@@ -81,8 +91,9 @@ def create_model_card(
             library_name="diffusers",
             # the Hub has no task of its own for images of classes; it counts them here, because no text is read
             pipeline_tag="unconditional-image-generation",
-            tags=["class-conditional", "classifier-free-guidance"] * conditional
-            + ["diffusion", "pixel-space", "ddpm", "ddim"],
+            tags=["class-conditional"] * conditional
+            + ["classifier-free-guidance"] * (null_class is not None)
+            + ["diffusion", "pixel-space", *(("ddpm", "ddim") if has_timesteps else ("edm",))],
             datasets=list(datasets) or None,
             metrics=sorted({result.metric_type for result in eval_results}) or None,
             model_name=name if eval_results else None,
@@ -93,7 +104,13 @@ def create_model_card(
         repo_id=repo_id or UNKNOWN_REPO_ID,
         conditional=conditional,
         samples_name=SAMPLES_NAME if has_samples else None,
-        labels=[*(json.dumps(label, ensure_ascii=False) for label in labels), "None"],
+        labels=[*(json.dumps(label, ensure_ascii=False) for label in labels), *["None"] * (null_class is not None)],
+        guidance_scale=5.0 if null_class is not None else 2.0 if pipeline.guidance_unet is not None else None,
+        has_timesteps=has_timesteps,
+        predicts_variance=unet.get("out_channels", 2 * unet.in_channels) == 2 * unet.in_channels and has_timesteps,
+        papers=_PAPERS[has_timesteps]
+        | ({"2207.12598": "classifier-free guidance"} if null_class is not None else {})
+        | ({"2406.02507": "autoguidance"} if pipeline.guidance_unet is not None else {}),
         pipeline=pipeline,
         unet=unet,
         noise=noise,

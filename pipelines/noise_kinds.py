@@ -5,7 +5,7 @@ name it in `NOISE_KINDS`.
 """
 
 import inspect
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -185,7 +185,7 @@ def noise_kind(
         ValueError: If such a scheduler cannot generate with the network, or with any.
     """
     kind_of_class = scheduler if isinstance(scheduler, type) else type(scheduler)
-    kind = known_kind(scheduler)
+    kind: Any = known_kind(scheduler)
     example = (trained or kind or VariancePreserving).example
     names = {base.__name__ for base in kind_of_class.__mro__}
     reason = next((why for name, why in (kind.unsuitable if kind else {}).items() if name in names), None)

@@ -29,7 +29,7 @@ from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
 
 from .cached_weights import cached_weights
-from .noise_kinds import known_kind, noise_kind
+from .noise_kinds import VariancePreserving, known_kind, noise_kind
 
 
 logger = logging.get_logger(__name__)
@@ -108,7 +108,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, guidance_unet=guidance_unet, classifier=classifier)
         # schedulers are swapped later, and the network stays what it was trained to be
-        self.noise_kind = known_kind(scheduler)
+        self.noise_kind = known_kind(scheduler) or VariancePreserving
         # JSON has string keys; inside they are ints
         id2label = None if id2label is None else {int(key): str(label) for key, label in id2label.items()}
         self.register_to_config(id2label=id2label, guide_variance=guide_variance)
@@ -168,9 +168,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError("class_labels is empty: give at least one class, or None for an image without class")
         if num_classes is None and any(label is not None for label in labels):
             raise ValueError("class_labels were given, but the network has no classes: leave them None")
-        ids = []
+        ids: list[int] = []
         for label in labels:
-            index = self.get_label_ids(label)[0] if isinstance(label, str) else label
+            index: Any = self.get_label_ids(label)[0] if isinstance(label, str) else label
             if num_classes is None:
                 index = 0
             elif index is None and null_class is None:
@@ -324,11 +324,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _predict(
-        self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+        self, sample: torch.Tensor, timestep: torch.Tensor, labels: Any, guidance_scale: float
     ) -> torch.Tensor:
         """What the network says of the scaled sample, guided where the scale is above 1, in the sample's dtype."""
 
-        def call(network: ModelMixin, sample: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        def call(network: ModelMixin, sample: torch.Tensor, labels: Any) -> torch.Tensor:
             return network(sample.to(network.dtype), timestep, labels, return_dict=False)[0].to(sample.dtype)
 
         if not guidance_scale > 1:
@@ -338,7 +338,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             null = call(self.guidance_unet, sample, labels if has_classes else None)
             output = call(self.unet, sample, labels)
         else:
-            both = torch.cat([torch.full_like(labels, self.null_class), labels])
+            both = torch.cat([torch.full_like(labels, self.null_class or 0), labels])
             null, output = call(self.unet, sample.repeat(2, 1, 1, 1), both).chunk(2)
         guided = null.shape[1] if self.config.guide_variance else sample.shape[1]
         mixed = torch.lerp(null[:, :guided], output[:, :guided], guidance_scale)

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from ..configs import CONFIG_DIR
 from ..data.dataset import GlobalBatchSampler, PreparedImages
+from ..models.classifier_adm import ADMClassifierModel
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..pipelines.loading import NETWORKS
+from ..pipelines.loading import NETWORKS as PIPELINE_NETWORKS
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
@@ -28,6 +29,10 @@ from .checkpoints import Checkpoint
 from .interruption import leave_stopping_to_parent
 from .objectives import EDMLoss, HybridLoss, ImportanceSampledLoss, TrainingObjective
 from .options import NETWORK_OPTIONS, TrainOptions
+
+
+# Those that denoise, by the names of their classes.
+NETWORKS = {name: network for name, network in PIPELINE_NETWORKS.items() if network is not ADMClassifierModel}
 
 
 @dataclass

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..data.dataset import PreparedImages
-from ..pipelines.loading import NETWORKS, load_pipeline
+from ..pipelines.loading import load_pipeline
 from ..pipelines.noise_kinds import EDMNoise, VariancePreserving
 from ..utils.command_line import OtherRankError
 from ..utils.distributed import on_every_process, on_main_process
 from .checkpoints import Checkpoint, DamagedCheckpointError, Progress, find_checkpoints, load_checkpoint
-from .components import OBJECTIVES, Start, starting_config, training_size, unet_config
+from .components import NETWORKS, OBJECTIVES, Start, starting_config, training_size, unet_config
 from .options import OBJECTIVE_OPTIONS, TrainOptions, options_of
 
 

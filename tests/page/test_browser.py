@@ -58,7 +58,7 @@ def test_side_by_side_after_bad_input(browser):
     assert browser.text("#status .problem").startswith("Steps is empty, but must be a whole number from 1 to 1000")
     browser.fill("#steps", 5)
     browser.generate()
-    titles = ["EtaDDIMScheduler of the model", "DPMSolverMultistepScheduler"]
+    titles = ["EtaDDIMScheduler of the model", "UniPCMultistepScheduler"]
     assert browser.texts("#images .side h2") == titles
     assert [len(browser.all(f"#images .side:nth-child({side}) img")) for side in (1, 2)] == [10, 10]
     left, right = browser.all("#images .side")
