@@ -89,7 +89,7 @@ def unet_config(options: TrainOptions, dataset: PreparedImages, start: Start) ->
         "in_channels": dataset.channels,
         "out_channels": dataset.channels * (2 if predicts_variance(config) else 1),
         "num_class_embeds": None if options.unconditional else _num_class_embeds(config, options, dataset, start),
-        "null_class": config.get("null_class", False) or options.class_dropout_prob > 0,
+        "null_class": not options.unconditional and (config.get("null_class") or options.class_dropout_prob > 0),
     }
     if options.num_train_timesteps is not None:
         known["num_train_timesteps"] = options.num_train_timesteps
@@ -165,12 +165,13 @@ class ObjectiveParts(NamedTuple):
     """What an objective needs."""
 
     scheduler_class: type[SchedulerMixin]
-    new_scheduler: Callable[[TrainOptions], SchedulerMixin]
+    new_scheduler: Callable[[TrainOptions, bool], SchedulerMixin]  # of a network that learns the variance, or not
     loss: Callable[[TrainOptions, SchedulerMixin, torch.device], TrainingObjective]
 
 
-def _ddpm_scheduler(options: TrainOptions) -> EtaDDIMScheduler:
+def _ddpm_scheduler(options: TrainOptions, learns_variance: bool) -> EtaDDIMScheduler:
     common: dict[str, Any] = {name: getattr(options, name) for name in ("num_train_timesteps", "prediction_type")}
+    common["variance_type"] = "learned_range" if learns_variance else "fixed_small"
     if options.beta_schedule == "original_cosine":
         return EtaDDIMScheduler(**(common | original_cosine_options(common["num_train_timesteps"])))
     # Trailing steps begin with pure noise (Lin et al. 2023, arXiv 2305.08891, section 3.3). No clipping: the image
@@ -189,7 +190,7 @@ OBJECTIVES = {
     "ddpm": ObjectiveParts(EtaDDIMScheduler, _ddpm_scheduler, _ddpm_loss),
     "edm": ObjectiveParts(
         EDMHeunScheduler,
-        lambda options: EDMHeunScheduler(sigma_data=options.sigma_data),
+        lambda options, _: EDMHeunScheduler(sigma_data=options.sigma_data),
         lambda options, scheduler, device: EDMLoss(scheduler, options.p_mean, options.p_std),
     ),
 }
@@ -200,19 +201,18 @@ def build_scheduler(options: TrainOptions, start: Start, learns_variance: bool =
     scheduler_class, new_scheduler, _ = OBJECTIVES[options.objective]
     if start.checkpoint is not None:
         return scheduler_class.from_config(start.checkpoint.scheduler_config)
-    variance = {"variance_type": "learned_range" if learns_variance else "fixed_small"}
-    if scheduler_class is not EtaDDIMScheduler:
-        variance = {}
     if start.pretrained is None:
-        return scheduler_class.from_config(new_scheduler(options).config, **variance)
+        return new_scheduler(options, learns_variance)
     config, name = start.pretrained.scheduler.config, options.pretrained_model_name_or_path
+    # a scheduler that was swapped in may not have used the variance
+    variance = {"variance_type": "learned_range"} if learns_variance and options.objective == "ddpm" else {}
     scheduler = scheduler_class.from_config(config, **variance)
     for key in ("prediction_type", "num_train_timesteps", "sigma_data"):
         asked = getattr(options, key)
         if asked is not None and asked != config[key]:
             raise ValueError(f"{key} is {asked}, but {name} has {config[key]}")
     if options.beta_schedule is not None:
-        error = (new_scheduler(options).alphas_cumprod - scheduler.alphas_cumprod).abs().max()
+        error = (new_scheduler(options, learns_variance).alphas_cumprod - scheduler.alphas_cumprod).abs().max()
         if error > 1e-6:
             raise ValueError(f"beta_schedule is {options.beta_schedule}, but {name} has another: leave it out")
     return scheduler

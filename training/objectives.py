@@ -309,7 +309,8 @@ class EDMLoss(TrainingObjective):
 
     Args:
         scheduler: A scheduler with ``sigma_data``, the standard deviation of images in [-1, 1], in its config.
-        p_mean, p_std: Of ln sigma. EDM has -1.2 and 1.2, EDM2 (Karras et al. 2024, arXiv 2312.02696) -0.4 and 1.
+        p_mean, p_std: Of ln sigma. EDM has -1.2 and 1.2; EDM2 (Karras et al. 2024, arXiv 2312.02696) has -0.8 and 1.6
+            for the pixels of ImageNet-64, -0.4 and 1 for latents.
 
     Raises:
         ValueError: If the scheduler takes F with the other sign.

@@ -84,8 +84,8 @@ class TrainOptions(CheckedOptions):
     snr_gamma: float | None = _ddpm(None, "Gamma of Min-SNR weighting (5 is usual; default: none).", above=0)
     timestep_sampling: str = _ddpm("uniform", "importance prefers large losses.", choices=["uniform", "importance"])
 
-    p_mean: float | None = _edm(None, "Mean of ln sigma (default: -0.4 for EDM2's networks, else -1.2).")
-    p_std: float | None = _edm(None, "Standard deviation of ln sigma (default: 1 for EDM2's, else 1.2).", above=0)
+    p_mean: float | None = _edm(None, "Mean of ln sigma (default: -0.8 for EDM2's networks, else -1.2).")
+    p_std: float | None = _edm(None, "Standard deviation of ln sigma (default: 1.6 for EDM2's, else 1.2).", above=0)
     sigma_data: float | None = _edm(None, "Standard deviation of the images (default: 0.5, or the start's).", above=0)
 
     train_batch_size: int = _step(128, "Images per process and forward pass.", at_least=1)
@@ -122,7 +122,7 @@ class TrainOptions(CheckedOptions):
     num_sample_classes: int = _samples(10, "Classes in a sample grid, spread evenly over all.", at_least=1)
     num_samples_per_class: int = _samples(4, "Images of each class in a sample grid.", at_least=1)
     num_inference_steps: int = _samples(50, "Denoising steps of the sample grids.", at_least=1)
-    guidance_scale: float = _samples(2.0, "Guidance scale of the sample grids, at least 0.", at_least=0)
+    guidance_scale: float = _samples(2.0, "Guidance scale of the sample grids, if there is a null class.", at_least=0)
 
     push_to_hub: bool = _hub(False, "Upload the final pipeline with its model card.")
     hub_model_id: str | None = _hub(None, "Where to, user/name (default: the name of output_dir).", metavar="ID")

@@ -24,8 +24,8 @@ from .options import OBJECTIVE_OPTIONS, TrainOptions, options_of
 # What a run trains where neither the options nor the weights that it starts from say it.
 _DEFAULTS = {"prediction_type": "v_prediction", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 _DEFAULTS |= {"objective": "ddpm", "sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2}
-# The same for networks that have an uncertainty (Karras et al. 2024, arXiv 2312.02696).
-_DEFAULTS_WITH_UNCERTAINTY = {"objective": "edm", "p_mean": -0.4, "p_std": 1.0}
+# The same for networks with an uncertainty: EDM2's presets for ImageNet-64 (Karras et al. 2024, arXiv 2312.02696).
+_DEFAULTS_WITH_UNCERTAINTY = {"objective": "edm", "p_mean": -0.8, "p_std": 1.6}
 _TRAINED_BY = {VariancePreserving: "ddpm", EDMNoise: "edm"}
 # With another value of these the weights and moments are for something else.
 _FIXED = {*_DEFAULTS} - {"p_mean", "p_std"} | {"unconditional", "optimizer", "resize_to_power_of_two", "fingerprint"}
@@ -71,6 +71,7 @@ class Plan:
     def facts(self, step: int, images_seen: int, precision: str) -> dict[str, Any]:
         """What the model card says of the training up to a step."""
         options = self.options
+        of_objective = [(name, getattr(options, name)) for name in sorted(OBJECTIVE_OPTIONS[options.objective])]
         return {
             "images": f"{len(self.dataset):,}, {self.dataset.fingerprint}",
             "began from": self.start.began_from or "random weights",
@@ -81,9 +82,7 @@ class Plan:
             "weights": f"EMA, decay up to {options.ema_max_decay}" if options.use_ema else "of the last step",
             "class drop-out": "no classes" if options.unconditional else options.class_dropout_prob,
             "objective": options.objective,
-            **{
-                name.replace("_", " "): getattr(options, name) for name in sorted(OBJECTIVE_OPTIONS[options.objective])
-            },
+            **{name.replace("_", " "): value for name, value in of_objective if value is not None},
             "precision": precision,
             "seed": options.seed,
         }
@@ -137,6 +136,9 @@ def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
         changes = check_changes(start.checkpoint, plan)
         plan.warnings += [f"the run goes on otherwise than it would have: {change}" for change in changes]
     elif start.pretrained is not None:
+        for part in ("guidance_unet", "classifier"):
+            if getattr(start.pretrained, part) is not None:
+                plan.warnings.append(f"the {part} of the pretrained model is left out of the trained one")
         before, now = start.pretrained.config.id2label or {}, dataset.id2label
         if before and len(before) != len(now):
             counts = f"{len(before)} classes and the images have {len(now)}"
@@ -157,14 +159,15 @@ def resolve_options(options: TrainOptions, start: Start) -> TrainOptions:
         before = {"objective": "ddpm", **start.checkpoint.options}
         known |= {name: value for name, value in before.items() if name in known}
     elif start.pretrained is not None:
-        scheduler = start.pretrained.scheduler
-        known["objective"] = _TRAINED_BY[start.pretrained.noise_kind]
+        name, scheduler = options.pretrained_model_name_or_path, start.pretrained.scheduler
+        known["objective"] = _TRAINED_BY.get(start.pretrained.noise_kind)
         # the noise schedule is the pipeline's own, whatever it is called
         known["beta_schedule"] = None
         stored = ("prediction_type", "num_train_timesteps", "sigma_data")
         known |= {name: scheduler.config[name] for name in stored if name in scheduler.config}
+        if known["objective"] is None:
+            raise ValueError(f"{name} has a {type(scheduler).__name__}, whose noise none of the objectives has")
         if options.objective not in (None, known["objective"]):
-            name = options.pretrained_model_name_or_path
             raise ValueError(f"objective is {options.objective}, but {name} was trained with {known['objective']}")
     objective = options.objective or known["objective"]
     defaults = {item.name: item.default for item in dataclasses.fields(options)}

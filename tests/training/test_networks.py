@@ -80,7 +80,7 @@ def test_every_recipe_and_a_folder(tmp_path):
     [
         ("ours", {}, ("ddpm", "v_prediction", None, None, None)),
         ("stock", {"objective": "edm"}, ("edm", None, -1.2, 1.2, 0.5)),
-        ("edm2", {"p_std": 2.0, "sigma_data": 0.7}, ("edm", None, -0.4, 2.0, 0.7)),
+        ("edm2", {"p_std": 2.0, "sigma_data": 0.7}, ("edm", None, -0.8, 2.0, 0.7)),
         ("edm2", {"objective": "ddpm"}, ("ddpm", "v_prediction", None, None, None)),
     ],
 )
