@@ -64,7 +64,7 @@ def test_fine_tuning_by_edms_loss(tmp_path, prepared, capfd):
     torch.testing.assert_close(after.unet.state_dict(), before.unet.state_dict(), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["stock", "edm2"])
 def test_dry_run(tmp_path, prepared, network, capfd):
     """With gradient checkpointing the same FLOPs forward, and fewer bytes."""
     run = TrainingRun(tmp_path / "run", prepared, {**SHORT, "objective": "edm"}, NETWORKS[network])
