@@ -186,12 +186,14 @@ def _ddpm_loss(options: TrainOptions, scheduler: SchedulerMixin, device: torch.d
 
 
 # Adding an objective: write its class, name it here and in the options.
-OBJECTIVES = {
+OBJECTIVES: dict[str | None, ObjectiveParts] = {
     "ddpm": ObjectiveParts(EtaDDIMScheduler, _ddpm_scheduler, _ddpm_loss),
     "edm": ObjectiveParts(
         EDMHeunScheduler,
         lambda options, _: EDMHeunScheduler(sigma_data=options.sigma_data),
-        lambda options, scheduler, device: EDMLoss(scheduler, options.p_mean, options.p_std),
+        lambda options, scheduler, device: EDMLoss(
+            scheduler, **{name: getattr(options, name) for name in ("p_mean", "p_std")}
+        ),
     ),
 }
 

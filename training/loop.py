@@ -195,8 +195,8 @@ class Trainer:
                 randomness = StepRandomness(
                     options.seed, self.global_step, images, self.images_per_step, options.class_dropout_prob
                 )
-                levels, weights = self.objective.sample_noise_levels(randomness.uniforms)
-                levels = to_device(levels, self.device)
+                sampled, weights = self.objective.sample_noise_levels(randomness.uniforms)
+                levels = to_device(sampled, self.device)
                 # before the seeding: a loader that begins takes a random number itself
                 batch = next(batches)
                 seed_network(options.seed, self.global_step, piece, accelerator.process_index)

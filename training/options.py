@@ -149,6 +149,6 @@ def options_of(*groups: str) -> set[str]:
 
 
 # Options of one objective alone; they are not given for another one, and None there if they have no fixed default.
-OBJECTIVE_OPTIONS = {name: options_of(f"objective {name}") for name in ("ddpm", "edm")}
+OBJECTIVE_OPTIONS: dict[str | None, set[str]] = {name: options_of(f"objective {name}") for name in ("ddpm", "edm")}
 # Options that replace one entry of the network's config.
 NETWORK_OPTIONS = sorted(options_of("network") - {"model_config_name_or_path", "unconditional"})
