@@ -1,4 +1,4 @@
-"""Converts checkpoints of the original program to pipeline folders, and back."""
+"""Converts checkpoints of the original program, ADM, EDM and EDM2 to pipeline folders, and the original's back."""
 
 import functools
 import sys
@@ -19,6 +19,9 @@ __getattr__, _ = lazy_exports("imagenet64_diffusion", {"convert_checkpoint": "co
 
 EXAMPLE = "--checkpoint model_469e_600000s.pkl\n--output_dir outputs/res_res_atn"
 
+# Options of one checkpoint alone.
+_OF_ONE = ("family", "params", "optimizer", "guidance_checkpoint", "classifier_checkpoint", "push_to_hub")
+
 _file = functools.partial(option, group="files", metavar="FILE")
 _pipeline = functools.partial(option, group="pipeline")
 _back = functools.partial(option, group="back to the original")
@@ -28,9 +31,26 @@ _back = functools.partial(option, group="back to the original")
 class ConvertOptions(CheckedOptions):
     """Options of `convert`. The help texts say what each one is."""
 
-    checkpoint: str = _file(help="model_...e_...s.pkl, or a folder of them; a pipeline folder for to_original.")
+    checkpoint: str = _file(
+        help="model_...e_...s.pkl of the original, or a folder of them; 64x64_diffusion.pt of ADM; a pickle of EDM or"
+        " EDM2; a pipeline folder for to_original."
+    )
     output_dir: str = _file(help="Folder to write, one for several: new, empty or its own.", metavar="FOLDER")
-    params: str | None = _file(None, "model_params_...e_...s.json (default: the one beside it, by its name).")
+    family: str = _file(
+        "auto",
+        "Whose checkpoint it is, if only such a one will do (auto: as the file says).",
+        metavar="NAME",
+        choices=["auto", "original", "adm", "edm", "edm2"],
+    )
+    params: str | None = _file(
+        None,
+        "model_params_...e_...s.json of the original (default: the one beside it, by its name), or flags of ADM's"
+        " program, which released files do not need.",
+    )
+    guidance_checkpoint: str | None = _file(
+        None, "A weaker or unconditional network of ADM, EDM or EDM2, for guidance."
+    )
+    classifier_checkpoint: str | None = _file(None, "64x64_classifier.pt of ADM, for guidance by a classifier.")
     optimizer: str | None = _file(None, "optim_...e_...s.pkl, to resume the training; a folder's are found by name.")
 
     time_embedding: str = _pipeline(
@@ -41,8 +61,9 @@ class ConvertOptions(CheckedOptions):
         choices=["original_sine", "original_alternating", "original_interleaved"],
     )
     id2label: str = _pipeline(
-        "imagenet64",
-        "Class names: imagenet64 (for 1000 classes, else numbers), numbers, or a file, JSON or text, a name a line.",
+        "auto",
+        "Class names: imagenet64, in the order of the original, or imagenet, of most models (both for 1000 classes,"
+        " else numbers), numbers, or a file, JSON or text, a name a line (auto: in the checkpoint's order).",
         metavar="NAMES",
     )
     finish_denoising: bool = _pipeline(False, "End at the predicted image; the original leaves noise of 0.03 in it.")
@@ -60,9 +81,9 @@ class ConvertOptions(CheckedOptions):
         what, others = "a checkpoint, whose JSON says its own", ["epoch", "step"]
         if self.to_original:
             what = "to_original"
-            others = ["params", "optimizer", "push_to_hub", "finish_denoising", "time_embedding", "dtype"]
+            others = [*_OF_ONE, "finish_denoising", "time_embedding", "dtype"]
         elif Path(self.checkpoint).is_dir():
-            what, others = "a folder as checkpoint", [*others, "params", "optimizer", "push_to_hub"]
+            what, others = "a folder as checkpoint", [*others, *_OF_ONE]
         for name in others:
             value = getattr(self, name)
             if value != getattr(ConvertOptions, name):
@@ -72,18 +93,19 @@ class ConvertOptions(CheckedOptions):
 def convert(options: ConvertOptions) -> None:
     """Converts a checkpoint, a folder of checkpoints, or a pipeline folder back; errors as `convert_checkpoint`."""
     from imagenet64_diffusion.conversion import converting
+    from imagenet64_diffusion.conversion.original_pipelines import write_original
 
     checkpoint, output_dir = Path(options.checkpoint), Path(options.output_dir)
     names = ("time_embedding", "id2label", "dtype", "variant", "finish_denoising")
     choices = {name: getattr(options, name) for name in names}
     if options.to_original:
-        files = converting.write_original(checkpoint, output_dir, options.epoch, options.step, options.variant)
+        files = write_original(checkpoint, output_dir, options.epoch, options.step, options.variant)
         print(f"wrote {files[0]} and {files[1]}")
     elif checkpoint.is_dir():
         converting.convert_folder(checkpoint, output_dir, **choices)
     else:
-        params, hub_id = options.params or converting.params_beside(checkpoint), options.push_to_hub
-        converting.convert_checkpoint(checkpoint, params, output_dir, options.optimizer, push_to_hub=hub_id, **choices)
+        choices |= {name: getattr(options, name) for name in _OF_ONE}
+        converting.convert_checkpoint(checkpoint, output_dir=output_dir, **choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

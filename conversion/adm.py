@@ -40,6 +40,7 @@ _ALLOWED = {
     "image_size": range(8, 4097), "num_head_channels": range(1, 65_537), "num_heads": range(1, 65_537),
     "use_new_attention_order": (False, True), "learn_sigma": (False, True), "predict_xstart": (False, True),
     "rescale_timesteps": (False, True), "diffusion_steps": range(2, 10_001), "noise_schedule": ("cosine", "linear"),
+    "classifier_depth": range(1, 65),
 }
 
 # Names inside the modules, the official ones and ours.
@@ -99,7 +100,14 @@ def convert_unet(shapes: Shapes, flags: Flags | None) -> Conversion:
 def convert_classifier(shapes: Shapes, flags: Flags | None) -> Conversion:
     """The classifier of ``*_classifier.pt``; arguments and errors are those of `convert_unet`."""
     flags = flags or {}
-    options, time_channels = _read_encoder(shapes, _classifier_layers(shapes))
+    layers = _classifier_layers(shapes)
+    if "classifier_depth" in flags:
+        depth = _flag(flags, "classifier_depth")
+        # neighbouring levels of one width without attention look like one
+        agreed = (layers + 1) % (depth + 1) == 0
+        require(agreed, f"classifier_depth is {depth} in the flags, but {layers} by the weights")
+        layers = depth
+    options, time_channels = _read_encoder(shapes, layers)
     for decoders_own in ("up_block_types", "upsample_type"):
         del options[decoders_own]
     levels = len(options["block_out_channels"])
@@ -114,7 +122,7 @@ def convert_classifier(shapes: Shapes, flags: Flags | None) -> Conversion:
         options |= {"pool_type": "adaptive", "sample_size": _flag(flags, "image_size")}
     last = "out.2.c_proj.weight" if options["pool_type"] == "attention" else "out.3.weight"
     options["num_classes"] = _shape(shapes, last)[0]
-    said = {"classifier_width": time_channels, "classifier_depth": options["layers_per_block"]}
+    said = {"classifier_width": time_channels}
     said |= {"classifier_use_scale_shift_norm": options["resnet_time_scale_shift"] == "scale_shift"}
     _check_agreement(flags, {**said, "classifier_pool": options["pool_type"], "image_size": options["sample_size"]})
 
@@ -143,6 +151,7 @@ def make_scheduler(flags: Flags | None) -> LearnedVarianceDDPMScheduler:
         variance_type="learned_range" if _flag(flags, "learn_sigma") else "fixed_large",
         timestep_spacing="linspace",
         clip_sample=True,
+        use_clipped_model_output=True,
         **options,
     )
 

@@ -50,28 +50,25 @@ def convert_network(class_name: str, options: Mapping[str, Any], shapes: Mapping
         require(name in known, f"the network has the option {name!r}, which EDM2's has not{perhaps(name, known)}")
     missing = [name for name in _REQUIRED if name not in options]
     require(not missing, f"the network lacks the option {', '.join(missing)}: it is not one of EDM2's")
-    resample_filter = list(options.get("resample_filter", [1, 1]))
-    require(resample_filter == [1, 1], f"resample_filter is {resample_filter}, but must be [1, 1]")
+    resample_filter = options.get("resample_filter", [1, 1])
+    require(resample_filter in ([1, 1], (1, 1)), f"resample_filter is {resample_filter!r}, but must be [1, 1]")
     config = {ours: options[name] for name, ours in _OPTIONS.items() if name in options}
     config["num_class_embeds"] = options["label_dim"] or None
     try:
         # a number of blocks that is not that of the weights could keep us busy without end
-        network_blocks = len(config.get("channel_mult", ())) * config.get("layers_per_block", 1)
-        require(
-            network_blocks <= len(shapes), f"the options ask for {network_blocks:,} blocks, more than the file has"
-        )
+        num_blocks = len(config.get("channel_mult", ())) * config.get("layers_per_block", 1)
+        require(num_blocks <= len(shapes), f"they ask for {num_blocks:,} blocks, more than the file has weights")
         with torch.device("meta"):
             network = EDM2UNet2DModel(**config).eval()
+        weights = network.state_dict()
+        names = {official: ours for official, ours in _names(network) if ours in weights}
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the options of the network describe none of EDM2's: {error}") from error
-
-    ours = network.state_dict()
-    names = {official: name for official, name in _names(network) if name in ours}
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: _reorder(name, tensors[official], network) for official, name in names.items()}
 
-    return Conversion(network, {official: tuple(ours[name].shape) for official, name in names.items()}, convert)
+    return Conversion(network, {official: tuple(weights[name].shape) for official, name in names.items()}, convert)
 
 
 def _names(network: EDM2UNet2DModel) -> Iterator[tuple[str, str]]:

@@ -58,8 +58,8 @@ _LAST_MODULES = {
 _CLASS_TABLE = "class_embedding.weight"
 
 
-def read_params(file: Path) -> dict[str, Any]:
-    """The content of a ``model_params_*.json`` file, checked."""
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file of parameters or flags holds."""
     require(file.is_file(), f"params is {file}, but there is no such file")
     size = file.stat().st_size
     require(size <= _LARGEST_FILE, f"{file.name} has {size:,} bytes, far too many for the JSON of a checkpoint")
@@ -67,12 +67,19 @@ def read_params(file: Path) -> dict[str, Any]:
         params = json.loads(file.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name} is not JSON ({error}): give the model_params_*.json file") from error
-    return check_params(params, file.name)
+    require(
+        isinstance(params, dict), f"{file.name} holds a {type(params).__name__}, but must hold an object of parameters"
+    )
+    return params
 
 
-def check_params(params: Any, name: str) -> dict[str, Any]:
+def read_params(file: Path) -> dict[str, Any]:
+    """The content of a ``model_params_*.json`` file, checked."""
+    return check_params(read_json(file), file.name)
+
+
+def check_params(params: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The content of a JSON file of that name, its types and ranges checked, ``c_dim`` None without classes."""
-    require(isinstance(params, dict), f"{name} holds a {type(params).__name__}, but must hold an object of parameters")
     missing = [key for key in KNOWN_PARAMS if key not in params and key not in _OPTIONAL]
     require(not missing, f"{name} lacks {', '.join(missing)}: it is not the JSON of an original checkpoint")
     # the original writes null for num_classes too where there are no classes

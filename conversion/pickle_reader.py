@@ -1,9 +1,9 @@
 """Files of torch.save read as data: nothing in them is imported or called, and no size in them is believed.
 
 Every name in a pickle must be in `GLOBALS`. Elements stay in the file, mapped, until the shapes have been compared.
+`network_pickles` reads the pickles of EDM and EDM2 in the same way.
 """
 
-import io
 import math
 import mmap
 import pickle
@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 
-# The pickle of a checkpoint holds names and shapes, less than 1 kB for each tensor; the weights lie beside it.
+# The pickle of a checkpoint holds names and shapes, some kB for each tensor; the weights lie beside it or are skipped.
 LARGEST_PICKLE = 8 << 20
-_LARGEST_KEY, _LARGEST_LENGTH = 1 << 20, 1 << 48
+_LARGEST_KEY, _LARGEST_LENGTH, _LONGEST_LINE = 1 << 20, 1 << 48, 256
 
 # How files of other kinds begin.
 _OTHER_KINDS = {
@@ -32,7 +32,7 @@ _OTHER_KINDS = {
     rb"...\0{5}\{": "is a safetensors file, but must be one of torch.save",
     rb"(?!PK\x03\x04|\x80)": "is no file of torch.save, which begins with PK or byte 80",
 }
-_DAMAGED = "it is damaged or cut off, download or copy it again"
+DAMAGED = "it is damaged or cut off, download or copy it again"
 
 
 class CheckpointError(ValueError):
@@ -95,30 +95,57 @@ for _name, _dtype in _STORAGES.items():
 # What describes data; not what imports by number (EXT1), makes other objects (INST, OBJ, NEWOBJ) or copies (DUP).
 _OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE
     SHORT_BINUNICODE SHORT_BINSTRING EMPTY_TUPLE EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS
-    BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BINPERSID"""
+    BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE"""
 
 
-class _Handlers(dict):
+class Handlers(dict):
+    """What a reader does at each opcode; at any other it says that it does nothing."""
+
     def __missing__(self, code: int) -> Callable:
         name = next((opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code)), hex(code))
         raise CheckpointError(f"uses the pickle opcode {name}, which weights do not need: nothing of it was run")
 
 
-class _Reader(pickle._Unpickler):
+class MappedFile:
+    """What pickle reads from: memory, of which no more than a checkpoint's pickle is copied."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory, self.position, self.num_read = memory, 0, 0
+
+    def skip(self, length: int) -> memoryview:
+        start = self.position
+        self.position = min(start + length, len(self.memory))
+        return self.memory[start : self.position]
+
+    def read(self, length: int) -> bytes:
+        read = bytes(self.skip(min(length, LARGEST_PICKLE + 1)))
+        self.num_read += len(read)
+        require(self.num_read <= LARGEST_PICKLE, "holds a pickle that is far larger than a checkpoint's")
+        return read
+
+    def readline(self) -> bytes:
+        found = bytes(self.memory[self.position : self.position + _LONGEST_LINE]).find(b"\n")
+        return self.read(found + 1 or _LONGEST_LINE)
+
+
+class Reader(pickle._Unpickler):
     """Python's pickle machine with handlers that make data alone."""
 
     stack: list[Any]
     append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    globals = GLOBALS
 
-    def __init__(self, data: bytes) -> None:
-        self.file = io.BytesIO(data)
+    def __init__(self, memory: memoryview) -> None:
+        self.file = MappedFile(memory)
         super().__init__(self.file)
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         refused = f"wants {module}.{name}"[:200] + ", which weights do not need: nothing of it was run."
-        require((module, name) in GLOBALS, f"{refused} Save the state dict alone, model.state_dict(), not the model")
-        return GLOBALS[module, name]
+        known = (module, name) in self.globals
+        require(known, f"{refused} Save the state dict alone, model.state_dict(), not the model")
+        return self.globals[module, name]
 
     def persistent_load(self, saved_id: Any) -> Storage:
         # the older format adds a view, which is None in everything written since 2017
@@ -138,14 +165,51 @@ class _Reader(pickle._Unpickler):
         self.stack.pop()
         require(type(self.stack[-1]) is StateDict, "sets the state of something that is no state dict")
 
-    dispatch = _Handlers(
+    def load_frame(self) -> None:
+        # says how much to read at once, which is of no use in mapped memory
+        self.read(8)
+
+    usual = Handlers(
         {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()}
-        | {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.BUILD[0]: load_build}
+        | {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.FRAME[0]: load_frame}
     )
+    dispatch = Handlers(usual | {pickle.BUILD[0]: load_build, pickle.BINPERSID[0]: pickle._Unpickler.load_binpersid})
 
 
-def read_checkpoint(file: Path) -> Any:
-    """What a file of torch.save, in either format, describes: its containers, with `StoredTensor` for tensors."""
+def read_legacy(memory: memoryview) -> Any:
+    """The format before 1.6: pickles one after another, then the storages, each behind its length."""
+    found: list[Any] = []
+    position = 0
+    # a magic number, the version, the writer's system, what was saved, and the keys of its storages
+    for expected in (0x1950A86A20F9469CFC6C, 1001, None, None, None):
+        reader = Reader(memory[position:])
+        found.append((reader.load(), reader.storages))
+        usual = expected is None or found[-1][0] == expected
+        require(usual, "is a pickle, but not as torch.save writes it: save the state dict with torch.save")
+        position += reader.file.position
+    (system, _), (value, storages), (keys, _) = found[2:]
+    little = type(system) is StateDict and system.get("little_endian") is True
+    named = type(keys) is list and all(type(key) is str for key in keys) and sorted(keys) == sorted(storages)
+    require(little and named, "was written on a big-endian machine, or lists other storages than its tensors need")
+    for key in keys:
+        storage, start = storages[key], position + 8
+        position = start + storage.length * storage.dtype.itemsize
+        whole = position <= len(memory) and struct.unpack_from("<q", memory, start - 8)[0] == storage.length
+        require(whole, f"does not hold the {position - start:,} bytes of storage {key!r:.80}: {DAMAGED}")
+        storage.data = memory[start:position]
+    return value
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are; fifty times as fast as ``isfinite().all()``, since NaN passes into both ends."""
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def read_checkpoint(file: Path, read_pickle: Callable[[memoryview], Any] = read_legacy) -> Any:
+    """What a file of torch.save, in either format, describes: its containers, with `StoredTensor` for tensors.
+
+    ``read_pickle`` reads files that are not of the newer format, and need not be of the older.
+    """
     require(file.is_file(), f"{file} is a folder" if file.is_dir() else f"there is no file {file}")
     with file.open("rb") as opened:
         try:
@@ -153,12 +217,12 @@ def read_checkpoint(file: Path) -> Any:
             memory = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
             for beginning, what in _OTHER_KINDS.items():
                 require(not re.match(beginning, memory[:512], re.IGNORECASE | re.DOTALL), what)
-            return _read_zip(opened, memory) if bytes(memory[:2]) == b"PK" else _read_legacy(memory)
+            return _read_zip(opened, memory) if bytes(memory[:2]) == b"PK" else read_pickle(memory)
         except CheckpointError as error:
             raise CheckpointError(f"{file.name} {error}") from None
         except Exception as error:
             # a broken pickle or zip makes Python raise whatever it raises
-            raise CheckpointError(f"{file.name} cannot be read ({type(error).__name__}): {_DAMAGED}") from error
+            raise CheckpointError(f"{file.name} cannot be read ({type(error).__name__}): {DAMAGED}") from error
 
 
 def _read_zip(file: BinaryIO, memory: memoryview) -> Any:
@@ -178,10 +242,10 @@ def _read_zip(file: BinaryIO, memory: memoryview) -> Any:
     size = records["data.pkl"].file_size
     require(size <= LARGEST_PICKLE, f"holds a pickle of {size:,} bytes, far more than a checkpoint's")
     damaged = archive.testzip()
-    require(not damaged, f"has a wrong checksum of {damaged!s:.80}: {_DAMAGED}")
+    require(not damaged, f"has a wrong checksum of {damaged!s:.80}: {DAMAGED}")
     little = "byteorder" not in records or archive.read(records["byteorder"]) == b"little"
     require(little, "was written on a big-endian machine: save it again on a little-endian one")
-    reader = _Reader(archive.read(records["data.pkl"]))
+    reader = Reader(memoryview(archive.read(records["data.pkl"])))
     value = reader.load()
     for key, storage in reader.storages.items():
         member, size = records.get(f"data/{key}"), storage.length * storage.dtype.itemsize
@@ -193,36 +257,7 @@ def _read_zip(file: BinaryIO, memory: memoryview) -> Any:
     return value
 
 
-def _read_legacy(memory: memoryview) -> Any:
-    """The format before 1.6: pickles one after another, then the storages, each behind its length."""
-    found: list[Any] = []
-    position = 0
-    # a magic number, the version, the writer's system, what was saved, and the keys of its storages
-    for expected in (0x1950A86A20F9469CFC6C, 1001, None, None, None):
-        reader = _Reader(bytes(memory[position : position + LARGEST_PICKLE]))
-        found.append((reader.load(), reader.storages))
-        usual = expected is None or found[-1][0] == expected
-        require(usual, "is a pickle, but not as torch.save writes it: save the state dict with torch.save")
-        position += reader.file.tell()
-    (system, _), (value, storages), (keys, _) = found[2:]
-    little = type(system) is StateDict and system.get("little_endian") is True
-    named = type(keys) is list and all(type(key) is str for key in keys) and sorted(keys) == sorted(storages)
-    require(little and named, "was written on a big-endian machine, or lists other storages than its tensors need")
-    for key in keys:
-        storage, start = storages[key], position + 8
-        position = start + storage.length * storage.dtype.itemsize
-        whole = position <= len(memory) and struct.unpack_from("<q", memory, start - 8)[0] == storage.length
-        require(whole, f"does not hold the {position - start:,} bytes of storage {key!r:.80}: {_DAMAGED}")
-        storage.data = memory[start:position]
-    return value
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all elements are; fifty times as fast as ``isfinite().all()``, since NaN passes into both ends."""
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
-
-
-def _load_tensors(
+def load_tensors(
     name: str, described: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], whose: str
 ) -> dict[str, torch.Tensor]:
     """Finite tensors of exactly these names and shapes, which lie in the file; errors say ``name`` and ``whose``."""
@@ -249,13 +284,17 @@ def _load_tensors(
     return tensors
 
 
-def load_state_dict(file: Path, shapes: Mapping[str, tuple[int, ...]], whose: str) -> dict[str, torch.Tensor]:
-    """The weights of a network in the order of ``shapes``, without what wrappers put before names (``"module."``)."""
-    name, found = file.name, read_checkpoint(file)
+def read_state_dict(name: str, found: Any) -> dict[str, Any]:
+    """The entries of a state dict by their names without what wrappers put before them (``"module."``)."""
     require(type(found) is StateDict, f"{name} holds a {type(found).__name__}, but must hold a state dict")
     wrappers = {re.match(r"((module|_orig_mod)\.)*", str(key))[0] for key in found}  # type: ignore[index]
     wrapper = wrappers.pop() if len(wrappers) == 1 else ""
-    return _load_tensors(name, {str(key).removeprefix(wrapper): value for key, value in found.items()}, shapes, whose)
+    return {str(key).removeprefix(wrapper): value for key, value in found.items()}
+
+
+def load_state_dict(file: Path, shapes: Mapping[str, tuple[int, ...]], whose: str) -> dict[str, torch.Tensor]:
+    """The weights of a network in the order of ``shapes``; errors say that they do not belong to ``whose``."""
+    return load_tensors(file.name, read_state_dict(file.name, read_checkpoint(file)), shapes, whose)
 
 
 def load_optimizer(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -283,7 +322,7 @@ def load_optimizer(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
             # as torch before 1.12 wrote it
             number = Storage(torch.float64, 1, memoryview(bytearray(struct.pack("<d", step))))
             described["step"] = StoredTensor(number, 0, (), ())
-        tensors = _load_tensors(place, described, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, "the model")
+        tensors = load_tensors(place, described, {"step": (), "exp_avg": shape, "exp_avg_sq": shape}, "the model")
         for key, least in (("step", 1), ("exp_avg_sq", 0)):
             require(tensors[key].min() >= least, f"{place}: {key} must be at least {least}")
         loaded[index] = tensors

@@ -5,11 +5,10 @@ The file imports torch and diffusers only, so that a repository on the Hub can c
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
@@ -34,18 +33,14 @@ def balance(t: float) -> tuple[float, float]:
     return (1 - t) / magnitude, t / magnitude
 
 
-def _silu(hidden_states: Tensor) -> Tensor:
-    """SiLU of a tensor that nobody else needs: in its place where no gradient is asked for."""
-    return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
-
-
 class MagnitudePreserving(nn.Module):
     """Equation 47: a layer without bias that computes with normalised filters, so that magnitudes pass unchanged.
 
     What it computes, times ``gain``, depends on the directions of its filters alone.
     """
 
-    gain = 1.0
+    weight: Tensor
+    gain: float
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
@@ -101,23 +96,13 @@ class FourierFeatures(nn.Module):
         return math.sqrt(2) * (values[:, None] * self.frequencies + self.phases).cos()
 
 
-@dataclass(frozen=True)
-class BlockConfig:
-    """What every block of one network has in common."""
-
-    embedding_width: int
-    dropout: float
-    res_balance: float
-    attention_balance: float
-    concat_balance: float
-    clip_activations: float | None
-
-
 class SelfAttention(nn.Module):
     """Cosine attention among all positions: queries, keys and values have magnitude 1 in every head."""
 
     def __init__(self, channels: int, heads: int, attention_balance: float):
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"attention_head_dim asks for {heads} heads, but must divide {channels} channels evenly")
         self.heads = heads
         self.main_scale, branch_scale = balance(attention_balance)
         self.query_key_value = MPConv2d(channels, 3 * channels, 1)
@@ -132,26 +117,49 @@ class SelfAttention(nn.Module):
         return torch.add(self.out_conv(attended), hidden_states, alpha=self.main_scale)
 
 
+def embedding_width(config: FrozenDict) -> int:
+    """Features of the embedding that every block of the network with that config is given."""
+    return config.model_channels * (config.channel_mult_emb or max(config.channel_mult))
+
+
 class Block(nn.Module):
     """What blocks of encoder and decoder share: the residual branch, its sum with the main path, self-attention."""
 
-    def __init__(self, in_channels: int, residual_channels: int, out_channels: int, heads: int, config: BlockConfig):
+    shortcut_first: bool  # whether the shortcut is of the main path or a branch of its own
+
+    def __init__(
+        self,
+        config: FrozenDict,
+        in_channels: int,
+        out_channels: int,
+        attends: bool = False,
+        resamples: bool = False,
+        skip_channels: int = 0,
+    ):
         super().__init__()
+        self.resamples, self.skip_channels, self.clip = resamples, skip_channels, config.clip_activations
         self.main_scale, residual_scale = balance(config.res_balance)
-        self.clip = config.clip_activations
-        self.shortcut = MPConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.conv1 = MPConv2d(residual_channels, out_channels, 3, gain=1 / SILU_MAGNITUDE)
-        self.embedding_projection = MPLinear(config.embedding_width, out_channels, gain=1 / SILU_MAGNITUDE)
+        width = in_channels + skip_channels
+        if skip_channels:
+            # equation 103: a concatenation to which both parts contribute by their shares, whatever their widths
+            scales = zip(balance(config.concat_balance), (in_channels, skip_channels), strict=True)
+            self.concat_scales = [scale * math.sqrt(width / channels) for scale, channels in scales]
+        self.shortcut = MPConv2d(width, out_channels, 1) if width != out_channels else None
+        first_width = out_channels if self.shortcut_first else width
+        self.conv1 = MPConv2d(first_width, out_channels, 3, gain=1 / SILU_MAGNITUDE)
+        self.embedding_projection = MPLinear(embedding_width(config), out_channels, gain=1 / SILU_MAGNITUDE)
         self.embedding_gain = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = MPConv2d(out_channels, out_channels, 3, gain=residual_scale / SILU_MAGNITUDE)
+        heads = out_channels // config.attention_head_dim if attends else 0
         self.attention = SelfAttention(out_channels, heads, config.attention_balance) if heads else None
 
     def residual(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         """The branch's term of the sum, its factor in the weights."""
         scale = self.embedding_projection(embedding) * self.embedding_gain + 1
         hidden_states = self.conv1(F.silu(hidden_states)) * scale[:, :, None, None]
-        return self.conv2(self.dropout(_silu(hidden_states)))
+        hidden_states = F.silu(hidden_states, inplace=not torch.is_grad_enabled())
+        return self.conv2(self.dropout(hidden_states))
 
     def join(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
         hidden_states = torch.add(residual, hidden_states, alpha=self.main_scale)
@@ -161,11 +169,9 @@ class Block(nn.Module):
 
 
 class EncoderBlock(Block):
-    """Normalises the features of every pixel; halves the resolution first if it ``resamples``."""
+    """Halves the resolution if it ``resamples``, and normalises the features of every pixel."""
 
-    def __init__(self, in_channels: int, out_channels: int, heads: int, config: BlockConfig, resamples: bool = False):
-        super().__init__(in_channels, out_channels, out_channels, heads, config)
-        self.resamples = resamples
+    shortcut_first = True
 
     def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         if self.resamples:
@@ -177,27 +183,9 @@ class EncoderBlock(Block):
 
 
 class DecoderBlock(Block):
-    """Doubles the resolution if it ``resamples``; joins a skip connection if it has ``skip_channels``."""
+    """Doubles the resolution if it ``resamples``, and joins a skip connection if it has ``skip_channels``."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        skip_channels: int,
-        out_channels: int,
-        heads: int,
-        config: BlockConfig,
-        resamples: bool = False,
-    ):
-        width = in_channels + skip_channels
-        super().__init__(width, width, out_channels, heads, config)
-        self.resamples = resamples
-        self.skip_channels = skip_channels
-        # equation 103: a concatenation to which both parts contribute by their share, whatever their widths
-        main_scale, skip_scale = balance(config.concat_balance)
-        self.concat_scales = (
-            main_scale * math.sqrt(width / in_channels),
-            skip_scale * math.sqrt(width / max(skip_channels, 1)),
-        )
+    shortcut_first = False
 
     def forward(self, hidden_states: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.resamples:
@@ -214,7 +202,7 @@ class DecoderBlock(Block):
 class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     r"""EDM2's U-Net, whose layers all preserve the magnitude of what passes through them.
 
-    Training must be with `train()`, where each pass first brings the filters back to unit magnitude.
+    In `train()` mode each pass first brings the filters back to unit magnitude: call backward before the next pass.
 
     Args:
         sample_size: Height and width of the images, one int or (height, width), in pixels.
@@ -272,37 +260,34 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         self._check_config()
         widths = [model_channels * factor for factor in channel_mult]
         fourier_width = model_channels * (channel_mult_noise or channel_mult[0])
-        embedding_width = model_channels * (channel_mult_emb or max(channel_mult))
-        config = BlockConfig(
-            embedding_width, dropout, res_balance, attention_balance, concat_balance, clip_activations
-        )
+        embed_dim = embedding_width(self.config)
         height = sample_size if isinstance(sample_size, int) else sample_size[0]
-        most_heads = [width // attention_head_dim for width in widths]
-        heads = [count if height >> level in attention_resolutions else 0 for level, count in enumerate(most_heads)]
+        attends = [height >> level in attention_resolutions for level in range(len(widths))]
 
         self.time_fourier = FourierFeatures(fourier_width)
-        self.time_embedding = MPLinear(fourier_width, embedding_width)
-        self.class_embedding = MPLinear(num_class_embeds, embedding_width) if num_class_embeds is not None else None
+        self.time_embedding = MPLinear(fourier_width, embed_dim)
+        self.class_embedding = MPLinear(num_class_embeds, embed_dim) if num_class_embeds is not None else None
 
         # a channel of ones beside the image stands in for biases
         self.conv_in = MPConv2d(in_channels + 1, widths[0], 3)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
-        skips = [widths[0]]  # widths of the skip connections
+        channels = widths[0]
+        skips = [channels]  # widths of the skip connections
         for level, width in enumerate(widths):
             if level > 0:
-                self.encoder.append(EncoderBlock(skips[-1], skips[-1], 0, config, resamples=True))
-                skips.append(skips[-1])
+                self.encoder.append(EncoderBlock(self.config, channels, channels, resamples=True))
+                skips.append(channels)
             for _ in range(layers_per_block):
-                self.encoder.append(EncoderBlock(skips[-1], width, heads[level], config))
-                skips.append(width)
-        channels = widths[-1]
-        self.decoder.append(DecoderBlock(channels, 0, channels, most_heads[-1], config))
-        self.decoder.append(DecoderBlock(channels, 0, channels, 0, config))
+                self.encoder.append(EncoderBlock(self.config, channels, width, attends[level]))
+                skips.append(channels := width)
+        self.decoder.append(DecoderBlock(self.config, channels, channels, attends=True))
+        self.decoder.append(DecoderBlock(self.config, channels, channels))
         for level, width in reversed(list(enumerate(widths))):
             if level < len(widths) - 1:
-                self.decoder.append(DecoderBlock(channels, 0, channels, 0, config, resamples=True))
+                self.decoder.append(DecoderBlock(self.config, channels, channels, resamples=True))
             for _ in range(layers_per_block + 1):
-                self.decoder.append(DecoderBlock(channels, skips.pop(), width, heads[level], config))
+                block = DecoderBlock(self.config, channels, width, attends[level], skip_channels=skips.pop())
+                self.decoder.append(block)
                 channels = width
         self.conv_out = MPConv2d(channels, in_channels, 3)
         self.out_gain = nn.Parameter(torch.zeros(()))
@@ -337,7 +322,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         halvings = len(self.config.channel_mult) - 1
         if height < 1 or width < 1 or height % 2**halvings or width % 2**halvings:
             wanted = f"multiples of {2**halvings}"
-            raise ValueError(f"{what} is {height}x{width}, which {halvings} levels cannot halve: take {wanted}")
+            raise ValueError(f"{what} is {height}x{width}, which {halvings} halvings do not divide: take {wanted}")
 
     def forward(
         self,
@@ -399,7 +384,8 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
             self.logvar_linear.force_normalization()
         weight = self.logvar_linear.weight
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=weight.device).reshape(-1)
-        return self.logvar_linear(self.logvar_fourier(timestep).to(weight.dtype)).squeeze(1)
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.logvar_linear(self.logvar_fourier(timestep).to(weight.dtype)).squeeze(1)
 
     def _call(self, block: Block, *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -165,7 +165,7 @@ class EDMNoise(NoiseKind):
 
     @classmethod
     def sigmas(cls, scheduler: SchedulerMixin) -> torch.Tensor:
-        return (4 * scheduler.timesteps.detach().cpu()).exp()
+        return scheduler.sigmas[: len(scheduler.timesteps)].cpu()
 
 
 NOISE_KINDS: tuple[type[NoiseKind], ...] = (VariancePreserving, EDMNoise)

@@ -29,6 +29,8 @@ CHOICES = {
 }
 # Options of stock schedulers that change the samples and do not exist here: a config that switches one on is refused.
 UNSUPPORTED_OPTIONS = ("rescale_betas_zero_snr", "thresholding")
+# Options that stock schedulers do not have, and their defaults.
+OWN_OPTIONS = {"max_beta": 1.0, "use_clipped_model_output": False}
 MIN_VARIANCE = 1e-10  # lower clamp of a step's beta, and of the variances whose logarithm is taken
 
 
@@ -84,6 +86,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading",
         variance_type: Literal["learned_range", "fixed_small", "fixed_large"] = "learned_range",
         max_beta: float = 1.0,
+        use_clipped_model_output: bool = False,
     ):
         """Options have the names and meanings of the stock schedulers'; ValueError for one that is out of its range.
 
@@ -102,8 +105,11 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
                 (Nichol & Dhariwal 2021, eq. 15); an output of C channels gets "fixed_small" then.
             max_beta: Upper clamp in (0, 1] of a step's beta where it stands for a variance, not in the posterior mean:
                 1.0 in stock schedulers, 0.999 in "Diffusion models from scratch".
+            use_clipped_model_output: What the argument of that name of [`EtaDDIMScheduler.step`] is where it is not
+                given; True in ADM's program.
         """
         self.max_beta = max_beta
+        self._own_options = {"max_beta": max_beta, "use_clipped_model_output": use_clipped_model_output}
         for name, choices in CHOICES.items():
             if self.config[name] not in choices and (name != "beta_schedule" or trained_betas is None):
                 raise ValueError(f"{name} is {self.config[name]!r}, but must be one of {choices}.")
@@ -136,15 +142,18 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{source} give alphas_cumprod that end at 0: lower the betas.")
         self.final_alpha_cumprod = torch.ones_like(self.alphas[0]) if set_alpha_to_one else self.alphas_cumprod[0]
 
-        options = {name: value for name, value in self.config.items() if name != "max_beta"}
-        self._internal_dict = FrozenDict(options if max_beta == 1 else {**options, "_max_beta": max_beta})
+        options = {name: value for name, value in self.config.items() if name not in OWN_OPTIONS}
+        changed = {name: value for name, value in self._own_options.items() if value != OWN_OPTIONS[name]}
+        options |= {f"_{name}": value for name, value in changed.items()}
+        self._internal_dict = FrozenDict(options)
         self.num_inference_steps: int | None = None
         self._activate(list(range(num_train_timesteps - 1, -1, -1)), device=None)
 
     @property
     def config(self) -> FrozenDict:
-        """The options. ``max_beta`` can be read, but is not among the items, which other schedulers warn of."""
-        object.__setattr__(self._internal_dict, "max_beta", self.max_beta)
+        """The options. Those of `OWN_OPTIONS` can be read, but are not among the items, which others warn of."""
+        for name, value in self._own_options.items():
+            object.__setattr__(self._internal_dict, name, value)
         return self._internal_dict
 
     @classmethod
@@ -154,8 +163,8 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
         for name in UNSUPPORTED_OPTIONS:
             if kwargs.pop(name, config_dict.pop(name, False)):
                 raise ValueError(f"{name} is True, but {cls.__name__} does not have it: pass {name}=False.")
-        if "_max_beta" in config_dict:
-            config_dict["max_beta"] = config_dict.pop("_max_beta")
+        for name in OWN_OPTIONS.keys() & {key[1:] for key in config_dict}:
+            config_dict[name] = config_dict.pop(f"_{name}")
         return super().extract_init_dict(config_dict, **kwargs)
 
     def __len__(self) -> int:
@@ -338,7 +347,7 @@ class EtaDDIMScheduler(LearnedVarianceScheduler):
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         eta: float = 0.0,
-        use_clipped_model_output: bool = False,
+        use_clipped_model_output: bool | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
@@ -352,7 +361,8 @@ class EtaDDIMScheduler(LearnedVarianceScheduler):
                 sample's device. A tensor's value is not checked, since that would mean waiting for it.
             sample: The noisy sample, shape (batch, channels, height, width).
             eta: Share of DDPM's noise in [0, 1], a factor of the standard deviation. At 0 no noise is sampled.
-            use_clipped_model_output: Whether to compute the noise prediction anew from the clipped clean sample.
+            use_clipped_model_output: Whether to compute the noise prediction anew from the clipped clean sample; None
+                is as the config says.
             generator: Source of the noise, or a list with one for each image. With eta > 0 noise is sampled at every
                 step, also where its factor is 0.
             variance_noise: The noise itself instead of a generator, standard normal, of the sample's shape.
@@ -373,7 +383,7 @@ class EtaDDIMScheduler(LearnedVarianceScheduler):
 
         # 2. Predict the clean sample x_0 (Song et al. 2020, eq. 9), clip it, and predict the noise.
         original = self._predict_original(prediction, x_t, c)
-        if use_clipped_model_output:
+        if self.config.use_clipped_model_output if use_clipped_model_output is None else use_clipped_model_output:
             noise = (x_t - c.signal_rate * original) * c.inverse_noise_rate
         elif self.config.prediction_type == "epsilon":
             noise = prediction

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from diffusers.configuration_utils import FrozenDict, register_to_config
@@ -92,8 +92,8 @@ class EDMHeunScheduler(EDMEulerScheduler):
         ):
             if not is_right:
                 raise ValueError(f"{name} is {value}, but must be {wanted}.")
-        items = self._internal_dict.items()
-        self._internal_dict = FrozenDict({name: value for name, value in items if CHURN_DEFAULTS.get(name) != value})
+        options = {name: value for name, value in self.config.items() if CHURN_DEFAULTS.get(name) != value}
+        self._internal_dict = FrozenDict(options)
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps: int | None = None
 
@@ -131,9 +131,10 @@ class EDMHeunScheduler(EDMEulerScheduler):
             if not chosen or not all(s > following for s, following in pairwise([math.inf, *chosen, 0.0])):
                 raise ValueError(f"sigmas is {chosen}, but must be strictly descending and positive, at least one.")
         else:
-            if not hasattr(num_inference_steps, "__index__") or num_inference_steps < 1:
+            steps = operator.index(num_inference_steps) if isinstance(num_inference_steps, SupportsIndex) else 0
+            if steps < 1:
                 raise ValueError(f"num_inference_steps is {num_inference_steps!r}, but must be an integer >= 1.")
-            steps, low, high = operator.index(num_inference_steps), options.sigma_min, options.sigma_max
+            low, high = options.sigma_min, options.sigma_max
             ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
             if options.sigma_schedule == "karras":  # Karras et al. 2022, eq. 5
                 first, last = high ** (1 / options.rho), low ** (1 / options.rho)
@@ -154,7 +155,8 @@ class EDMHeunScheduler(EDMEulerScheduler):
         self._levels, self._timesteps = self.sigmas.tolist(), timesteps.tolist()
         self.timesteps = timesteps.to(device)
         self.num_inference_steps = len(levels)
-        self._step_index = self._begin_index = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
         self._first_half: tuple[torch.Tensor, torch.Tensor] | None = None  # x_hat and its derivative
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
@@ -165,7 +167,7 @@ class EDMHeunScheduler(EDMEulerScheduler):
         """
         place = self.timesteps.untyped_storage().data_ptr()
         if isinstance(timestep, torch.Tensor) and timestep.untyped_storage().data_ptr() == place:
-            return timestep.storage_offset()
+            return int(timestep.storage_offset())
         value = float(timestep)
         indices = [index for index in range(0, len(self._timesteps), 2) if self._timesteps[index] == value]
         if not indices:
@@ -174,14 +176,15 @@ class EDMHeunScheduler(EDMEulerScheduler):
 
     def _current_index(self, timestep: float | torch.Tensor) -> int:
         """The index of the evaluation that is due."""
-        if self._step_index is None:
-            is_known = self._begin_index is not None
-            self._step_index = self._begin_index if is_known else self.index_for_timestep(timestep)
-        if self._step_index >= len(self._timesteps):
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None:
+            index = self.index_for_timestep(timestep)
+        if index >= len(self._timesteps):
             raise ValueError(f"all {self.num_inference_steps} steps are done: call set_timesteps before the next run.")
-        if self._step_index % 2 == 1 and self._first_half is None:
-            raise ValueError(f"a run begins at index {self._step_index} of timesteps, but steps begin at even ones.")
-        return self._step_index
+        if index % 2 == 1 and self._first_half is None:
+            raise ValueError(f"a run begins at index {index} of timesteps, but steps begin at even ones.")
+        self._step_index = index
+        return index
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """The sample as the network takes it, times c_in (Karras et al. 2022, table 1)."""
@@ -240,7 +243,7 @@ class EDMHeunScheduler(EDMEulerScheduler):
                 if churn_noise is None:
                     dtype = torch.promote_types(sample.dtype, torch.float32)
                     churn_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
-                previous = previous + math.sqrt(following**2 - sigma**2) * self.config.S_noise * churn_noise
+                previous = previous + math.sqrt(following**2 - sigma**2) * self.config.S_noise * _double(churn_noise)
 
         self._step_index = index + 1
         previous, original = previous.to(sample.dtype), original.to(sample.dtype)

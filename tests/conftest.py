@@ -1,8 +1,5 @@
 """Fixtures that several tests share."""
 
-import subprocess
-import sysconfig
-import venv
 from pathlib import Path
 
 import datasets
@@ -12,6 +9,18 @@ import pytest
 
 from imagenet64_diffusion.prepare_imagenet64 import PrepareOptions, prepare
 from imagenet64_diffusion.tests.components import RECIPES, OriginalCheckpoint
+
+
+# These fork processes from a server, which takes as long to start as many of them to run: one worker runs them all.
+FORKING = {"benchmarks", "commands", "page"}
+FORKING |= {"test_devices", "test_extending", "test_full_float32", "test_without_package"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if FORKING & {item.path.parent.name, item.path.stem}:
+            item.add_marker(pytest.mark.xdist_group("forking"))
 
 
 @pytest.fixture(scope="session", params=RECIPES)
@@ -42,22 +51,3 @@ def prepared(tmp_path_factory) -> Path:
             color_mode="grayscale",
         )
     )
-
-
-@pytest.fixture(scope="session")
-def outside_python(tmp_path_factory) -> Path:
-    """The Python of a virtual environment that has our dependencies and not this package.
-
-    A .pth file puts the libraries of the environment that runs the tests on its path. The .pth files among those
-    libraries, by which an editable install is found, are not read there.
-    """
-    folder = tmp_path_factory.mktemp("outside")
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    libraries = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
-    (Path(libraries) / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    ask = "import imagenet64_diffusion"
-    refused = subprocess.run([python, "-E", "-c", ask], capture_output=True, text=True, cwd=folder)
-    assert "No module named 'imagenet64_diffusion'" in refused.stderr
-    return python

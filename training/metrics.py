@@ -156,9 +156,11 @@ def draw_loss_chart(output_dir: Path) -> None:
         "gradient norm": [("", smooth(metrics["gradient_norm"]), PURPLE)],
         "learning rate": [("", metrics["lr"], BLACK)],
     }
-    figure = Figure(figsize=(1200 / DPI, 1000 / DPI), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(1200 / DPI, 1000 / DPI), dpi=DPI)
     figure.suptitle(output_dir.name, fontsize=16)
     all_axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=(4, 4, 2, 2))
+    # margins that are found by a layout take as long as the rest of the chart
+    figure.subplots_adjust(left=0.12, right=0.98, bottom=0.06, top=0.93, hspace=0.26)
     # a single entry makes no line
     marker = "o" if len(metrics["step"]) <= 30 else None
     for axes, (label, curves) in zip(all_axes, panels.items(), strict=True):

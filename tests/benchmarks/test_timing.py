@@ -1,22 +1,14 @@
 """What the benchmarks measure with: rounds, ratios, operations, networks."""
 
 import re
-import time
 
 import networks
 import pytest
 import torch
 from diffusers import UNet2DModel
-from report import alternate, ratios_to, spread, time_methods
+from report import ratios_to, spread
 
 from imagenet64_diffusion import ClassConditionalUNet2DModel
-
-
-def test_rounds_alternate():
-    called = []
-    measures = {name: lambda name=name: called.append(name) or name for name in "ab"}
-    assert alternate(measures, rounds=3, warmup=1) == {"a": ["a"] * 3, "b": ["b"] * 3}
-    assert "".join(called) == "abbaabba"
 
 
 def test_a_ratio_is_that_of_each_round():
@@ -27,29 +19,6 @@ def test_a_ratio_is_that_of_each_round():
     assert spread([3.0]) == {"median": 3.0, "quartiles": [3.0, 3.0]}
 
 
-def test_timed_methods_count_what_is_inside_once():
-    class Worker:
-        def outer(self):
-            self.inner()
-
-        def inner(self):
-            time.sleep(0.02)
-
-    seconds = time_methods((Worker, "outer", "outer"), (Worker, "inner", "inner"))
-    Worker().outer()
-    assert seconds.keys() == {"outer"}
-    Worker().inner()
-    assert min(seconds.values()) >= 0.02
-
-
-def test_flops_of_a_convolution():
-    conv = torch.nn.Conv2d(8, 16, 3, padding=1)
-    forward = 2 * 4 * 5 * 6 * 8 * 16 * 9
-    assert networks.count_flops(lambda: conv(torch.zeros(4, 8, 5, 6))) == forward
-    # the input needs no gradient here
-    assert networks.count_flops(lambda: conv(torch.zeros(4, 8, 5, 6)), backward=True) == 2 * forward
-
-
 def test_the_stock_network_has_as_many_operations():
     config = networks.recipe_config("original/res_res_atn")
     flops = networks.network_flops(ClassConditionalUNet2DModel, config)
@@ -57,20 +26,6 @@ def test_the_stock_network_has_as_many_operations():
     assert networks.network_flops(UNet2DModel, found) == pytest.approx(flops, rel=networks.TOLERANCE)
     # at the same resolutions
     assert len(found["block_out_channels"]) == len(config["block_out_channels"]) + 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_do_what_is_counted(dtype):
-    """The most expensive convolutions come first; all compute in the given type."""
-    config = networks.recipe_config("res_res", small=True)
-    kernels = networks.kernels(config, "cpu", dtype, 2, small=True, count=1000)
-    flops = [count for name, (count, _) in kernels.items() if name.startswith("Conv")]
-    assert len(flops) >= 20
-    assert flops == sorted(flops, reverse=True)
-    for name, (count, call) in list(kernels.items())[:20]:
-        assert call().dtype == dtype
-        if "inner" not in name:  # oneDNN's own tensors are not counted
-            assert networks.count_flops(call) == count, name
 
 
 def test_the_ceiling_is_the_maximum_over_all_kernels():

@@ -22,6 +22,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "imagenet64_diffusion.training.loop",
         "imagenet64_diffusion.evaluation.evaluating",
+        "accelerate.commands.launch",
         "transformers",
         "matplotlib.figure",
         "datasets",
@@ -34,18 +35,10 @@ _CONTEXT.set_forkserver_preload(
 
 
 class CommandProcess:
-    """A process in which a command of the project runs, from its start to its end.
+    """A process in which a command of the project runs, from its start to its end, in a process group of its own.
 
-    It leads a process group of its own.
-
-    Args:
-        arguments: Its command line.
-        log: Where its output goes.
-        environment: Further environment variables.
-        largest_file: How many bytes a file may have that it writes; as on a full disk, writing more fails.
-        directory: Where it runs.
-        program: The command's module, by default the class's.
-        error_log: Where its stderr goes, by default into ``log`` too.
+    Its output goes to ``log``, stderr to ``error_log`` if one is given; writing more than ``largest_file`` bytes to a
+    file fails, as on a full disk; ``environment`` has further variables, ``program`` is the command's module.
     """
 
     program = "train_imagenet64"

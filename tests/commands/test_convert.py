@@ -1,19 +1,15 @@
 """imagenet64-convert, as its users run it."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.convert_checkpoints import main
-from imagenet64_diffusion.tests.commands.runs import prepare_noise
 from imagenet64_diffusion.tests.conversion import originals
-from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS, small_weights, write_small
-from imagenet64_diffusion.train_imagenet64 import main as train_main
+from imagenet64_diffusion.tests.conversion.originals import write_small
 
 
 def names(folder):
@@ -102,31 +98,3 @@ def test_wrong_options(tmp_path, monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err
     assert names(tmp_path) == ["empty", "small"]
     assert names(tmp_path / "small") == ["model_1e_7s.pkl", "model_params_1e_7s.json"]
-
-
-def test_training_goes_on_and_comes_back(tmp_path):
-    """The whole way: a checkpoint and its optimizer, two more steps of our training, the original's files again."""
-    write_small(tmp_path / "small")
-    before = small_weights()
-    optimizer = torch.optim.AdamW([tensor.clone().requires_grad_() for tensor in before.values()], lr=3e-4)
-    sum(weight.sum() for weight in optimizer.param_groups[0]["params"]).backward()
-    optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "small" / "optim_1e_7s.pkl")
-    assert main(["--checkpoint", str(tmp_path / "small"), "--output_dir", str(tmp_path / "ours")]) == 0
-
-    data = prepare_noise(tmp_path, size=64, channels=1)
-    arguments = ["--train_data_dir", data, "--output_dir", tmp_path / "run", "--max_train_steps", 9]
-    arguments += ["--resume_from_checkpoint", tmp_path / "ours" / "1e_7s" / "checkpoints" / "checkpoint-7"]
-    arguments += ["--prediction_type", "epsilon", "--beta_schedule", "original_cosine", "--num_train_timesteps", 20]
-    arguments += ["--use_ema", "false", "--report_to", "none", "--train_batch_size", 4, "--num_inference_steps", 2]
-    assert train_main([*map(str, arguments)]) == 0
-
-    back = ["--to_original", "--checkpoint", str(tmp_path / "run" / "model"), "--output_dir", str(tmp_path / "back")]
-    assert main([*back, "--epoch", "2", "--step", "9"]) == 0
-    params = json.loads((tmp_path / "back" / "model_params_2e_9s.json").read_text())
-    assert params == {**SMALL_PARAMS, "epoch": 2, "step": 9}
-    after = torch.load(tmp_path / "back" / "model_2e_9s.pkl", weights_only=True)
-    assert list(after) == list(before)
-    moved = [(after[name] - tensor).abs().max().item() for name, tensor in before.items()]
-    # two steps from where the checkpoint was, not from other weights
-    assert 0 < max(moved) < 1e-2

@@ -1,7 +1,6 @@
 """What the command lines say of themselves, and that their examples are right."""
 
 import dataclasses
-import itertools
 import re
 import shlex
 from collections.abc import Callable
@@ -94,16 +93,3 @@ def test_every_option_stands_under_a_heading_once_and_the_example_parses(show_he
     assert words[: len(start)] == start
     presets = CONFIG_DIR / "training" if command == "train_imagenet64.py" else None
     parse_options(options_class, "", words[len(start) :], presets=presets)
-
-
-def test_the_examples_follow_one_another(show_help):
-    """What one reads, an earlier one has written; the original's checkpoint is the reader's own."""
-    written: list[str] = []
-    for command in COMMANDS:
-        if command in ("generate_images.py", "convert_checkpoints.py"):
-            continue
-        for name, value in itertools.pairwise(example_of(show_help(command))):
-            if name == "--output_dir":
-                written.append(value)
-            elif name.startswith("--") and value.startswith("outputs/"):
-                assert any(value == folder or value.startswith(f"{folder}/") for folder in written), (command, name)

@@ -1,16 +1,14 @@
 """imagenet64-train on several processes, of one machine or of two."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 
-from imagenet64_diffusion.tests.commands.processes import distributed, free_port, snapshot, wait_until
+from imagenet64_diffusion.tests.commands.processes import CommandProcess, distributed, free_port, snapshot, wait_until
 from imagenet64_diffusion.tests.commands.runs import ROOT
 from imagenet64_diffusion.tests.commands.training_runs import (
     EVERYTHING,
@@ -33,6 +31,12 @@ def shared(tmp_path_factory, prepared) -> TrainingRun:
     run = TrainingRun(tmp_path_factory.mktemp("shared"), prepared, SHARED)
     assert "on 2 x cpu" in TwoLives(run).finish()
     return run
+
+
+def main(arguments: list[str]) -> int:
+    """What accelerate launch calls."""
+    launch_command(launch_command_parser().parse_args(arguments))
+    return 0
 
 
 class TwoLives:
@@ -101,25 +105,17 @@ def test_two_processes_killed(new_run, shared):
 def test_accelerate_launch(new_run):
     """Stopped by a SIGTERM that the launcher hands on, and resumed by others."""
     run = new_run(**SHARED | {"lr_scheduler": "constant"})
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
-    launcher += ["--dynamo_backend", "no", "--num_machines", "1", "--main_process_port", "0"]
-    process = subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train_imagenet64.py"), *run.arguments(max_train_steps=10_000)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
-        cwd=run.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        wait_until((run.checkpoints / "checkpoint-6").exists)
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=100)[0]
-    finally:
-        process.kill()
+    words = ["--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+    words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    words += ["--main_process_port", 0, ROOT / "train_imagenet64.py", *run.arguments(max_train_steps=10_000)]
+    options = {"environment": {"ACCELERATE_USE_CPU": "true"}, "program": "tests.commands.test_train_machines"}
+    launcher = CommandProcess(words, run.folder / "launcher", **options)
+    wait_until((run.checkpoints / "checkpoint-6").exists, launcher)
+    launcher.send(signal.SIGTERM)
+    assert launcher.end() != 0
     step = max(int(name.removeprefix("checkpoint-")) for name in run.checkpoint_names())
-    assert output.count("stopped by") == 1
-    assert f"stopped by SIGTERM after step {step:,} of 10,000" in output
+    assert launcher.output().count("stopped by") == 1
+    assert f"stopped by SIGTERM after step {step:,} of 10,000" in launcher.output()
     assert f"from step {step:,} of" in TwoLives(run, max_train_steps=step + 1).finish()
 
 

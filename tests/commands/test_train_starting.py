@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from imagenet64_diffusion.convert_checkpoints import main as convert
 from imagenet64_diffusion.tests.commands.runs import prepare_noise
 from imagenet64_diffusion.tests.commands.training_runs import QUIET, TrainingRun
-from imagenet64_diffusion.tests.conversion.originals import small_weights, write_small
+from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS, small_weights, write_small
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
 
 
@@ -105,7 +105,7 @@ def test_fine_tuning_that_does_not_fit(tuned, tmp_path, capsys, changes, message
 
 
 def test_a_converted_checkpoint(tmp_path):
-    """The original's weights and moments are resumed, and then the run's own."""
+    """The original's weights and moments are resumed, and then the run's own; and the original's files come back."""
     write_small(tmp_path / "small")
     shapes = [tensor.shape for tensor in small_weights().values()]
     state = {
@@ -137,3 +137,10 @@ def test_a_converted_checkpoint(tmp_path):
         torch.testing.assert_close(state["exp_avg_sq"], 0.999**2 * before, atol=2.1e-3, rtol=1e-6)
         assert before.max() == 100
     assert "from step 9 of" in run.finish()
+
+    back = ["--checkpoint", str(run.output_dir / "model"), "--output_dir", str(tmp_path / "back")]
+    assert convert(["--to_original", *back, "--epoch", "2", "--step", "9"]) == 0
+    params = json.loads((tmp_path / "back" / "model_params_2e_9s.json").read_text())
+    assert params == {**SMALL_PARAMS, "epoch": 2, "step": 9}
+    weights = torch.load(tmp_path / "back" / "model_2e_9s.pkl", weights_only=True)
+    torch.testing.assert_close(weights, small_weights(), atol=1e-8, rtol=0)

@@ -57,7 +57,8 @@ def test_interrupted_twice(new_run):
     time.sleep(0.2)
     # a launcher of several processes sends what the terminal has sent
     process.send(signal.SIGINT)
-    time.sleep(3)
+    # more than a second, so that the next is a second wish
+    time.sleep(1.5)
     assert not process.is_over()
     process.send(signal.SIGINT)
     assert process.end(20) == 130

@@ -10,8 +10,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, EtaDDIMScheduler
-from imagenet64_diffusion.conversion.converting import class_names, original_scheduler, write_original
 from imagenet64_diffusion.conversion.original import map_original_weights
+from imagenet64_diffusion.conversion.original_pipelines import original_scheduler, write_original
+from imagenet64_diffusion.conversion.sources import class_names
 from imagenet64_diffusion.convert_checkpoints import convert_checkpoint
 from imagenet64_diffusion.data.class_names import imagenet64_names
 from imagenet64_diffusion.schedulers.original_schedule import original_timesteps
@@ -85,26 +86,6 @@ def test_sampling(converted, run, monkeypatch):
         output_type="latent",
     ).images
     assert (sampled - images[run]).abs().max() / images[run].abs().max() < 1e-3
-
-
-def test_finishing_the_denoising(small, tmp_path):
-    """It changes the last step alone: from the original's image to the image that it predicts there."""
-    results = []
-    for finish in (False, True):
-        pipeline, steps = convert_checkpoint(*small, tmp_path / str(finish), finish_denoising=finish), []
-        pipeline(
-            1,
-            timesteps=[15, 10, 5, 0],
-            latents=torch.randn(1, 1, 64, 64, generator=seeded(0)[0]),
-            output_type="latent",
-            callback_on_step_end=lambda _, step, timestep, tensors, steps=steps: steps.append(tensors) or {},
-            callback_on_step_end_tensor_inputs=("latents", "pred_original_sample"),
-        )
-        results.append([{name: tensor.clone() for name, tensor in tensors.items()} for tensors in steps])
-    faithful, finished = results
-    equal = [torch.equal(one["latents"], two["latents"]) for one, two in zip(faithful, finished, strict=True)]
-    assert equal == [True, True, True, False]
-    torch.testing.assert_close(finished[-1]["latents"], faithful[-1]["pred_original_sample"])
 
 
 @pytest.mark.parametrize(

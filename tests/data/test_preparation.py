@@ -1,9 +1,9 @@
 import hashlib
 import json
 import pathlib
+import pickle
 import resource
 import signal
-import struct
 import tracemalloc
 
 import datasets
@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 
 from imagenet64_diffusion.data.errors import DataError
+from imagenet64_diffusion.data.npz_source import NpzSource
 from imagenet64_diffusion.data.preparation import Preparation, find_finished, write_prepared
 from imagenet64_diffusion.data.published_source import PublishedSource
 from imagenet64_diffusion.data.sources import ImageSource, ImageStream, label_blocks
@@ -175,25 +176,21 @@ def test_damaged_folders_are_named(tmp_path, images):
         arrow.unlink(missing_ok=True)
 
 
-def test_memory_does_not_grow_with_the_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [PublishedSource, NpzSource])
+def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("imagenet64_diffusion.data.stored_arrays._BLOCK_BYTES", 1 << 20)
-    # a batch of 61 MB, as a file with a hole where the pixels are
-    num_images = 5_000
-    path = tmp_path / "train_data_batch_1"
-    with path.open("wb") as file:
-        file.write(
-            b"\x80\x03}(X\x04\0\0\0datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\x01b"
-            b"\x87R(K\x01J" + struct.pack("<i", num_images) + b"M\0\x30\x86cnumpy\ndtype\nX\x02\0\0\0u1"
-            b"K\0K\x01\x87R(K\x03X\x01\0\0\0|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89B"
-            + struct.pack("<I", num_images * 12288)
+    pixels, labels = np.zeros((5000, 64, 64, 3), np.uint8), [5] * 5000  # 61 MB
+    if kind is NpzSource:
+        np.savez_compressed(tmp_path / "images.npz", pixels, labels)
+    else:
+        (tmp_path / "train_data_batch_1").write_bytes(
+            pickle.dumps({"data": pixels.reshape(5000, -1), "labels": labels})
         )
-        file.seek(num_images * 12288, 1)
-        file.write(b"tbX\x06\0\0\0labels](" + b"K\x05" * num_images + b"eu.")
     arrow_before = pyarrow.default_memory_pool().bytes_allocated()
     tracemalloc.start()
-    record = write_prepared(tmp_path / "out", PublishedSource([path]))
+    record = write_prepared(tmp_path / "out", kind([tmp_path]))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert record.num_images == num_images
+    assert record.num_images == 5000
     assert peak < 10e6
     assert pyarrow.default_memory_pool().bytes_allocated() - arrow_before < 10e6

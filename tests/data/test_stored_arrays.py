@@ -1,14 +1,12 @@
-import os
 import pathlib
 import pickle
 import struct
-import tracemalloc
 
 import numpy as np
 import pytest
 
 from imagenet64_diffusion.data.errors import DataError
-from imagenet64_diffusion.data.stored_arrays import open_arrays, read_pickle, read_rows
+from imagenet64_diffusion.data.stored_arrays import read_pickle
 
 
 def read(path: pathlib.Path, content: bytes) -> dict:
@@ -64,32 +62,16 @@ def test_python_2_strings_are_bytes(tmp_path):
     assert result["data"].tobytes() == data
 
 
-class Dangerous:
-    """What an attacker pickles: anything that is called on loading."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
 def attacks(marker: pathlib.Path) -> dict[str, tuple[bytes, str, bool]]:
     """Name -> pickle, what the refusal must name, and whether the usual loader makes the marker."""
     command = f"touch {marker}".encode()
     text = b"X" + struct.pack("<I", len(command)) + command
     short = b"\x8c" + bytes([len(command)]) + command
-    nested = pickle.dumps({"data": [({"labels": Dangerous(os.system, command.decode())},)]}, 4)
-    objects = pickle.dumps(np.array([Dangerous(os.system, command.decode())], object), 4)
     return {
         "GLOBAL": (b"\x80\x02cposix\nsystem\n" + text + b"\x85R.", "posix.system", True),
         "STACK_GLOBAL": (b"\x80\x04\x8c\x05posix\x8c\x06system\x93" + short + b"\x85R.", "posix.system", True),
         "INST": (b"(" + text + b"iposix\nsystem\n.", "posix.system", True),
         "OBJ": (b"(cposix\nsystem\n" + text + b"o.", "posix.system", True),
-        "nested": (nested, "posix.system", True),
-        "array of objects": (objects, "posix.system", True),
-        "eval": (pickle.dumps(Dangerous(eval, f"open({str(marker)!r}, 'w')"), 2), "__builtin__.eval", True),
-        "getattr": (pickle.dumps(Dangerous(getattr, "a", "upper"), 4), "builtins.getattr", False),
         "another numpy function": (b"\x80\x02cnumpy\nload\nX\x01\x00\x00\x00a\x85R.", "numpy.load", False),
         "NEWOBJ": (b"\x80\x02csubprocess\nPopen\n)\x81.", "subprocess.Popen", False),
         "NEWOBJ_EX": (b"\x80\x04cnumpy\nndarray\nK\x05\x85}\x92.", "type object", False),
@@ -128,14 +110,6 @@ def test_what_numpy_would_believe_of_memory_is_refused(tmp_path):
             read(tmp_path / "batch", whole.replace(b"K\x03K@\x86", shape, 1))
 
 
-@pytest.mark.parametrize("protocol", range(2, 6))
-def test_truncated_anywhere(tmp_path, protocol):
-    whole = pickle.dumps({"data": np.zeros((100, 768), np.uint8), "labels": list(range(100))}, protocol)
-    for length in [0, 1, 2, 10, 50, 100, 150, len(whole) // 2, len(whole) - 100, len(whole) - 1]:
-        with pytest.raises(DataError, match="the batch cannot be read"):
-            read(tmp_path / "batch", whole[:length])
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -155,26 +129,3 @@ def test_truncated_anywhere(tmp_path, protocol):
 def test_nonsense_is_an_error(tmp_path, content):
     with pytest.raises(DataError, match="the batch cannot be read"):
         read(tmp_path / "batch", content)
-
-
-def test_memory_of_an_array_in_frames_is_not_used(tmp_path):
-    # a frame as long as the file would make the usual reader fetch all of it
-    content = pickle.dumps({"data": np.zeros((1000, 12288), np.uint8)}, 4)
-    content = content[:2] + b"\x95" + struct.pack("<Q", len(content)) + content[2:]
-    tracemalloc.start()
-    result = read(tmp_path / "batch", content)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert result["data"].shape == (1000, 12288)
-    assert peak < 1 << 20
-
-
-def test_arrays_of_an_npz_file_are_those_of_numpy(tmp_path):
-    arrays = {"rows": np.random.default_rng(0).standard_normal((40, 3)), "none": np.zeros((0, 3), np.uint8)}
-    arrays |= {"one": np.array(3, ">i4"), "text": np.array(["a", "犬"])}
-    np.savez(tmp_path / "arrays.npz", **arrays)
-    opened = open_arrays(tmp_path / "arrays.npz", "arrays")
-    found, right = ({key: (array.shape, array.dtype) for key, array in each.items()} for each in (opened, arrays))
-    assert found == right
-    for key in ("rows", "text"):
-        np.testing.assert_array_equal(np.concatenate(list(read_rows(opened[key]))), arrays[key], strict=True)

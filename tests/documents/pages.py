@@ -64,12 +64,10 @@ class Change(NamedTuple):
     def apply(self, root: Path) -> None:
         """Changes the file below a folder, which must be as the diff says."""
         path = root / self.file
-        if self.is_new and path.exists():
-            raise ValueError(f"{self.file} is there, but the diff makes it")
+        assert path.exists() != self.is_new
         text = "" if self.is_new else path.read_text(encoding="utf-8")
         for before, after in self.hunks:
-            if before and text.count(before) != 1:
-                raise ValueError(f"{self.file} has {text.count(before)} times what the diff changes:\n{before}")
+            assert not before or text.count(before) == 1, f"{self.file} has not once what the diff changes:\n{before}"
             text = text.replace(before, after) if before else after
         path.write_text(text, encoding="utf-8")
 
@@ -77,14 +75,11 @@ class Change(NamedTuple):
 def read_change(block: Block) -> Change:
     """A block with a diff of one file, whose hunks begin with ``@@`` and need no line numbers."""
     old, new, *rest = block.text.splitlines()
-    if not (old.startswith("--- ") and new.startswith("+++ b/") and rest and rest[0].startswith("@@")):
-        raise ValueError(f"line {block.line}: the block is no diff of one file")
+    assert (old[:4], new[:6]) == ("--- ", "+++ b/"), f"line {block.line}: the block is no diff of one file"
     hunks: list[list[str]] = []
     for line in rest:
         if line.startswith("@@"):
             hunks.append(["", ""])
-        elif line[:1] not in ("+", "-", " ", ""):
-            raise ValueError(f"line {block.line}: {line!r} is no line of a diff")
         else:
             for side, other in enumerate("+-"):
                 hunks[-1][side] += "" if line.startswith(other) else f"{line[1:]}\n"

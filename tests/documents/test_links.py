@@ -62,31 +62,3 @@ def what_is_wrong(file: Path, target: str, is_image: bool) -> str | None:
 def test_links(file):
     reasons = {target: what_is_wrong(file, target, is_image) for target, is_image in read(file)[0].items()}
     assert {target: reason for target, reason in reasons.items() if reason} == {}
-
-
-def test_what_is_wrong_with_a_link(tmp_path):
-    page = tmp_path / "text.md"
-    page.write_text("# A *first* `heading`, (with_signs) & more\n\nÜber GPUs & all\n===============\n")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "an image.png").touch()
-    absolute = "is absolute: give the path from this file"
-    expected = {
-        **dict.fromkeys(
-            [
-                "text.md",
-                "text.md#a-first-heading-with_signs--more",
-                "#über-gpus--all",
-                "folder",
-                "folder/an%20image.png",
-            ]
-        ),
-        "https://example.org/x#y": None,
-        "nothing.md": "leads nowhere",
-        "text.md#thrice": "text.md has no heading #thrice",
-        "folder#twice": "folder has no heading #twice",
-        **dict.fromkeys(["/text.md", "//example.org", "file:///text.md"], absolute),
-        "https:text.md": "names no host",
-    }
-    assert {target: what_is_wrong(page, target, False) for target in expected} == expected
-    assert what_is_wrong(page, "folder/an%20image.png", True) is None
-    assert what_is_wrong(page, "text.md", True) == "is no image"

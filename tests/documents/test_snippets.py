@@ -14,7 +14,7 @@ import pytest
 
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.pretrained import DIGITS
-from imagenet64_diffusion.tests.documents.commands import COMMANDS, follow
+from imagenet64_diffusion.tests.documents.commands import follow
 from imagenet64_diffusion.tests.documents.pages import PAGES, ROOT, Block, commands, read_blocks, read_change
 from imagenet64_diffusion.tests.documents.stand_ins import make_root, provide
 from imagenet64_diffusion.tests.hub.conftest import hub, online  # noqa: F401
@@ -78,33 +78,3 @@ def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> None:
         provide(name)
     text = re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", block.text)
     exec(compile("\n" * (block.line - 1) + text, str(page), "exec"), namespace)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("python generate_images.py --class_label 3 --steps 5", "exit code 2"),
-        ("python train_imagenet64.py --no_such_option 1 ...", "exit code 2"),
-        ("accelerate launch nothing.py", "there is no script nothing.py"),
-        ("python benchmarks/data.py --no_such_option", "exit code 2"),
-        ("python docs/nothing.py", "there is no script"),
-        ("python -m pytest tests/nothing.py", "there is no tests/nothing.py"),
-        ("make nothing", "there is no target nothing"),
-        ("rm -rf outputs", "no test knows what to do with it"),
-    ],
-)
-def test_a_wrong_line_is_found(root, line, reason):
-    with pytest.raises((AssertionError, SystemExit), match=reason):
-        follow(line.split(), set())
-
-
-def test_every_kind_of_block_is_known(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("text\n\n```yaml\na: 1\n```\n")
-    with pytest.raises(ValueError, match=r"page.md:3: a block of 'yaml' is neither run nor checked"):
-        read_blocks(page)
-
-
-def test_scripts_of_the_root_are_all_known():
-    with_main = {path.stem for path in ROOT.glob("*.py") if "sys.exit(main())" in path.read_text(encoding="utf-8")}
-    assert with_main == COMMANDS

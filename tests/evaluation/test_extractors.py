@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 from cleanfid.inception_torchscript import InceptionV3W
 
-from imagenet64_diffusion.evaluation import frechet_distance
+from imagenet64_diffusion.evaluation import frechet_distance, options, protocols
 from imagenet64_diffusion.evaluation.extractors import make_extractor
 from imagenet64_diffusion.evaluation.protocols import COMPARED_ENTRIES, check_comparable
 from imagenet64_diffusion.tests.hub.loopback_hub import Blob, Repository
@@ -272,6 +272,7 @@ def test_weights_from_the_hub(models, online):
 
 def test_comparable_is_what_decides_the_numbers(stand_in):
     header, legacy = (make_extractor(mode, weights=stand_in).header for mode in MODES)
+    assert tuple(protocols.PROTOCOLS) == options.PROTOCOLS
     assert header["versions"].keys() == {"Pillow", "clean-fid", "torch"}
     resize = {"library": "Pillow", "filter": "bicubic", "antialias": True, "quantized": False, "size": [299, 299]}
     assert header["resize"] == resize

@@ -1,4 +1,7 @@
-"""A small Hub on this machine: the routes that huggingface_hub calls for models, answered as the Hub does."""
+"""A small Hub on this machine: the routes that huggingface_hub calls for models, answered as the Hub does.
+
+A dataset is found by the name of a model.
+"""
 
 import base64
 import hashlib
@@ -109,7 +112,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if method == self.command and part in url.path:
                 return self._answer({"error": "out of order"}, status)
 
-        parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
+        path = url.path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets").strip("/")
+        parts = [urllib.parse.unquote(part) for part in path.split("/")]
         match self.command, parts:
             case "GET", ["api", "whoami-v2"]:
                 return self._may_write() and self._answer({"type": "user", "name": "me"})

@@ -140,12 +140,6 @@ def test_repositories_that_are_not_whole(tiny, name, content, message):
         load(colour="blue")
 
 
-def test_the_command_line_takes_an_id(tiny, tmp_path):
-    arguments = ["--model", "me/tiny", "--num_inference_steps", "2", "--animation", "false"]
-    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["model"] == "me/tiny"
-
-
 def test_reasons(online, tiny, monkeypatch, capsys, tmp_path):
     """One line for each, as the command line prints it."""
 

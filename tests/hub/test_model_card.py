@@ -26,7 +26,7 @@ def facts(card: ModelCard) -> dict[str, str]:
 def test_recipes_are_recognised(recipe):
     config = json.loads((CONFIG_DIR / f"{recipe}.json").read_text())
     assert recipe_name(config | {"sample_size": 48, "in_channels": 1, "num_class_embeds": 7}) == recipe
-    assert recipe_name(config | {"stem_channels": 12}) is None
+    assert recipe_name(config | {"stem_channels": 12, "model_channels": 12}) is None
     if recipe.startswith("original/"):
         assert recipe_name(config | {"time_embedding_type": "original_sine"}) == recipe
         assert recipe_name(config | {"time_embedding_type": "sinusoidal"}) is None
@@ -39,6 +39,7 @@ def test_facts_come_from_the_pipeline():
     told = facts(card)
     assert told.pop("defaults of a call").startswith("`num_inference_steps=100`, `eta=0.0`, `guidance_scale=5.0`")
     assert told == {
+        "network": "`ClassConditionalUNet2DModel`",
         "recipe": "its own",
         "layers at every resolution": "resnet, class attention, channel attention",
         "widths": "8 at the stem, then 8, 16",

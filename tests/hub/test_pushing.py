@@ -1,7 +1,6 @@
 """push_to_hub and save_pretrained(push_to_hub=True), with the package."""
 
 import io
-import re
 
 import numpy as np
 import pytest
@@ -12,15 +11,14 @@ from PIL import Image
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.pipelines.image_grid import image_grid
 from imagenet64_diffusion.pipelines.model_card import UNKNOWN_REPO_ID, write_model_card
-from imagenet64_diffusion.tests.commands.runs import ROOT
 from imagenet64_diffusion.tests.components import generate_two, make_pipeline, seeded
 from imagenet64_diffusion.tests.hub.loopback_hub import Blob, Repository
 
 
 CODE_AND_WEIGHTS = [
     "cached_weights.py",
-    "noise_kinds.py",
     "model_index.json",
+    "noise_kinds.py",
     "pipeline_class_conditional.py",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_ddim_eta.py",
@@ -167,19 +165,3 @@ def test_strangers_and_classes_without_a_file_cannot_be_pushed(online, pipeline)
     with pytest.raises(ValueError, match="Mine is defined in no file that could be saved with the pipeline"):
         pipeline.push_to_hub("me/tiny")
     assert online.repositories == {}
-
-
-def test_the_code_in_the_documentation_runs(logged_in, pipeline, tmp_path, monkeypatch):
-    """But for the lines that load without the package: the card has the same, which run in a process of their own."""
-    monkeypatch.chdir(tmp_path)
-    pipeline.save_pretrained("outputs/demo/model")
-    pipeline.push_to_hub("your-name/your-model")
-    document = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
-    run = [block for block in blocks if "trust_remote_code" not in block]
-    assert len(run) == 3
-    for block in run:
-        exec(block, {})
-    card = logged_in.repositories["your-name/your-model"].files["README.md"].content.decode()
-    assert "(samples.png)" in card
-    assert "| accuracy |" in card

@@ -1,71 +1,81 @@
 """A repository on the Hub where this package is not installed: in a process that cannot import it."""
 
 import re
+import sys
+from pathlib import Path
 
+import diffusers.utils.dynamic_modules_utils
+import pytest
 import torch
-from huggingface_hub import ModelCard
+from diffusers import DDPMScheduler, DiffusionPipeline, UniPCMultistepScheduler
+from huggingface_hub import ModelCard, constants
 
 from imagenet64_diffusion import ClassConditionalPipeline
+from imagenet64_diffusion.tests.commands.processes import run_function
 from imagenet64_diffusion.tests.components import generate_two, make_pipeline
+from imagenet64_diffusion.tests.hub.conftest import point_at
+from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN
 from imagenet64_diffusion.tests.hub.test_pushing import WHOLE
 
 
-LOADING = """
-import sys
+def use(url: str, folder: Path, code_of_the_card: list[str]) -> None:
+    """Loads, generates and pushes, in a process that can no longer import this package and knows that Hub alone."""
+    for name in [name for name in sys.modules if name.startswith("imagenet64_diffusion.")]:
+        del sys.modules[name]
+    sys.modules["imagenet64_diffusion"] = None
+    patch, modules = pytest.MonkeyPatch(), folder / "modules"
+    point_at(url, folder, patch)
+    patch.setenv("HF_TOKEN", TOKEN)
+    modules.mkdir()
+    patch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(modules))
+    # before the place where another test may have put downloaded code
+    patch.syspath_prepend(modules)
+    patch.chdir(folder)
 
-import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UniPCMultistepScheduler
+    with pytest.raises(ModuleNotFoundError):
+        exec("from imagenet64_diffusion.pipelines import pipeline_class_conditional")
+    with pytest.raises(
+        ValueError, match=r"custom code in pipeline_class_conditional.py(?s:.*)`trust_remote_code=True"
+    ):
+        DiffusionPipeline.from_pretrained("me/tiny")
+    expected = torch.load("expected.pt")
+    pipeline = DiffusionPipeline.from_pretrained("me/tiny", trust_remote_code=True)
+    assert torch.equal(generate_two(pipeline), expected)
 
-def generate(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
-    return pipeline([0, "goldfish"], generator=generator, **options).images
+    stored = pipeline.scheduler
+    for scheduler_class in (DDPMScheduler, UniPCMultistepScheduler):
+        pipeline.scheduler = scheduler_class.from_config(stored.config)
+        images = generate_two(pipeline)
+        assert images.isfinite().all()
+        assert images.std() > 0.01
+    pipeline.scheduler = stored
 
-try:
-    DiffusionPipeline.from_pretrained("me/tiny")
-except ValueError as error:
-    assert "contains custom code in pipeline_class_conditional.py" in str(error), error
-    assert "Pass `trust_remote_code=True`" in str(error), error
-else:
-    sys.exit("the code was loaded without being asked for")
-expected = torch.load("expected.pt")
-pipeline = DiffusionPipeline.from_pretrained("me/tiny", trust_remote_code=True)
-assert torch.equal(generate(pipeline), expected), "other images"
+    pipeline.save_pretrained("saved", push_to_hub=True, repo_id="me/saved")
+    again = DiffusionPipeline.from_pretrained("saved", trust_remote_code=True)
+    assert torch.equal(generate_two(again), expected)
+    again.push_to_hub("me/again", commit_message="From elsewhere", private=True)
+    # a network of one's own in the place of the stored one
+    unet = type(again.unet).from_config(again.unet.config, stem_channels=16)
+    assert DiffusionPipeline.from_pretrained("me/again", unet=unet, trust_remote_code=True).unet is unet
 
-stored = pipeline.scheduler
-for scheduler_class in (DDPMScheduler, UniPCMultistepScheduler):
-    pipeline.scheduler = scheduler_class.from_config(stored.config)
-    images = generate(pipeline)
-    assert images.isfinite().all() and images.std() > 0.01, scheduler_class
-pipeline.scheduler = stored
-
-pipeline.save_pretrained("saved", push_to_hub=True, repo_id="me/saved")
-again = DiffusionPipeline.from_pretrained("saved", trust_remote_code=True)
-assert torch.equal(generate(again), expected), "other images from the folder"
-again.push_to_hub("me/again", commit_message="From elsewhere", private=True)
-
-# a network of one's own in the place of the stored one
-unet = type(again.unet).from_config(again.unet.config, stem_channels=16)
-assert DiffusionPipeline.from_pretrained("me/again", unet=unet, trust_remote_code=True).unet is unet
-
-"""
-# after what the card says, its last lines, which downloaded a snapshot, do without the Hub
-OFFLINE = """
-assert len(images) == 3, images
-from huggingface_hub import constants
-constants.HF_HUB_OFFLINE, constants.ENDPOINT = True, "http://127.0.0.1:1"
-"""
+    exec("\n".join(code_of_the_card), scope := {})
+    assert len(scope["images"]) == 3
+    # its last lines, which have downloaded a snapshot, do without the Hub
+    constants.HF_HUB_OFFLINE, constants.ENDPOINT = True, "http://127.0.0.1:1"
+    exec(code_of_the_card[-1], scope)
+    generate_two(scope["pipeline"])
 
 
-def test_from_load_to_push(logged_in, run_python, tmp_path):
+def test_from_load_to_push(logged_in, tmp_path):
     pipeline = make_pipeline()
     pipeline.push_to_hub("me/tiny", private=True)
     torch.save(generate_two(pipeline), tmp_path / "expected.pt")
-    code = re.findall(r"```python\n(.*?)```", ModelCard.load("me/tiny").text, re.DOTALL)
+    text = re.sub(r"num_inference_steps=\d+", "num_inference_steps=3", ModelCard.load("me/tiny").text)
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code) == 4
     with_package = code.pop(next(i for i, block in enumerate(code) if "imagenet64_diffusion" in block))
-    run_python(LOADING + "\n".join(code) + OFFLINE + code[-1] + "\ngenerate(pipeline)\n")
+    exit_code, said = run_function(use, logged_in.url, tmp_path, code)
+    assert exit_code == 0, said
     assert (tmp_path / "image.png").is_file()
 
     repositories = logged_in.repositories

@@ -20,13 +20,6 @@ def test_facts_of_the_digits_and_of_a_network_without_classes():
     assert "· 32x16 pixels, RGB · no classes ·" in facts("mine", pipeline)
 
 
-def test_a_lent_pipeline_shares_the_network_alone(models):
-    first, second = (models.pipeline(models.names[0]) for _ in range(2))
-    assert first.unet is second.unet
-    first.scheduler.set_timesteps(3)
-    assert len(second.scheduler.timesteps) == len(models.pipeline(models.names[0]).scheduler.timesteps) == 1000
-
-
 def test_each_is_loaded_once_and_only_so_many_stay_in_memory(tmp_path, tiny_model, monkeypatch):
     names, loaded = [str(shutil.copytree(tiny_model, tmp_path / name)) for name in "abc"], []
     load = model_cache.open_model
@@ -47,13 +40,3 @@ def test_another_folder_is_opened_where_that_is_allowed(models, tmp_path, tiny_m
         with pytest.raises(ValueError, match=f"^Model is '{name}', but this page has .*tiny only$"):
             models.pipeline(name)
     assert ModelCache(AppOptions(model=[str(tiny_model)], allow_any_model=True)).pipeline(copy).unet is not None
-
-
-def test_a_model_that_is_not_there(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    models = ModelCache(AppOptions(model=[str(tiny_model)], allow_any_model=True))
-    for name in ("no/where", "/no/where/at/all", "no such model"):
-        with pytest.raises(OSError, match=f"^{name} is not a folder, and cannot be"):
-            models.pipeline(name)
-    with pytest.raises(ValueError, match="holds no pipeline"):
-        models.pipeline(str(tmp_path))

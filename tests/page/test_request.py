@@ -3,7 +3,6 @@
 import pytest
 
 from imagenet64_diffusion.page.request import TWO_SCALES, TWO_SCHEDULERS, read_form
-from imagenet64_diffusion.pipelines.loading import scheduler_names
 from imagenet64_diffusion.tests.page.forms import form
 
 
@@ -67,12 +66,3 @@ def test_two_schedulers_or_guidance_scales_with_the_same_noise(models):
     left, right = read_form(form(models, compare=TWO_SCALES), models)
     assert (left.options.guidance_scale, right.options.guidance_scale) == (2.5, 4.0)
     assert (left.title, right.title) == ("guidance 2.5", "guidance 4")
-
-
-def test_every_scheduler_of_the_list_is_taken(models):
-    names = scheduler_names()
-    assert names[:2] == ["EtaDDIMScheduler", "LearnedVarianceDDPMScheduler"]
-    assert len(names) == len(set(names)) >= 18
-    for name in names:
-        [request] = read_form(form(models, scheduler=name), models)
-        assert type(request.pipeline.scheduler).__name__ == name

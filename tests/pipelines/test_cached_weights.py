@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -186,19 +185,6 @@ def test_in_inference_mode(unet):
         unet = copy.deepcopy(unet)
         with cached_weights(unet):
             torch.testing.assert_close(answer(unet), answer(unet), rtol=0, atol=0)
-
-
-def test_several_threads(unet):
-    """Each with batches of its own, in times that overlap."""
-    expected = {batch: answer(unet, *inputs(batch)) for batch in (1, 2, 3)}
-
-    def distance(batch):
-        with cached_weights(unet):
-            return max((answer(unet, *inputs(batch)) - expected[batch]).abs().max().item() for _ in range(3))
-
-    with ThreadPoolExecutor(3) as threads:
-        assert max(threads.map(distance, [1, 2, 3] * 3)) < 2e-5
-    assert not attached(unet)
 
 
 def test_weights_are_standardised_once_and_nothing_is_left(unet, monkeypatch):

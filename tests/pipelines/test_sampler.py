@@ -1,18 +1,17 @@
 """The settings of a sampling run, and what the pipeline is called with."""
 
-import re
-
 import pytest
 import torch
 
-from imagenet64_diffusion.pipelines.generation import sample_images, weights_digest
+from imagenet64_diffusion.pipelines.generation import sample_images
 from imagenet64_diffusion.pipelines.generation_options import Sampler
-from imagenet64_diffusion.tests.components import make_pipeline, make_unet, seeded
+from imagenet64_diffusion.tests.components import make_pipeline, seeded
 
 
 def test_what_the_pipeline_is_called_with():
     pipeline = make_pipeline()
     defaults = {"guidance_scale": 1.0, "guidance_interval": [0.0, 1.0], "eta": 0.0, "clip_sample": None}
+    defaults |= {"guidance_sigma_interval": None, "classifier_scale": 0.0}
     assert Sampler().arguments(pipeline) == {"num_inference_steps": 100, **defaults}
     values = {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), "eta": 0.5, "clip_sample": True}
     by_sampler = sample_images(pipeline, Sampler(step_size=400, **values), [0, None], 3, output_type="pt")
@@ -23,13 +22,12 @@ def test_what_the_pipeline_is_called_with():
     assert pipeline.scheduler is own
     Sampler(scheduler="UniPCMultistep").prepare(pipeline)
     assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
-
-
-def test_the_digest_of_weights_is_kept(monkeypatch):
-    unet = make_unet()
-    assert weights_digest(unet) == weights_digest(make_unet()) != weights_digest(make_unet(stem_channels=16))
-    monkeypatch.setattr(unet, "state_dict", None)
-    assert weights_digest(unet) == weights_digest(make_unet())
+    Sampler(scheduler_options=["solver_order=3", "solver_type=bh1"]).prepare(pipeline)
+    assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
+    assert (pipeline.scheduler.config.solver_order, pipeline.scheduler.config.solver_type) == (3, "bh1")
+    for option, message in (("solver_ordr=3", "no option 'solver_ordr'; perhaps solver_order"), ("x", "NAME=VALUE")):
+        with pytest.raises(ValueError, match=message):
+            Sampler(scheduler_options=[option]).prepare(pipeline)
 
 
 @pytest.mark.parametrize(
@@ -42,25 +40,18 @@ def test_the_digest_of_weights_is_kept(monkeypatch):
             "own scheduler, 100 steps, guidance 1.5 in [0.25, 1], clipped",
         ),
         ({"guidance_interval": (0.25, 1.0), "clip_sample": False}, "own scheduler, 100 steps, not clipped"),
+        (
+            {"guidance_scale": 2, "guidance_sigma_interval": [0.2, 3], "scheduler_options": ["S_churn=40"]},
+            "own scheduler, 100 steps, S_churn=40, guidance 2 for sigma in (0.2, 3]",
+        ),
+        ({"classifier_scale": 1.5}, "own scheduler, 100 steps, classifier 1.5"),
     ],
 )
 def test_titles(values, title):
     assert Sampler(**values).title() == title
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
-        ("num_inference_steps", (0,), "but must be at least 1"),
-        ("step_size", (-1,), "but must be at least 1"),
-        ("guidance_scale", (float("nan"), -1), "but must be in [0, inf)"),
-        ("eta", (-0.5, float("inf")), "but must be in [0, inf)"),
-        ("guidance_interval", ((0.5,), (0.5, 0.4), (0.5, 1.1)), "0 <= begin <= end <= 1"),
-    ],
-)
-def test_wrong_values(name, values, message):
-    for value in values:
-        with pytest.raises(ValueError, match=f"^{name} is .*{re.escape(message)}"):
-            Sampler(**{name: value})
-    with pytest.raises(ValueError, match="both say the number of steps"):
-        Sampler(num_inference_steps=5, step_size=5)
+def test_noise_levels_that_are_no_interval():
+    for value in ([0.5], [2.0, 1.0]):
+        with pytest.raises(ValueError, match="^guidance_sigma_interval is .*two noise levels, 0 <= low <= high"):
+            Sampler(guidance_sigma_interval=value)

@@ -109,10 +109,9 @@ def algorithm_2(latents, noises, steps, churn, low, high, noise_scale, sigma_min
         gamma = min(churn / steps, math.sqrt(2) - 1) if low <= t[i] <= high else 0.0
         t_hat = t[i] + gamma * t[i]
         added = noise_scale * math.sqrt(t_hat**2 - t[i] ** 2)
-        if i == 0:
-            x_hat = latents * math.hypot(t[i], added)
-        else:
-            x_hat = x + added * next(noises) if gamma > 0 else x
+        x_hat = latents * math.hypot(t[i], added) if i == 0 else x
+        if i > 0 and gamma > 0:
+            x_hat = x + added * next(noises)
         d = derivative(x_hat, t_hat)
         x = x_hat + (t[i + 1] - t_hat) * d
         if t[i + 1] != 0:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imagenet64_diffusion import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion import EtaDDIMScheduler
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas, original_timesteps
 from imagenet64_diffusion.schedulers.scheduling_ddim_eta import StepCoefficients
 
@@ -38,25 +38,6 @@ def test_cosine_tables(total, step_size):
         for which, tolerance in ((precise, 2e-6), (~precise, 4e-5), (clamped, 0)):
             torch.testing.assert_close(ours[name][which], theirs[name][which], rtol=1e-6, atol=tolerance)
     assert ours["beta_t"].max() <= 0.999
-
-
-def test_linear_tables():
-    scheduler = LearnedVarianceDDPMScheduler(beta_schedule="linear")
-    torch.testing.assert_close(scheduler.betas, SCHEDULES["linear.T1000.step1.beta_t"].double(), rtol=1e-5, atol=0)
-    abar = SCHEDULES["linear.T1000.step1.a_bar_t"].double()
-    torch.testing.assert_close(scheduler.alphas_cumprod, abar, rtol=2e-5, atol=0)
-
-
-@pytest.mark.parametrize("total", [1, 2, 500, 4000])
-def test_betas_rebuild_the_clamped_schedule(total):
-    betas = torch.tensor(original_cosine_betas(total), dtype=torch.float64)
-    assert betas.shape == (total,)
-    assert ((betas >= 0) & (betas < 1)).all()
-    time = torch.arange(total + 1, dtype=torch.float64) / total
-    rates = torch.cos((time + 0.008) / 1.008 * torch.pi / 2) ** 2
-    torch.testing.assert_close(
-        torch.cumprod(1 - betas, 0), (rates[1:] / rates[0]).clamp(1e-10, 0.999), rtol=1e-9, atol=1e-15
-    )
 
 
 def test_timesteps():

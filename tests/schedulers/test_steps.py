@@ -144,6 +144,42 @@ def test_step_is_its_formula(
         torch.testing.assert_close(out.prev_sample, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "original"])
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_classifier_guidance_is_its_formula(variance_type, schedule):
+    """Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233), algorithm 1: the mean moves by variance x gradient.
+
+    Where a step ends at a clean sample its posterior variance is 0, and that of the step before stands for it.
+    """
+    options = {"beta_schedule": "squaredcos_cap_v2"}
+    if schedule == "original":
+        options = {"trained_betas": original_cosine_betas(50), "set_alpha_to_one": False, "max_beta": 0.3}
+    scheduler = LearnedVarianceDDPMScheduler(num_train_timesteps=50, variance_type=variance_type, **options)
+    scheduler.set_timesteps(timesteps=[49, 30, 7, 2])
+    x, output = torch.randn(SHAPE, dtype=torch.float64), torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    gradient, fraction = torch.randn(SHAPE, dtype=torch.float64), (output[:, 3:] + 1) / 2
+    abars = torch.cumprod(1 - scheduler.betas, 0)[[49, 30, 7, 2]]
+    last = torch.tensor([1.0 if schedule == "cosine" else 1 - scheduler.betas[0]], dtype=torch.float64)
+    previous = torch.cat([abars[1:], last])
+    beta = (1 - abars / previous).clamp(max=scheduler.max_beta)
+    beta_tilde = (1 - previous) / (1 - abars) * beta
+    least = torch.cat([beta_tilde[:3], beta_tilde[2:3] if schedule == "cosine" else beta_tilde[3:]])
+    largest = beta if schedule == "original" else torch.cat([beta[:3], least[3:]])
+    for i, t in enumerate(scheduler.timesteps):
+        variance = {
+            "fixed_small": beta_tilde[i],
+            "fixed_large": largest[i],
+            "learned_range": torch.exp(fraction * beta[i].log() + (1 - fraction) * least[i].log()),
+        }[variance_type]
+        plain, guided = (
+            scheduler.step(output, t, x, generator=seeded(), score_gradient=each).prev_sample
+            for each in (None, gradient)
+        )
+        torch.testing.assert_close(guided - plain, variance * gradient, rtol=1e-9, atol=1e-9)
+        in_single = scheduler.step(output.float(), t, x.float(), seeded(), score_gradient=gradient.float())
+        assert in_single.prev_sample.dtype == torch.float32
+
+
 def test_noise_of_a_generator_is_noise_that_is_given():
     scheduler, sample, output = EtaDDIMScheduler(), torch.randn(SHAPE), torch.randn(2, 6, 4, 4)
     given = scheduler.step(output, 500, sample, 0.5, variance_noise=torch.randn(SHAPE, generator=seeded(3)))

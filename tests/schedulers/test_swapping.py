@@ -4,7 +4,7 @@ import diffusers
 import pytest
 from diffusers.utils import logging
 
-from imagenet64_diffusion import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion import EDMHeunScheduler, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.pretrained import DIGITS
 
 
@@ -47,6 +47,37 @@ def test_without_a_warning(ours, stock, max_beta, tmp_path):
     # what is asked for goes before what was saved
     assert ours.from_config(theirs.config, max_beta=0.5).config["_max_beta"] == 0.5
     assert "_max_beta" not in ours.from_config(theirs.config, max_beta=1.0).config
+
+
+@pytest.mark.parametrize("stock", [diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler])
+@pytest.mark.parametrize("churn", [{}, {"S_churn": 0.0, "S_max": float("inf")}])
+def test_without_a_warning_among_edm(stock, churn, tmp_path):
+    named = {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.7, "rho": 5.0, "num_train_timesteps": 500}
+    named |= {"sigma_schedule": "exponential", "prediction_type": "v_prediction", "final_sigmas_type": "sigma_min"}
+    first = EDMHeunScheduler(**named, **churn)
+    first.save_pretrained(tmp_path / "ours")
+    for theirs in (stock.from_config(first.config), stock.from_pretrained(tmp_path / "ours")):
+        theirs.save_pretrained(tmp_path / "theirs")
+        for back in (
+            EDMHeunScheduler.from_config(theirs.config),
+            EDMHeunScheduler.from_pretrained(tmp_path / "theirs"),
+        ):
+            for scheduler in (theirs, back):
+                assert {name: scheduler.config[name] for name in named} == named
+            assert (back.config.S_churn, back.config.S_max, back.config.S_noise) == (0.0, float("inf"), 1.0)
+    assert stock in first.compatibles
+
+
+def test_churn_outlives_a_swap(caplog):
+    """A stock scheduler says that it will not churn."""
+    first = EDMHeunScheduler(S_churn=4.0, S_max=50.0)
+    theirs = diffusers.EDMEulerScheduler.from_config(first.config)
+    assert [record.getMessage()[:60] for record in caplog.records] == [
+        "The config attributes {'S_churn': 4.0, 'S_max': 50.0} were pas"[:60]
+    ]
+    caplog.clear()
+    back = EDMHeunScheduler.from_config(theirs.config)
+    assert (back.config.S_churn, back.config.S_max, back.config.S_noise) == (4.0, 50.0, 1.0)
 
 
 def test_configs_from_before():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from imagenet64_diffusion import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion import EDMHeunScheduler, EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 
 
 ZEROS = torch.zeros(2, 3, 4, 4)
@@ -91,6 +91,84 @@ def test_step(scheduler_class, changes, message):
 def test_step_of_ddim(arguments, message):
     with refuses(message):
         EtaDDIMScheduler().step(ZEROS, 5, ZEROS, **arguments)
+
+
+def test_step_of_ddpm():
+    with refuses("score_gradient has shape (2, 6, 4, 4), not (2, 3, 4, 4)"):
+        LearnedVarianceDDPMScheduler().step(ZEROS, 5, ZEROS, score_gradient=torch.zeros(2, 6, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma_schedule": "even"}, "sigma_schedule is 'even', but must be one of ('karras', 'exponential')"),
+        ({"prediction_type": "sample"}, "prediction_type is 'sample', but must be one of ('epsilon', 'v_prediction')"),
+        ({"final_sigmas_type": "0"}, "final_sigmas_type is '0', but must be one of ('zero', 'sigma_min')"),
+        ({"sigma_min": 0.0}, "sigma_min is 0.0, but must be in (0, sigma_max], and sigma_max is 80.0"),
+        ({"sigma_max": 0.001}, "sigma_min is 0.002, but must be in (0, sigma_max], and sigma_max is 0.001"),
+        ({"sigma_max": float("inf")}, "sigma_max is inf, but must be finite"),
+        ({"sigma_data": 0.0}, "sigma_data is 0.0, but must be positive"),
+        ({"rho": -1.0}, "rho is -1.0, but must be positive"),
+        ({"S_churn": -1.0}, "S_churn is -1.0, but must be at least 0"),
+        ({"S_min": 2.0, "S_max": 1.0}, "S_min is 2.0, but must be in [0, S_max], and S_max is 1.0"),
+        ({"S_noise": float("nan")}, "S_noise is nan, but must be at least 0"),
+    ],
+)
+def test_options_of_edm(options, message):
+    with refuses(message):
+        EDMHeunScheduler(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "num_inference_steps is None and sigmas is None: give one"),
+        ({"num_inference_steps": 2, "sigmas": [1.0]}, "num_inference_steps is 2 and sigmas is [1.0]: give one"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0, but must be an integer >= 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5, but must be an integer >= 1"),
+        ({"sigmas": []}, "sigmas is [], but must be strictly descending and positive, at least one"),
+        ({"sigmas": [2.0, 2.0]}, "sigmas is [2.0, 2.0], but must be strictly descending"),
+        ({"sigmas": [2.0, 0.0]}, "sigmas is [2.0, 0.0], but must be strictly descending and positive"),
+    ],
+)
+def test_noise_levels_of_edm(arguments, message):
+    scheduler = EDMHeunScheduler(num_train_timesteps=10)
+    with refuses(message):
+        scheduler.set_timesteps(**arguments)
+    assert len(scheduler.timesteps) == 19
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_output": torch.zeros(2, 6, 4, 4)}, "model_output has shape (2, 6, 4, 4), not (2, 3, 4, 4)"),
+        ({"churn_noise": torch.zeros(3, 4, 4)}, "churn_noise has shape (3, 4, 4), not (2, 3, 4, 4)"),
+        ({"churn_noise": ZEROS, "generator": torch.Generator()}, "generator and churn_noise are both given"),
+        ({"generator": [torch.Generator()]}, "generator is a list of 1, not one for each image: 2"),
+        ({"timestep": 5}, "timestep is 5.0, but must be one of scheduler.timesteps, where a step begins"),
+        ({"timestep": torch.tensor(0.5)}, "timestep is 0.5, but must be one of scheduler.timesteps"),
+        ({"timestep": EDMHeunScheduler().timesteps[1]}, "but must be one of scheduler.timesteps, where a step begins"),
+    ],
+)
+def test_step_of_edm(changes, message):
+    scheduler = EDMHeunScheduler()
+    scheduler.set_timesteps(3)
+    with refuses(message):
+        scheduler.step(**{"model_output": ZEROS, "timestep": scheduler.timesteps[0], "sample": ZEROS, **changes})
+
+
+def test_order_of_the_steps_of_edm():
+    scheduler = EDMHeunScheduler()
+    scheduler.set_timesteps(2)
+    with refuses("a run begins at index 1 of timesteps, but steps begin at even ones"):
+        scheduler.step(ZEROS, scheduler.timesteps[1], ZEROS)
+    scheduler.set_timesteps(2)
+    for t in scheduler.timesteps:
+        scheduler.step(ZEROS, t, ZEROS)
+    with refuses("all 2 steps are done: call set_timesteps before the next run"):
+        scheduler.scale_model_input(ZEROS, t)
+    with refuses("timesteps is a tensor of (2,) torch.int64, but must hold log(sigma) / 4 for all or for each image"):
+        scheduler.add_noise(ZEROS, ZEROS, torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize("timesteps", [torch.tensor([1, 2, 3]), torch.tensor([0.5, 1.0])])

@@ -29,15 +29,14 @@ def batch_of(unet, images):
     return torch.zeros(images, unet.config.in_channels, 16, 16), numbers, numbers
 
 
-@pytest.mark.parametrize(("recipe", "gigaflops", "millions"), [("res_res_atn", 118.9, 212.9)])
-def test_the_published_figures_of_the_original(recipe, gigaflops, millions):
+def test_the_published_figures_of_the_original():
     """The faithful network leaves out queries and keys of the class attention, whose result the original discards."""
-    cost = estimate_cost(json.loads((CONFIG_DIR / "original" / f"{recipe}.json").read_text()))
-    assert cost.forward_flops == pytest.approx(gigaflops * 1e9, rel=1e-3)
+    cost = estimate_cost(json.loads((CONFIG_DIR / "original" / "res_res_atn.json").read_text()))
+    assert cost.forward_flops == pytest.approx(118.9e9, rel=1e-3)
     # one attention on each of three ways down and up, two in the middle, one in each stack of the head
     widths = [256, 512, 1024, 1024, 1024, 512, 256, 128, 128, 6]
     unused = sum(2 * (512 * width + width) for width in widths)
-    assert cost.parameters + unused == pytest.approx(millions * 1e6, rel=1e-3)
+    assert cost.parameters + unused == pytest.approx(212.9e6, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +60,8 @@ def test_a_real_pass(precision, dtype, layer):
 @pytest.mark.parametrize(
     ("layer", "multiplications"),
     [
-        (nn.Conv2d(6, 10, 3, padding=1), 8 * 8 * 6 * 10 * 9),
         (nn.Conv2d(6, 10, 3, stride=2, padding=1), 4 * 4 * 6 * 10 * 9),
         (nn.Conv2d(6, 6, 7, padding=3, groups=6), 8 * 8 * 6 * 49),
-        (nn.Conv2d(6, 10, 1, groups=2), 8 * 8 * 3 * 10),
         (nn.ConvTranspose2d(6, 10, 4, stride=2, padding=1), 8 * 8 * 6 * 10 * 16),
     ],
 )

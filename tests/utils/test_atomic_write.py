@@ -27,17 +27,6 @@ def old(tmp_path):
     return tmp_path / "model"
 
 
-def test_folder_takes_the_place_of_the_old_one(tmp_path):
-    for content in ("first", "second"):
-        with atomic_folder(tmp_path / "deep" / "model") as writing:
-            (writing / "sub").mkdir()
-            (writing / "sub" / "file").write_text(content)
-            (writing / content).write_text("")
-        assert (tmp_path / "deep" / "model" / "sub" / "file").read_text() == content
-        assert names(tmp_path / "deep") == ["model"]
-    assert names(tmp_path / "deep" / "model") == ["second", "sub"]
-
-
 @pytest.mark.skipif(os.name == "nt", reason="permissions are those of POSIX")
 def test_files_have_the_usual_permissions(tmp_path):
     usual = tmp_path / "usual"
@@ -60,13 +49,6 @@ def test_an_error_leaves_what_was_there(old):
     assert names(old.parent) == ["model"]
     assert names(old) == ["old"]
     assert (old / "old").read_text() == "old"
-
-
-def test_file_keeps_its_ending(tmp_path):
-    with atomic_file(tmp_path / "deep" / "a.png") as writing:
-        assert writing.suffix == ".png"
-        writing.write_bytes(b"x")
-    assert names(tmp_path / "deep") == ["a.png"]
 
 
 def test_kill_between_the_two_renames(old):
@@ -148,15 +130,3 @@ def test_one_writer_at_a_time(tmp_path, monkeypatch, end):
     with only_writer(folder):
         assert ".out.lock" in names(folder.parent)
     assert names(folder.parent) == ["out"]
-
-
-def test_no_writer_where_nothing_can_be_written(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(NotADirectoryError, match="file is a file, but must be a folder"), only_writer(file):
-        pass
-    with pytest.raises(OSError, match="file/out cannot be written to"), only_writer(file / "out"):
-        pass
-    with pytest.raises(OSError, match="file"), atomic_folder(file / "model"):
-        pass
-    assert names(tmp_path) == ["file"]

@@ -10,16 +10,6 @@ from imagenet64_diffusion.pretrained import DIGITS
 from imagenet64_diffusion.tests.components import make_unet
 from imagenet64_diffusion.tests.conversion.originals import SMALL_PARAMS
 from imagenet64_diffusion.training.components import load_model_config
-from imagenet64_diffusion.utils.nearest_names import perhaps
-
-
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [("resnt", "resnet"), ("RESNET", "resnet"), ("Convnext", "ConvNeXt"), ("zzz", None), ("", None), (3, None)],
-)
-def test_nearest_name(name, nearest):
-    assert perhaps(name, iter(["resnet", "ConvNeXt"])) == (f"; perhaps {nearest}" if nearest else "")
-    assert perhaps(name, []) == ""
 
 
 @pytest.mark.parametrize(
