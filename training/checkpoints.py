@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..models.unet_class_conditional import ClassConditionalUNet2DModel
 from ..utils.atomic_write import atomic_folder, settle_folder
 from ..utils.file_digest import file_digest
 
@@ -62,13 +62,13 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     averaged_weights: tuple[list[torch.Tensor], int] | None  # EMA of the parameters, and the number of its updates
     optimizer: dict[str, Any]
-    timestep_sampler: dict[str, np.ndarray]  # state of importance sampling
+    timestep_sampler: dict[str, np.ndarray]  # state of the objective, if it has any
 
 
 def save_checkpoint(
     folder: str | Path,
     *,
-    unet: ClassConditionalUNet2DModel,
+    unet: ModelMixin,
     scheduler: SchedulerMixin,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
@@ -88,6 +88,7 @@ def save_checkpoint(
             np.savez(writing / _TIMESTEP_SAMPLER, **cast(dict[str, Any], timestep_sampler))
         for name, configured in ((_CONFIG, unet), (_SCHEDULER_CONFIG, scheduler)):
             config = {key: value for key, value in configured.config.items() if not key.startswith("_")}
+            config["_class_name"] = type(configured).__name__
             (writing / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         written = sorted(writing.iterdir())
         files = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in written}

@@ -1,45 +1,38 @@
-"""A training run before it begins: what it starts from, what it is going to do, and the parts that it is made of."""
+"""The parts that a training run is made of: network, scheduler, objective, optimizer and batches."""
 
-import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch.utils.data import DataLoader
 
 from ..configs import CONFIG_DIR
 from ..data.dataset import GlobalBatchSampler, PreparedImages
+from ..models.classifier_adm import ADMClassifierModel
 from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from ..pipelines.loading import load_pipeline
+from ..pipelines.loading import NETWORKS as PIPELINE_NETWORKS
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..schedulers.original_schedule import original_cosine_options
 from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
-from ..utils.command_line import OtherRankError
-from ..utils.distributed import on_every_process, on_main_process
+from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..utils.nearest_names import perhaps
-from .checkpoints import Checkpoint, DamagedCheckpointError, Progress, find_checkpoints, load_checkpoint
+from .checkpoints import Checkpoint
 from .interruption import leave_stopping_to_parent
-from .options import NETWORK_OPTIONS, TrainOptions, options_of
+from .objectives import EDMLoss, HybridLoss, ImportanceSampledLoss, TrainingObjective
+from .options import NETWORK_OPTIONS, TrainOptions
 
 
-# What a run trains where neither the options nor the weights that it starts from say it.
-_DEFAULTS = {"prediction_type": "v_prediction", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
-# With another value of these the weights and moments are for something else.
-_FIXED = {*_DEFAULTS, "unconditional", "optimizer", "resize_to_power_of_two", "fingerprint"}
-# What may differ from machine to machine.
-_OF_A_MACHINE = {"train_data_dir", "dataset_in_memory", "dataloader_num_workers", "model_config_name_or_path"}
-_OF_A_MACHINE |= {"output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path"}
-# With another value of these the run is still the same one.
-_FREE = options_of("run", "checkpoints and logging", "samples", "Hub") - {"seed"} | _OF_A_MACHINE
-_FREE |= {"gradient_accumulation_steps", "num_train_epochs", "gradient_checkpointing"}
+# Those that denoise, by the names of their classes.
+NETWORKS = {name: network for name, network in PIPELINE_NETWORKS.items() if network is not ADMClassifierModel}
 
 
 @dataclass
@@ -52,225 +45,99 @@ class Start:
     damaged: list[tuple[Path, str]] = field(default_factory=list)  # checkpoints that are not whole, and why
 
 
-@dataclass
-class Plan:
-    """A run that has not begun."""
-
-    options: TrainOptions  # with nothing left open that the start could say
-    dataset: PreparedImages
-    start: Start
-    unet_config: dict[str, Any]
-    num_processes: int  # ranks that share a batch
-    images_per_step: int  # over all ranks and accumulated passes
-    first_step: int  # optimizer steps that have been taken
-    images_seen: int  # place in the endless order of images
-    max_train_steps: int
-    warnings: list[str]  # what the user should know, a sentence each
-
-    def summary(self, device: str, precision: str, num_parameters: int) -> str:
-        """What is trained on what."""
-        height, width = training_size(self.options, self.dataset)
-        epochs = self.max_train_steps * self.images_per_step / len(self.dataset)
-        start = self.start.began_from or "random weights"
-        if self.start.checkpoint is not None:
-            start = f"step {self.first_step:,} of {self.start.checkpoint.folder}"
-        images = f"{len(self.dataset):,} images of {self.dataset.channels}x{height}x{width}"
-        network = f"{self.unet_config['num_class_embeds'] or 'no'} classes, predicting {self.options.prediction_type}"
-        steps = f"{self.max_train_steps:,} steps of {self.images_per_step} images ({epochs:.1f} epochs)"
-        lines = [f"training from {start}: {num_parameters:,} parameters, {images}, {network}"]
-        lines += [f"{steps} on {self.num_processes} x {device}, precision {precision}"]
-        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
-
-    def facts(self, step: int, images_seen: int, precision: str) -> dict[str, Any]:
-        """What the model card says of the training up to a step."""
-        options = self.options
-        weighting = "" if options.snr_gamma is None else f", min-SNR weighting with gamma {options.snr_gamma:g}"
-        return {
-            "images": f"{len(self.dataset):,}, {self.dataset.fingerprint}",
-            "began from": self.start.began_from or "random weights",
-            "optimizer steps": f"{step:,}",
-            "images per step": f"{self.images_per_step:,}",
-            "epochs": f"{images_seen / len(self.dataset):.1f}",
-            "optimizer": f"{options.optimizer}, learning rate {options.learning_rate:g}, {options.lr_scheduler}",
-            "weights": f"EMA, decay up to {options.ema_max_decay}" if options.use_ema else "of the last step",
-            "class drop-out": "no classes" if options.unconditional else options.class_dropout_prob,
-            "timestep sampling": options.timestep_sampling + weighting,
-            "precision": precision,
-            "seed": options.seed,
-        }
-
-
-def make_plan(options: TrainOptions, accelerator: Accelerator) -> Plan:
-    """Finds out what a run does, the same on every rank."""
-    dataset = on_every_process(accelerator, lambda: PreparedImages(options.train_data_dir, options.dataset_in_memory))
-    # each machine has a command line and images of its own
-    own = {name: value for name, value in vars(options).items() if name not in _OF_A_MACHINE}
-    first, *others = gather_object([own | {"the images' fingerprint": dataset.fingerprint}])
-    for rank, other in enumerate(others, start=1):
-        for key, value in other.items():
-            if value != first[key]:
-                message = f"{key} is {first[key]}, but rank {rank} has {value}: all machines must have the same"
-                raise ValueError(message) if accelerator.is_main_process else OtherRankError(message)
-    # only the main process needs to have a checkpoint
-    start = on_main_process(accelerator, lambda: _find_checkpoint(options))
-    name = options.pretrained_model_name_or_path
-    if start.checkpoint is None and name is not None:
-        # one rank of each machine downloads what is not in its cache
-        start.pretrained = on_every_process(
-            accelerator, lambda: load_pipeline(name, dtype=torch.float32), in_turn=True
-        )
-        start.began_from = name
-    options = resolve_options(options, start)
-    images_per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
-
-    progress = Progress(step=0, epoch=0) if start.checkpoint is None else start.checkpoint.progress
-    # a converted checkpoint knows its epoch alone
-    images_seen = round(progress.epoch * len(dataset)) if progress.images_seen is None else progress.images_seen
-    max_train_steps = options.max_train_steps
-    if max_train_steps is None:
-        # exactly, and halves up, so that it is the same number from wherever the run resumes
-        steps_to_come = (Fraction(options.num_train_epochs) * len(dataset) - images_seen) / images_per_step
-        max_train_steps = max(1, progress.step + math.floor(steps_to_come + Fraction(1, 2)))
-
-    plan = Plan(
-        options=dataclasses.replace(options, max_train_steps=max_train_steps),
-        dataset=dataset,
-        start=start,
-        unet_config=unet_config(options, dataset, start),
-        num_processes=accelerator.num_processes,
-        images_per_step=images_per_step,
-        first_step=progress.step,
-        images_seen=images_seen,
-        max_train_steps=max_train_steps,
-        warnings=[f"{reason}; the one before it is used" for _, reason in start.damaged],
-    )
-    if start.checkpoint is not None:
-        changes = check_changes(start.checkpoint, plan)
-        plan.warnings += [f"the run goes on otherwise than it would have: {change}" for change in changes]
-    elif start.pretrained is not None:
-        before, now = start.pretrained.config.id2label or {}, dataset.id2label
-        if before and len(before) != len(now):
-            counts = f"{len(before)} classes and the images have {len(now)}"
-            plan.warnings.append(f"the pretrained model has {counts}: the class embedding begins anew")
-        elif changed := [label for label in before if before[label] != now.get(label)]:
-            names = f"{before[changed[0]]!r} for the pretrained model and {now.get(changed[0])!r} for the images"
-            plan.warnings.append(f"class {changed[0]} is {names}: the class embedding is kept by number")
-    return plan
-
-
-def resolve_options(options: TrainOptions, start: Start) -> TrainOptions:
-    """The options with what the start says where they are silent."""
-    known: dict[str, Any] = dict(_DEFAULTS)
-    if start.checkpoint is not None:
-        known |= {name: value for name, value in start.checkpoint.options.items() if name in known}
-    elif start.pretrained is not None:
-        config = start.pretrained.scheduler.config
-        # the noise schedule is the pipeline's own, whatever it is called
-        known = {name: config[name] for name in ("prediction_type", "num_train_timesteps")}
-    silent = {name: value for name, value in known.items() if getattr(options, name) is None}
-    return dataclasses.replace(options, **silent)
-
-
-def check_changes(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """What has changed since the checkpoint was written; ValueError if it would be a training of something else."""
-    folder, progress = checkpoint.folder, checkpoint.progress
-    known = {"fingerprint": progress.dataset, "images_per_step": progress.images_per_step}
-    known["ranks"] = progress.num_processes
-    before = checkpoint.options | checkpoint.unet_config
-    before |= {name: value for name, value in known.items() if value is not None}
-    now = vars(plan.options) | plan.unet_config | {"images_per_step": plan.images_per_step}
-    now |= {"fingerprint": plan.dataset.fingerprint, "ranks": plan.num_processes}
-    # JSON turns tuples into lists
-    now = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    for name in changed:
-        if name in _FIXED or (name in plan.unet_config and name != "dropout"):
-            raise ValueError(f"{name} is {now[name]}, but {folder} was trained with {before[name]}")
-    if progress.step > plan.max_train_steps:
-        raise ValueError(f"max_train_steps is {plan.max_train_steps:,}, but {folder} has {progress.step:,} already")
-    # the rate of the others does not depend on the end
-    free = _FREE if now["lr_scheduler"] in ("linear", "cosine") else _FREE | {"max_train_steps"}
-    return [f"{name} was {before[name]} and is {now[name]}" for name in changed if name not in free]
-
-
-def _find_checkpoint(options: TrainOptions) -> Start:
-    """The checkpoint to resume, if there is one."""
-    wanted, own_folder = options.resume_from_checkpoint, Path(options.output_dir) / "checkpoints"
-    own = find_checkpoints(own_folder)
-    is_own = Path(wanted).resolve().parent == own_folder.resolve()
-    if wanted == "never" or (wanted != "latest" and (is_own or not own)):
-        step, start = -1, Start()
-        if wanted != "never":
-            if not Path(wanted).is_dir():
-                raise ValueError(f"resume_from_checkpoint is {wanted!r}, but there is no such folder")
-            checkpoint = load_checkpoint(wanted)
-            step = checkpoint.progress.step
-            start = Start(checkpoint, began_from=checkpoint.progress.began_from if own else wanted)
-        # going back must not mix two runs in one folder, nor remove what one of them has
-        if own and int(own[-1].name.removeprefix("checkpoint-")) > step:
-            raise ValueError(f"resume_from_checkpoint is {wanted}, but {own[-1]} is there already: move it away")
-        return start
-
-    damaged = []
-    for folder in reversed(own):
-        try:
-            checkpoint = load_checkpoint(folder)
-        except DamagedCheckpointError as error:
-            damaged.append((folder, str(error)))
-            continue
-        began_from = checkpoint.progress.began_from
-        asked = options.pretrained_model_name_or_path if wanted == "latest" else wanted
-        if asked not in (None, began_from):
-            other = f"{own_folder} has checkpoints of a run that began from {began_from or 'random weights'}"
-            raise ValueError(f"{other}, not from {asked}: give another output_dir")
-        return Start(checkpoint, began_from=began_from, damaged=damaged)
-    if damaged:
-        raise ValueError(f"none of the checkpoints in {own_folder} is whole ({damaged[0][1]}): move them away")
-    return Start()
-
-
 def load_model_config(name_or_path: str) -> dict[str, Any]:
-    """The U-Net options of a recipe of this package or of a JSON file."""
+    """The options of a network, with its ``_class_name``: of a recipe of this package, a JSON file or its folder."""
     recipes = sorted(str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in CONFIG_DIR.rglob("*.json"))
     file = CONFIG_DIR / f"{name_or_path}.json" if name_or_path in recipes else Path(name_or_path)
+    file = file / ModelMixin.config_name if file.is_dir() else file
     if not file.is_file():
         known = f"{', '.join(recipes)}{perhaps(name_or_path, recipes)}"
         raise ValueError(f"model_config_name_or_path is {name_or_path!r}, but must be a JSON file or one of {known}")
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        config = {"_class_name": ClassConditionalUNet2DModel.__name__, **json.loads(file.read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not JSON with an object of U-Net options: {error}") from error
+    if config["_class_name"] not in NETWORKS:
+        raise ValueError(f"{file} is of a {config['_class_name']}, but must be of one of {', '.join(NETWORKS)}")
+    return config
+
+
+def starting_config(options: TrainOptions, start: Start) -> dict[str, Any]:
+    """The network's options before the images and the command line have their say, with its ``_class_name``."""
+    if start.pretrained is not None:
+        return {**start.pretrained.unet.config, "_class_name": type(start.pretrained.unet).__name__}
+    if start.checkpoint is not None and options.model_config_name_or_path is None:
+        # the only class of earlier versions
+        return {"_class_name": ClassConditionalUNet2DModel.__name__, **start.checkpoint.unet_config}
+    return load_model_config(options.model_config_name_or_path or "res")
 
 
 def unet_config(options: TrainOptions, dataset: PreparedImages, start: Start) -> dict[str, Any]:
     """All options of the network: those asked for, or of what the run starts from."""
-    name = options.pretrained_model_name_or_path or options.model_config_name_or_path
+    name = options.pretrained_model_name_or_path or options.model_config_name_or_path or "res"
+    config = starting_config(options, start)
     if start.pretrained is not None:
-        config = dict(start.pretrained.unet.config)
         if config["in_channels"] != dataset.channels:
             raise ValueError(f"{name} has in_channels {config['in_channels']}, but the images have {dataset.channels}")
         if (config["num_class_embeds"] is None) != options.unconditional:
             has = "has classes" if options.unconditional else "has no classes"
             raise ValueError(f"unconditional is {options.unconditional}, but {name} {has}")
-    elif start.checkpoint is not None and options.model_config_name_or_path is None:
-        config = dict(start.checkpoint.unet_config)
-    else:
-        name = options.model_config_name_or_path or "res"
-        config = load_model_config(name) | {"num_train_timesteps": options.num_train_timesteps}
     height, width = training_size(options, dataset)
     config |= {key: value for key in NETWORK_OPTIONS if (value := getattr(options, key)) is not None}
-    config |= {
+    known = {
         "sample_size": height if height == width else (height, width),
         "in_channels": dataset.channels,
-        "num_class_embeds": None if options.unconditional else dataset.num_classes,
+        "out_channels": dataset.channels * (2 if predicts_variance(config) else 1),
+        "num_class_embeds": None if options.unconditional else _num_class_embeds(config, options, dataset, start),
+        "null_class": not options.unconditional and (config.get("null_class") or options.class_dropout_prob > 0),
     }
+    if options.num_train_timesteps is not None:
+        known["num_train_timesteps"] = options.num_train_timesteps
+    network = NETWORKS[config["_class_name"]]
+    # not its signature, where a subclass of diffusers' class may have keyword arguments of any name
+    config |= {key: value for key, value in known.items() if key in network._get_init_keys(network)}
     try:
         # the network itself fills in defaults, knows the original's names, and refuses what does not fit
         with torch.device("meta"):
-            unet = ClassConditionalUNet2DModel(**{key: config[key] for key in config if not key.startswith("_")})
+            own = make_network(config).config
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from error
-    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    encoding = own.get("time_embedding_type", "positional")
+    if encoding not in ("sinusoidal", "positional") and (options.objective == "edm" or encoding == "fourier"):
+        told = f"time_embedding_type of {name} is {encoding}, but objective {options.objective} needs another"
+        raise ValueError(f"{told}: sinusoidal, or positional for a UNet2DModel")
+    levels = len(own.get("channel_mult", own.get("block_out_channels")))
+    if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
+        raise ValueError(f"the images are {height}x{width}, which {levels} levels of {name} cannot halve: resize them")
+    return {"_class_name": config["_class_name"]} | {key: own[key] for key in own if not key.startswith("_")}
+
+
+def make_network(config: Mapping[str, Any]) -> ModelMixin:
+    """The network of such options, which are one of ours if they have no ``_class_name``."""
+    network = NETWORKS[config.get("_class_name", ClassConditionalUNet2DModel.__name__)]
+    return network(**{key: value for key, value in config.items() if not key.startswith("_")})
+
+
+def predicts_variance(config: Mapping[str, Any]) -> bool:
+    """Whether a network of such options has two output channels for each input channel."""
+    if config["_class_name"] == ClassConditionalUNet2DModel.__name__:
+        return True
+    return config.get("out_channels") == 2 * config.get("in_channels", 3)
+
+
+def _num_class_embeds(config: Mapping[str, Any], options: TrainOptions, dataset: PreparedImages, start: Start) -> int:
+    """The number of classes, and for a stock network one for the null class, which is its last embedding."""
+    classes, needs_null_class = dataset.num_classes, options.class_dropout_prob > 0
+    if config["_class_name"] != UNet2DModel.__name__:
+        return classes
+    found = config.get("num_class_embeds") if start.checkpoint or start.pretrained else None
+    if found == classes and needs_null_class:
+        told = f"class_dropout_prob is {options.class_dropout_prob}, but the UNet2DModel that the run starts from has"
+        raise ValueError(
+            f"{told} {found} embeddings, all of classes, and none for no class: set class_dropout_prob to 0, or begin"
+            f" with a network of num_class_embeds {classes + 1}"
+        )
+    return classes + 1 if needs_null_class or found == classes + 1 else classes
 
 
 def training_size(options: TrainOptions, dataset: PreparedImages) -> tuple[int, int]:
@@ -282,9 +149,9 @@ def training_size(options: TrainOptions, dataset: PreparedImages) -> tuple[int, 
     return 2 ** rounded(math.log2(height)), 2 ** rounded(math.log2(width))
 
 
-def build_unet(config: Mapping[str, Any], start: Start) -> ClassConditionalUNet2DModel:
+def build_unet(config: Mapping[str, Any], start: Start) -> ModelMixin:
     """The network with the weights that the run starts from; a class table of another size begins anew."""
-    unet = ClassConditionalUNet2DModel(**config)
+    unet = make_network(config)
     if start.checkpoint is not None:
         unet.load_state_dict(start.checkpoint.weights)
     elif start.pretrained is not None:
@@ -294,29 +161,63 @@ def build_unet(config: Mapping[str, Any], start: Start) -> ClassConditionalUNet2
     return unet
 
 
-def build_scheduler(options: TrainOptions, start: Start) -> EtaDDIMScheduler:
-    """Holds the noise schedule."""
-    if start.checkpoint is not None:
-        return EtaDDIMScheduler.from_config(start.checkpoint.scheduler_config)
-    if start.pretrained is not None:
-        config, name = start.pretrained.scheduler.config, options.pretrained_model_name_or_path
-        scheduler = EtaDDIMScheduler.from_config(config, variance_type="learned_range")
-        for key in ("prediction_type", "num_train_timesteps"):
-            if getattr(options, key) != config[key]:
-                raise ValueError(f"{key} is {getattr(options, key)}, but {name} has {config[key]}")
-        if options.beta_schedule is not None:
-            error = (build_scheduler(options, Start()).alphas_cumprod - scheduler.alphas_cumprod).abs().max()
-            if error > 1e-6:
-                raise ValueError(f"beta_schedule is {options.beta_schedule}, but {name} has another: leave it out")
-        return scheduler
+class ObjectiveParts(NamedTuple):
+    """What an objective needs."""
+
+    scheduler_class: type[SchedulerMixin]
+    new_scheduler: Callable[[TrainOptions, bool], SchedulerMixin]  # of a network that learns the variance, or not
+    loss: Callable[[TrainOptions, SchedulerMixin, torch.device], TrainingObjective]
+
+
+def _ddpm_scheduler(options: TrainOptions, learns_variance: bool) -> EtaDDIMScheduler:
     common: dict[str, Any] = {name: getattr(options, name) for name in ("num_train_timesteps", "prediction_type")}
-    common["variance_type"] = "learned_range"
+    common["variance_type"] = "learned_range" if learns_variance else "fixed_small"
     if options.beta_schedule == "original_cosine":
         return EtaDDIMScheduler(**(common | original_cosine_options(common["num_train_timesteps"])))
     # Trailing steps begin with pure noise (Lin et al. 2023, arXiv 2305.08891, section 3.3). No clipping: the image
     # and the noise of a DDIM step must belong together, or guidance makes it visible.
     common |= {"timestep_spacing": "trailing", "clip_sample": False}
     return EtaDDIMScheduler(beta_schedule=options.beta_schedule, **common)
+
+
+def _ddpm_loss(options: TrainOptions, scheduler: SchedulerMixin, device: torch.device) -> HybridLoss:
+    loss = ImportanceSampledLoss if options.timestep_sampling == "importance" else HybridLoss
+    return loss(scheduler, options.vlb_weight, device, options.snr_gamma)
+
+
+# Adding an objective: write its class, name it here and in the options.
+OBJECTIVES: dict[str | None, ObjectiveParts] = {
+    "ddpm": ObjectiveParts(EtaDDIMScheduler, _ddpm_scheduler, _ddpm_loss),
+    "edm": ObjectiveParts(
+        EDMHeunScheduler,
+        lambda options, _: EDMHeunScheduler(sigma_data=options.sigma_data),
+        lambda options, scheduler, device: EDMLoss(
+            scheduler, **{name: getattr(options, name) for name in ("p_mean", "p_std")}
+        ),
+    ),
+}
+
+
+def build_scheduler(options: TrainOptions, start: Start, learns_variance: bool = True) -> SchedulerMixin:
+    """Holds the noise schedule."""
+    scheduler_class, new_scheduler, _ = OBJECTIVES[options.objective]
+    if start.checkpoint is not None:
+        return scheduler_class.from_config(start.checkpoint.scheduler_config)
+    if start.pretrained is None:
+        return new_scheduler(options, learns_variance)
+    config, name = start.pretrained.scheduler.config, options.pretrained_model_name_or_path
+    # a scheduler that was swapped in may not have used the variance
+    variance = {"variance_type": "learned_range"} if learns_variance and options.objective == "ddpm" else {}
+    scheduler = scheduler_class.from_config(config, **variance)
+    for key in ("prediction_type", "num_train_timesteps", "sigma_data"):
+        asked = getattr(options, key)
+        if asked is not None and asked != config[key]:
+            raise ValueError(f"{key} is {asked}, but {name} has {config[key]}")
+    if options.beta_schedule is not None:
+        error = (new_scheduler(options, learns_variance).alphas_cumprod - scheduler.alphas_cumprod).abs().max()
+        if error > 1e-6:
+            raise ValueError(f"beta_schedule is {options.beta_schedule}, but {name} has another: leave it out")
+    return scheduler
 
 
 def build_optimizer(

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.unet_class_conditional import ClassConditionalUNet2DModel
-from .components import Plan
+from .components import make_network
+from .plan import Plan
 
 
 class TrainingCost(NamedTuple):
@@ -36,16 +37,15 @@ def estimate_cost(
 
     ``images`` pass at once. ``device_type`` matters because autocast leaves other operations in float32 on a CPU.
     """
-    options = {name: value for name, value in unet_config.items() if not name.startswith("_")}
     with torch.device("meta"):
-        unet = ClassConditionalUNet2DModel(**options).train()
+        unet = make_network(unet_config).train()
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         forward_flops, training_flops = count_flops(lambda: _forward(unet, 1))
     # what runs in 8 bits keeps its activations in bf16
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with FakeTensorMode(), torch.device(device_type), torch.autocast(device_type, dtype, enabled=precision != "no"):
-        unet = ClassConditionalUNet2DModel(**options).train()
+        unet = make_network(unet_config).train()
         activation_bytes = _activation_bytes(unet, images, gradient_checkpointing)
     return TrainingCost(unet.num_parameters(), forward_flops, training_flops, activation_bytes)
 
@@ -96,7 +96,7 @@ def _with_prefix(value: int) -> str:
     return f"{value / 1000**power:8.2f} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
 
 
-def _forward(unet: ClassConditionalUNet2DModel, images: int) -> torch.Tensor:
+def _forward(unet: ModelMixin, images: int) -> torch.Tensor:
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     samples = torch.empty(images, unet.config.in_channels, height, width)
@@ -104,7 +104,7 @@ def _forward(unet: ClassConditionalUNet2DModel, images: int) -> torch.Tensor:
     return unet(samples, timesteps, None if unet.config.num_class_embeds is None else timesteps).sample
 
 
-def _activation_bytes(unet: ClassConditionalUNet2DModel, images: int, gradient_checkpointing: bool) -> int:
+def _activation_bytes(unet: ModelMixin, images: int, gradient_checkpointing: bool) -> int:
     """Bytes of what a forward pass saves for the backward pass, each storage once and the weights not at all."""
     own = {tensor.untyped_storage()._cdata for tensor in (*unet.parameters(), *unet.buffers())}
     largest = 0

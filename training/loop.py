@@ -31,12 +31,21 @@ from ..utils.devices import keep_freed_memory
 from ..utils.distributed import on_main_process
 from ..utils.nearest_names import perhaps
 from .checkpoints import Progress, find_checkpoints, remove_old_checkpoints, save_checkpoint, write_errors
-from .components import Plan, build_optimizer, build_scheduler, build_unet, image_batches, make_plan, training_size
+from .components import (
+    OBJECTIVES,
+    build_optimizer,
+    build_scheduler,
+    build_unet,
+    image_batches,
+    predicts_variance,
+    training_size,
+)
 from .cost import describe_run
 from .interruption import StopRequest
 from .metrics import METRICS_NAME, MetricsWindow, draw_loss_chart, remove_entries_after
-from .objectives import HybridLoss, ImportanceSampledLoss
+from .objectives import TrainedNetwork
 from .options import TrainOptions
+from .plan import Plan, make_plan
 from .randomness import StepRandomness, seed_network, to_device
 
 
@@ -57,20 +66,20 @@ class Trainer:
             keep_freed_memory()
         # the same weights on every rank
         set_seed(options.seed)
-        unet = build_unet(plan.unet_config, plan.start)
+        self.unet = unet = build_unet(plan.unet_config, plan.start)
         if options.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         # before the optimizer, whose state lies where its parameters lie
-        unet.to(self.device)
-        optimizer = build_optimizer(options, unet.parameters(), self.device)
-        self.scheduler = build_scheduler(options, plan.start)
-        objective = ImportanceSampledLoss if options.timestep_sampling == "importance" else HybridLoss
-        self.objective = objective(self.scheduler, options.vlb_weight, self.device, options.snr_gamma)
-        self.metrics = MetricsWindow(accelerator, self.objective.num_train_timesteps)
+        unet.to(self.device).train()
+        self._parameters = list(unet.parameters())
+        optimizer = build_optimizer(options, self._parameters, self.device)
+        self.scheduler = build_scheduler(options, plan.start, predicts_variance(plan.unet_config))
+        self.objective = OBJECTIVES[options.objective].loss(options, self.scheduler, self.device)
+        self.metrics = MetricsWindow(accelerator, self.objective)
         self.ema = None
         if options.use_ema:
             warmup = {"use_ema_warmup": True, "inv_gamma": options.ema_inv_gamma, "power": options.ema_power}
-            self.ema = EMAModel(unet.parameters(), decay=options.ema_max_decay, foreach=True, **warmup)
+            self.ema = EMAModel(self._parameters, decay=options.ema_max_decay, foreach=True, **warmup)
         schedule_step = self.global_step
         if checkpoint is not None:
             progress = checkpoint.progress
@@ -96,8 +105,7 @@ class Trainer:
         steps = {"num_warmup_steps": min(options.lr_warmup_steps, self.max_train_steps)}
         steps |= {"num_training_steps": self.max_train_steps, "last_epoch": schedule_step - 1}
         self.lr_scheduler = get_scheduler(options.lr_scheduler, optimizer, **steps)
-        self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
-        self._parameters = list(self.unet.parameters())
+        self.network, self.optimizer = accelerator.prepare(TrainedNetwork(unet), optimizer)
 
     def run(self) -> Path:
         """Trains to the last step and saves the pipeline; returns its folder."""
@@ -181,25 +189,25 @@ class Trainer:
         passes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         gradient_norm = None
         for piece in range(options.gradient_accumulation_steps):
-            with accelerator.accumulate(self.unet):
+            with accelerator.accumulate(self.network):
                 first = (piece * accelerator.num_processes + accelerator.process_index) * options.train_batch_size
                 images = slice(first, first + options.train_batch_size)
                 randomness = StepRandomness(
                     options.seed, self.global_step, images, self.images_per_step, options.class_dropout_prob
                 )
-                levels, weights = self.objective.sample_noise_levels(randomness.uniforms)
-                timesteps = to_device(levels, self.device)
+                sampled, weights = self.objective.sample_noise_levels(randomness.uniforms)
+                levels = to_device(sampled, self.device)
                 # before the seeding: a loader that begins takes a random number itself
                 batch = next(batches)
                 seed_network(options.seed, self.global_step, piece, accelerator.process_index)
-                losses = self._losses(batch, randomness, timesteps)
+                losses = self._losses(batch, randomness, levels)
                 loss = (losses * to_device(weights.astype(np.float32), self.device)).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     gradient_norm = accelerator.clip_grad_norm_(self._parameters, options.max_grad_norm or math.inf)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            passes.append((loss.detach(), losses.detach(), timesteps))
+            passes.append((loss.detach(), losses.detach(), levels))
         # fp16 skips a step whose gradients overflow
         if accelerator.optimizer_step_was_skipped:
             gradient_norm = None
@@ -209,8 +217,8 @@ class Trainer:
                 self.ema.step(self._parameters)
         if options.timestep_sampling != "uniform":
             # every rank learns the losses of all, in the order of the global batch, so that all sample alike
-            for _, losses, timesteps in passes:
-                everyone = accelerator.gather(timesteps), accelerator.gather(losses).double()
+            for _, losses, levels in passes:
+                everyone = accelerator.gather(levels), accelerator.gather(losses).double()
                 self.objective.update(*(values.cpu().numpy() for values in everyone))
         self.global_step += 1
         self.images_seen += self.images_per_step
@@ -218,7 +226,7 @@ class Trainer:
         self.metrics.add(self.global_step, torch.stack(means).mean(), gradient_norm, *map(torch.cat, of_images))
 
     def _losses(
-        self, batch: dict[str, torch.Tensor], randomness: StepRandomness, timesteps: torch.Tensor
+        self, batch: dict[str, torch.Tensor], randomness: StepRandomness, levels: torch.Tensor
     ) -> torch.Tensor:
         """The loss of each image of one pass, (images,)."""
         images = to_model_range(batch["pixel_values"].to(self.device, non_blocking=True))
@@ -233,10 +241,11 @@ class Trainer:
             labels = batch["class_labels"].to(self.device, non_blocking=True)
             labels = labels.masked_fill(to_device(randomness.drops_class, self.device), self.dataset.num_classes)
         noise = randomness.noise(tuple(images.shape[1:]), self.device)
-        noisy_images = self.objective.add_noise(images, noise, timesteps)
+        noisy_images = self.objective.add_noise(images, noise, levels)
         with self.accelerator.autocast():
-            model_output = self.unet(noisy_images, timesteps, labels, return_dict=False)[0]
-        return self.objective(model_output, images, noise, noisy_images, timesteps).total
+            outputs = self.network(*self.objective.model_inputs(noisy_images, levels), labels)
+        model_output, log_variance = outputs
+        return self.objective(model_output, images, noise, noisy_images, levels, log_variance).total
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.global_step % every == 0
@@ -280,7 +289,7 @@ class Trainer:
                 averaged = ([weight.cpu() for weight in ema.shadow_params], ema.optimization_step)
             save_checkpoint(
                 self._checkpoint(),
-                unet=accelerator.unwrap_model(self.unet, keep_torch_compile=False),
+                unet=self.unet,
                 scheduler=self.scheduler,
                 optimizer=self.optimizer.optimizer,
                 progress=progress,
@@ -296,9 +305,9 @@ class Trainer:
         on_main_process(accelerator, write)
 
     def _pipeline(self) -> ClassConditionalPipeline:
-        unet = self.accelerator.unwrap_model(self.unet, keep_torch_compile=False)
         id2label = None if self.options.unconditional else self.dataset.id2label
-        pipeline = ClassConditionalPipeline(unet, type(self.scheduler).from_config(self.scheduler.config), id2label)
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        pipeline = ClassConditionalPipeline(self.unet, scheduler, id2label)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -352,19 +361,20 @@ class Trainer:
     def _save_samples(self) -> None:
         """A grid from the EMA weights, always from the same noise, shared among the ranks."""
         options, accelerator = self.options, self.accelerator
-        num_classes = self.plan.unet_config["num_class_embeds"]
+        num_classes = None if options.unconditional else self.dataset.num_classes
         count = min(options.num_sample_classes, num_classes or options.num_sample_classes)
         classes = [None if num_classes is None else index * num_classes // count for index in range(count)]
         labels = [label for label in classes for _ in range(options.num_samples_per_class)]
         mine = np.array_split(np.arange(len(labels)), accelerator.num_processes)[accelerator.process_index].tolist()
         images: list[Image.Image] = []
-        with ema_weights(self.unet, self.ema):
+        with ema_weights(self.unet, self.ema), accelerator.autocast():
             pipeline = self._pipeline()
+            can_guide = pipeline.null_class is not None
             for start in range(0, len(mine), options.train_batch_size):
                 batch = mine[start : start + options.train_batch_size]
                 generated: Any = pipeline(
                     [labels[index] for index in batch],
-                    guidance_scale=options.guidance_scale,
+                    guidance_scale=options.guidance_scale if can_guide else 1.0,
                     num_inference_steps=min(options.num_inference_steps, self.scheduler.config.num_train_timesteps),
                     # on the CPU, where the noise is the same on every machine
                     generator=[torch.Generator().manual_seed(options.seed + index) for index in batch],

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..utils.atomic_write import atomic_file
 from ..utils.chart_style import BLACK, BLUE, DPI, GREEN, ORANGE, PURPLE, VERMILION, finish_axes, save_figure
+from .objectives import TrainingObjective
 
 
 METRICS_NAME = "metrics.jsonl"
-NUM_QUARTERS = 4  # equal parts of the timesteps, the first one nearest to the image
+NUM_QUARTERS = 4  # equal parts of the noise levels, the first one nearest to the image
 QUARTERS = tuple(f"loss_quarter_{number}" for number in range(1, NUM_QUARTERS + 1))
 METRICS = ("step", "loss", *QUARTERS, "gradient_norm", "lr")
 
@@ -27,8 +28,8 @@ METRICS = ("step", "loss", *QUARTERS, "gradient_norm", "lr")
 class MetricsWindow:
     """Means since the last entry of the log, summed on the device so that no step waits for the host."""
 
-    def __init__(self, accelerator: Accelerator, num_train_timesteps: int):
-        self._accelerator, self._num_train_timesteps = accelerator, num_train_timesteps
+    def __init__(self, accelerator: Accelerator, objective: TrainingObjective):
+        self._accelerator, self._objective = accelerator, objective
         self.clear()
 
     def clear(self) -> None:
@@ -37,29 +38,33 @@ class MetricsWindow:
         self._kept: list[tuple[int, Tensor, Tensor]] = []
         self._begin = time.perf_counter()
 
-    def add(self, step: int, loss: Tensor, gradient_norm: Tensor | None, losses: Tensor, timesteps: Tensor) -> None:
+    def add(self, step: int, loss: Tensor, gradient_norm: Tensor | None, losses: Tensor, levels: Tensor) -> None:
         """Takes in a step; the gradient norm is None where fp16 skipped the update, the last two are (images,)."""
         one, zero = torch.ones_like(loss), torch.zeros_like(loss)
         updates, norm = (zero, zero) if gradient_norm is None else (one, gradient_norm)
         self._sums[:4] += torch.stack([one, updates, loss, norm])
-        quarters = timesteps * NUM_QUARTERS // self._num_train_timesteps
+        quarters = (self._objective.quantiles(levels) * NUM_QUARTERS).long().clamp(max=NUM_QUARTERS - 1)
         self._sums[4 : 4 + NUM_QUARTERS].index_add_(0, quarters, losses)
         self._sums[4 + NUM_QUARTERS :].index_add_(0, quarters, torch.ones_like(losses))
-        self._kept.append((step, losses, timesteps))
+        self._kept.append((step, losses, levels))
 
     def means(self) -> dict[str, float | None]:
-        """The means over all ranks, None for a quarter without timesteps; FloatingPointError if not finite."""
+        """The means over all ranks, None for a quarter without images; FloatingPointError if not finite."""
         sums = self._accelerator.reduce(self._sums, reduction="sum").tolist()
         steps, updates, loss, gradient_norm = sums[:4]
         if not steps:
             return {}
         if not math.isfinite(loss + gradient_norm):
-            own = [(step, t) for step, losses, timesteps in self._kept for t in timesteps[~losses.isfinite()].tolist()]
+            own = [
+                (step, level) for step, losses, levels in self._kept for level in levels[~losses.isfinite()].tolist()
+            ]
             found = sorted(set(gather_object(own)))
             if not found:
                 raise FloatingPointError(f"the gradient is not finite up to step {self._kept[-1][0]}")
-            shown = [str(timestep) for step, timestep in found if step == found[0][0]][:10]
-            raise FloatingPointError(f"the loss is not finite at step {found[0][0]}, timesteps {', '.join(shown)}")
+            shown = ", ".join([f"{level:g}" for step, level in found if step == found[0][0]][:10])
+            raise FloatingPointError(
+                f"the loss is not finite at step {found[0][0]}, {self._objective.level_name} {shown}"
+            )
         by_quarter = zip(QUARTERS, sums[4 : 4 + NUM_QUARTERS], sums[4 + NUM_QUARTERS :], strict=True)
         return {
             "loss": loss / steps,
@@ -144,7 +149,7 @@ def draw_loss_chart(output_dir: Path) -> None:
     shares = [f"{25 * number}\N{EN DASH}{25 * number + 25} %" for number in range(NUM_QUARTERS)]
     panels = {
         "loss": [("as logged", metrics["loss"], ORANGE), ("smoothed", smooth(metrics["loss"]), BLUE)],
-        "smoothed loss, timesteps\nfrom image to noise": [
+        "smoothed loss, noise levels\nfrom image to noise": [
             (share, smooth(metrics[name]), colour)
             for share, name, colour in zip(shares, QUARTERS, (VERMILION, ORANGE, GREEN, BLUE), strict=True)
         ],

@@ -1,22 +1,23 @@
 """What a network is trained on: how strong the noise is, the noisy image, the target, and what an error costs.
 
-Each objective is one class with the methods of `HybridLoss`.
+Each objective is a `TrainingObjective`, and has an entry in `OBJECTIVES` of `components`.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LossTerms(NamedTuple):
     """What one batch costs, each (batch,): the mean over the pixels of each image."""
 
-    simple: Tensor  # squared error of the prediction, with its Min-SNR weight if there is one
-    vlb: Tensor  # weighted term of the variational bound, in nats per dimension
+    simple: Tensor  # squared error of the prediction, with its weight and uncertainty if there are any
+    vlb: Tensor  # weighted term of the variational bound, in nats per dimension; 0 without a learned variance
 
     @property
     def total(self) -> Tensor:
@@ -24,13 +25,112 @@ class LossTerms(NamedTuple):
         return self.simple + self.vlb
 
 
-class HybridLoss:
+class TrainedNetwork(nn.Module):
+    """A network with its uncertainty: one forward pass, which is what DDP wraps, reaches all parameters.
+
+    Args:
+        unet: The network. If it has ``log_variance(timestep)``, (batch,), the logarithm of how large it takes its
+            squared error to be at a noise level, that is trained with it.
+    """
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The network's output, (batch, channels, height, width), and its log-variance, (batch,), or None."""
+        model_output = self.unet(sample, timestep, class_labels, return_dict=False)[0]
+        if not hasattr(self.unet, "log_variance"):
+            return model_output, None
+        with torch.autocast(sample.device.type, enabled=False):
+            return model_output, self.unet.log_variance(timestep)
+
+
+class TrainingObjective(ABC):
+    """What a training step asks of an objective, in this order."""
+
+    level_name: str  # what a noise level is called
+
+    @abstractmethod
+    def sample_noise_levels(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Turns uniform numbers in [0, 1) into noise levels.
+
+        Args:
+            uniforms: float64 (batch,).
+
+        Returns:
+            Noise levels, (batch,), and the weight of each one's loss, float64 (batch,), that makes the weighted mean
+            an unbiased estimate of the mean over all noise levels.
+        """
+
+    @abstractmethod
+    def add_noise(self, original_samples: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """The noisy images, (batch, channels, height, width)."""
+
+    def model_inputs(self, noisy_samples: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is given: samples, (batch, channels, height, width), and timesteps, (batch,)."""
+        return noisy_samples, levels
+
+    @abstractmethod
+    def target(self, original_samples: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """What the network should predict, (batch, channels, height, width)."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        model_output: Tensor,
+        original_samples: Tensor,
+        noise: Tensor,
+        noisy_samples: Tensor,
+        levels: Tensor,
+        log_variance: Tensor | None = None,
+    ) -> LossTerms:
+        """The terms for each image of a batch.
+
+        Args:
+            model_output: (batch, channels, height, width): the prediction; with twice the channels what follows it is
+                the variance, for objectives that train one.
+            original_samples: Images in [-1, 1], (batch, channels, height, width), as are the two that follow.
+            noise: The noise in the noisy images, of unit variance.
+            noisy_samples: The noisy images.
+            levels: (batch,).
+            log_variance: u, (batch,), if the network has an uncertainty: an error e costs e / exp(u) + u (Karras et
+                al. 2024, arXiv 2312.02696, equation 16), least where exp(u) is e; all noise levels weigh equally then.
+        """
+
+    @abstractmethod
+    def quantiles(self, levels: Tensor) -> Tensor:
+        """The share of the training's noise levels that are weaker, in [0, 1], (batch,)."""
+
+    def update(self, levels: np.ndarray, losses: np.ndarray) -> None:  # noqa: B027 (most remember nothing)
+        """Tells the losses that the sampled noise levels had, each (images,)."""
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What a checkpoint must keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:  # noqa: B027
+        """Resumes from what `state_dict` gave."""
+
+
+def _mean_error(target: Tensor, prediction: Tensor) -> Tensor:
+    """(batch,)."""
+    return (target - prediction).square().mean(dim=(1, 2, 3))
+
+
+def _with_uncertainty(errors: Tensor, log_variance: Tensor | None) -> Tensor:
+    """(batch,)."""
+    return errors if log_variance is None else errors * torch.exp(-log_variance) + log_variance
+
+
+class HybridLoss(TrainingObjective):
     r"""DDPM's objective: L_simple + lambda L_vlb (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 16).
 
     The bound is the Kullback-Leibler divergence between the true posterior q(x_{t-1} | x_t, x_0), with variance
     beta_tilde, and the predicted p(x_{t-1} | x_t), with the learned variance. The predicted mean in it is detached, so
     that it trains the variance alone. At the first timestep the posterior variance may be zero; that of the second is
-    used there, as the paper's authors do. Timesteps are sampled uniformly.
+    used there, as the paper's authors do. Timesteps are sampled uniformly. A network that predicts no variance is
+    trained by L_simple alone.
 
     Args:
         scheduler: A scheduler with ``alphas_cumprod`` and ``final_alpha_cumprod`` and a ``prediction_type`` in its
@@ -44,6 +144,8 @@ class HybridLoss:
     Raises:
         ValueError: If snr_gamma is not above 0, or the scheduler has another prediction type.
     """
+
+    level_name = "timesteps"
 
     def __init__(
         self,
@@ -87,17 +189,12 @@ class HybridLoss:
             self._weight = weight.to(device)
 
     def sample_noise_levels(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Turns uniform numbers in [0, 1) into timesteps.
-
-        Args:
-            uniforms: float64 (batch,).
-
-        Returns:
-            Timesteps, int64 (batch,), counted from 0, and the weight of each one's loss, float64 (batch,), that makes
-            the weighted mean an unbiased estimate of the mean over all timesteps.
-        """
+        """Timesteps, int64 (batch,), counted from 0, and weights of 1."""
         timesteps = (uniforms * self.num_train_timesteps).astype(np.int64)
         return timesteps.clip(max=self.num_train_timesteps - 1), np.ones_like(uniforms)
+
+    def quantiles(self, timesteps: Tensor) -> Tensor:
+        return timesteps / self.num_train_timesteps
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4), (batch, channels, h, w)."""
@@ -113,24 +210,25 @@ class HybridLoss:
         return self._sqrt_alpha_prod[timesteps] * noise - self._sqrt_beta_prod[timesteps] * original_samples
 
     def __call__(
-        self, model_output: Tensor, original_samples: Tensor, noise: Tensor, noisy_samples: Tensor, timesteps: Tensor
+        self,
+        model_output: Tensor,
+        original_samples: Tensor,
+        noise: Tensor,
+        noisy_samples: Tensor,
+        timesteps: Tensor,
+        log_variance: Tensor | None = None,
     ) -> LossTerms:
-        """The terms for each image of a batch.
-
-        Args:
-            model_output: (batch, 2 * channels, height, width): prediction, then variance interpolation, 1 for log beta
-                and -1 for log beta_tilde.
-            original_samples: x_0 in [-1, 1], (batch, channels, height, width), as are the two that follow.
-            noise: The noise in x_t.
-            noisy_samples: x_t.
-            timesteps: int64 (batch,), counted from 0.
-        """
-        prediction, interpolation = model_output.float().chunk(2, dim=1)
+        """As `TrainingObjective.__call__`; the variance is an interpolation, 1 for log beta, -1 for log beta_tilde."""
+        channels = original_samples.shape[1]
+        prediction, interpolation = model_output.float().tensor_split([channels], dim=1)
 
         # 1. the plain error, equation 14 of Ho et al. for epsilon
-        simple = (self.target(original_samples, noise, timesteps) - prediction).square().mean(dim=(1, 2, 3))
+        simple = _mean_error(self.target(original_samples, noise, timesteps), prediction)
         if self._weight is not None:
             simple = self._weight[timesteps] * simple
+        simple = _with_uncertainty(simple, log_variance)
+        if not interpolation.shape[1]:
+            return LossTerms(simple, vlb=torch.zeros_like(simple))
 
         # 2. the predicted image, as the sampler would clip it
         with torch.no_grad():
@@ -150,17 +248,7 @@ class HybridLoss:
         relative_variance = torch.exp(log_variance - predicted)
         squared_error = mean_error.square() * torch.exp(-predicted)
         divergence = 0.5 * (predicted - log_variance + relative_variance + squared_error - 1)
-        return LossTerms(simple=simple, vlb=self.vlb_weight * divergence.mean(dim=(1, 2, 3)))
-
-    def update(self, timesteps: np.ndarray, losses: np.ndarray) -> None:
-        """Tells the losses that the sampled timesteps had, each (images,)."""
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """What a checkpoint must keep."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Resumes from what `state_dict` gave."""
+        return LossTerms(simple, vlb=self.vlb_weight * divergence.mean(dim=(1, 2, 3)))
 
 
 class ImportanceSampledLoss(HybridLoss):
@@ -209,3 +297,67 @@ class ImportanceSampledLoss(HybridLoss):
         # none in the checkpoint of a run that sampled uniformly
         if state:
             self._history, self._counts = state["history"].copy(), state["counts"].copy()
+
+
+class EDMLoss(TrainingObjective):
+    r"""EDM's objective (Karras et al. 2022, arXiv 2206.00364, table 1).
+
+    Images with noise of standard deviation sigma, ln sigma ~ N(p_mean, p_std^2), are denoised to
+    D = c_skip x + c_out F, where F is what the network makes of c_in x and log(sigma) / 4. The squared error of D has
+    the weight lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. As lambda c_out^2 = 1, that is the plain error
+    of F.
+
+    Args:
+        scheduler: A scheduler with ``sigma_data``, the standard deviation of images in [-1, 1], in its config.
+        p_mean, p_std: Of ln sigma. EDM has -1.2 and 1.2; EDM2 (Karras et al. 2024, arXiv 2312.02696) has -0.8 and 1.6
+            for the pixels of ImageNet-64, -0.4 and 1 for latents.
+
+    Raises:
+        ValueError: If the scheduler takes F with the other sign.
+    """
+
+    level_name = "noise levels"
+
+    def __init__(self, scheduler: SchedulerMixin, p_mean: float = -1.2, p_std: float = 1.2):
+        if scheduler.config.prediction_type != "epsilon":
+            raise ValueError(f"prediction_type is {scheduler.config.prediction_type}, but EDM's loss needs epsilon")
+        self.sigma_data: float = scheduler.config.sigma_data
+        self.p_mean, self.p_std = p_mean, p_std
+
+    def sample_noise_levels(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """sigma, float32 (batch,), by the inverse of the normal distribution, and weights of 1."""
+        # 0, which would be no noise, is as likely as one of the 2^53 others
+        normal = torch.special.ndtri(torch.from_numpy(uniforms).clamp(min=2.0**-54)).numpy()
+        return np.exp(self.p_mean + self.p_std * normal).astype(np.float32), np.ones_like(uniforms)
+
+    def quantiles(self, sigmas: Tensor) -> Tensor:
+        return torch.special.ndtr((sigmas.log() - self.p_mean) / self.p_std)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        return original_samples + sigmas[:, None, None, None] * noise
+
+    def model_inputs(self, noisy_samples: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+        """c_in x and c_noise."""
+        return noisy_samples / self._norm(sigmas), sigmas.log() / 4
+
+    def target(self, original_samples: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """(y - c_skip x) / c_out, without its difference of almost equal numbers where there is little noise."""
+        share = sigmas[:, None, None, None] / self.sigma_data
+        return (share * original_samples - self.sigma_data * noise) / self._norm(sigmas)
+
+    def __call__(
+        self,
+        model_output: Tensor,
+        original_samples: Tensor,
+        noise: Tensor,
+        noisy_samples: Tensor,
+        sigmas: Tensor,
+        log_variance: Tensor | None = None,
+    ) -> LossTerms:
+        prediction = model_output[:, : original_samples.shape[1]].float()
+        errors = _mean_error(self.target(original_samples, noise, sigmas), prediction)
+        return LossTerms(_with_uncertainty(errors, log_variance), vlb=torch.zeros_like(errors))
+
+    def _norm(self, sigmas: Tensor) -> Tensor:
+        """Standard deviation of the noisy images, (batch, 1, 1, 1)."""
+        return (sigmas.square() + self.sigma_data**2).sqrt()[:, None, None, None]

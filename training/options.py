@@ -8,8 +8,9 @@ from ..utils.command_line import CheckedOptions, option
 
 
 # An option under each of the headings of --help.
-_GROUPS = ("data", "run", "network", "diffusion", "optimisation", "precision and speed", "checkpoints and logging")
-_data, _run, _network, _noise, _step, _speed, _log = (partial(option, group=name) for name in _GROUPS)
+_GROUPS = ("data", "run", "network", "objective", "optimisation", "precision and speed", "checkpoints and logging")
+_data, _run, _network, _objective, _step, _speed, _log = (partial(option, group=name) for name in _GROUPS)
+_ddpm, _edm = partial(option, group="objective ddpm"), partial(option, group="objective edm")
 _samples, _hub = partial(option, group="samples"), partial(option, group="Hub")
 
 
@@ -38,7 +39,8 @@ class TrainOptions(CheckedOptions):
     model_config_name_or_path: str | None = _network(
         None,
         "The U-Net: a recipe (res, res_conv, res_res, res_res_atn, res_large, demo; original/res and so on for the"
-        " original's own) or a JSON file (default: res). The options that follow each replace one entry.",
+        " original's own; edm2_xs to edm2_xl), or the JSON file or folder of a network of ours or of a diffusers"
+        " UNet2DModel (default: res). The options that follow each replace one entry.",
         metavar="CONFIG",
     )
     stem_channels: int | None = _network(None, "Width of the first convolution, in channels.")
@@ -63,20 +65,28 @@ class TrainOptions(CheckedOptions):
     output_head_type: str | None = _network(None, "original is its narrow one.", choices=["conv", "original"])
     unconditional: bool = _network(False, "Train without classes.")
 
-    prediction_type: str | None = _noise(
+    objective: str | None = _objective(
+        None, "Loss (default: edm for EDM2's networks, else ddpm; or the start's).", choices=["ddpm", "edm"]
+    )
+    class_dropout_prob: float = _objective(0.2, "Share of images without class, for guidance.", at_least=0, at_most=1)
+
+    prediction_type: str | None = _ddpm(
         None, "Target (default: v_prediction, or the start's).", choices=["v_prediction", "epsilon", "sample"]
     )
-    num_train_timesteps: int | None = _noise(None, "Diffusion timesteps (default: 1000, or the start's).", at_least=1)
-    beta_schedule: str | None = _noise(
+    num_train_timesteps: int | None = _ddpm(None, "Diffusion timesteps (default: 1000, or the start's).", at_least=1)
+    beta_schedule: str | None = _ddpm(
         None,
         "squaredcos_cap_v2, linear, scaled_linear or original_cosine (default: the first, or the start's).",
         metavar="NAME",
         choices=["squaredcos_cap_v2", "linear", "scaled_linear", "original_cosine"],
     )
-    class_dropout_prob: float = _noise(0.2, "Share of images without class, for guidance.", at_least=0, at_most=1)
-    vlb_weight: float = _noise(0.001, "Weight of the bound that trains the variance; at least 0.", at_least=0)
-    snr_gamma: float | None = _noise(None, "Gamma of Min-SNR weighting (5 is usual; default: none).", above=0)
-    timestep_sampling: str = _noise("uniform", "importance prefers large losses.", choices=["uniform", "importance"])
+    vlb_weight: float = _ddpm(0.001, "Weight of the bound that trains the variance; at least 0.", at_least=0)
+    snr_gamma: float | None = _ddpm(None, "Gamma of Min-SNR weighting (5 is usual; default: none).", above=0)
+    timestep_sampling: str = _ddpm("uniform", "importance prefers large losses.", choices=["uniform", "importance"])
+
+    p_mean: float | None = _edm(None, "Mean of ln sigma (default: -0.8 for EDM2's networks, else -1.2).")
+    p_std: float | None = _edm(None, "Standard deviation of ln sigma (default: 1.6 for EDM2's, else 1.2).", above=0)
+    sigma_data: float | None = _edm(None, "Standard deviation of the images (default: 0.5, or the start's).", above=0)
 
     train_batch_size: int = _step(128, "Images per process and forward pass.", at_least=1)
     gradient_accumulation_steps: int = _step(1, "Forward passes per optimizer step.", at_least=1)
@@ -112,7 +122,7 @@ class TrainOptions(CheckedOptions):
     num_sample_classes: int = _samples(10, "Classes in a sample grid, spread evenly over all.", at_least=1)
     num_samples_per_class: int = _samples(4, "Images of each class in a sample grid.", at_least=1)
     num_inference_steps: int = _samples(50, "Denoising steps of the sample grids.", at_least=1)
-    guidance_scale: float = _samples(2.0, "Guidance scale of the sample grids, at least 0.", at_least=0)
+    guidance_scale: float = _samples(2.0, "Guidance scale of the sample grids, if there is a null class.", at_least=0)
 
     push_to_hub: bool = _hub(False, "Upload the final pipeline with its model card.")
     hub_model_id: str | None = _hub(None, "Where to, user/name (default: the name of output_dir).", metavar="ID")
@@ -138,5 +148,7 @@ def options_of(*groups: str) -> set[str]:
     return {item.name for item in fields(TrainOptions) if item.metadata["group"] in groups}
 
 
+# Options of one objective alone; they are not given for another one, and None there if they have no fixed default.
+OBJECTIVE_OPTIONS: dict[str | None, set[str]] = {name: options_of(f"objective {name}") for name in ("ddpm", "edm")}
 # Options that replace one entry of the network's config.
 NETWORK_OPTIONS = sorted(options_of("network") - {"model_config_name_or_path", "unconditional"})

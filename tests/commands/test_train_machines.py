@@ -1,5 +1,6 @@
 """imagenet64-train on several processes, of one machine or of two."""
 
+import json
 import shutil
 import signal
 
@@ -9,7 +10,13 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 
 from imagenet64_diffusion.tests.commands.processes import CommandProcess, distributed, free_port, snapshot, wait_until
 from imagenet64_diffusion.tests.commands.runs import ROOT
-from imagenet64_diffusion.tests.commands.training_runs import EVERYTHING, QUIET, TrainingRun, assert_equal_runs
+from imagenet64_diffusion.tests.commands.training_runs import (
+    EVERYTHING,
+    NETWORKS,
+    QUIET,
+    TrainingRun,
+    assert_equal_runs,
+)
 from imagenet64_diffusion.training.checkpoints import load_checkpoint
 
 
@@ -159,3 +166,14 @@ def test_fine_tuning_on_two_machines(undisturbed, prepared, tmp_path):
     assert not run.output_dir.exists()
     said = TwoLives(run, second={"pretrained_model_name_or_path": second}).finish()
     assert f"training from {first}" in said
+
+
+def test_edms_loss_with_an_uncertainty(new_run, tmp_path):
+    """Both processes reach the parameters of the uncertainty, and two are as one with the batch at once."""
+    (tmp_path / "edm2.json").write_text(json.dumps(NETWORKS["edm2"]))
+    options = {**SHARED, "model_config_name_or_path": tmp_path / "edm2.json", "objective": "edm"}
+    options |= {"timestep_sampling": "uniform", "num_train_timesteps": None}
+    both, alone = new_run("both", **options), new_run("alone", **options)
+    TwoLives(both).finish()
+    alone.finish(train_batch_size=16)
+    assert_close_runs(alone, both)

@@ -12,6 +12,19 @@ from imagenet64_diffusion.train_imagenet64 import main
 
 TINY = {"stem_channels": 8, "block_out_channels": [8, 16], "time_embed_dim": 16, "class_embed_dim": 16}
 TINY |= {"layer_types": ["resnet", "class_attention", "channel_attention"]}
+_STOCK = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+_STOCK |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+# One network of each class that can be trained.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "ours": {"_class_name": "ClassConditionalUNet2DModel", **TINY},
+    "stock": {"_class_name": "UNet2DModel", **_STOCK},
+    "adm": {"_class_name": "ADMUNet2DModel", **_STOCK},
+    "edm2": {
+        "_class_name": "EDM2UNet2DModel",
+        **{"model_channels": 16, "channel_mult": [1, 2], "layers_per_block": 1, "logvar_channels": 8},
+        **{"attention_resolutions": [8], "attention_head_dim": 8},
+    },
+}
 QUIET = {"num_inference_steps": 2, "num_samples_per_class": 1, "report_to": "none"}
 # Everything that a checkpoint must keep has an effect: batches cross the borders of epochs, the history of losses
 # fills, and entries of the log, checkpoints and samples come at different steps.
@@ -37,14 +50,14 @@ EVERYTHING = {
 class TrainingRun:
     """A command that trains, which may live several times; an option of None is left out."""
 
-    def __init__(self, folder: Path, prepared: Path, options: Mapping[str, Any]):
+    def __init__(self, folder: Path, prepared: Path, options: Mapping[str, Any], network: Mapping[str, Any] = TINY):
         folder.mkdir(exist_ok=True, parents=True)
         self.folder, self.prepared, self.options = folder, prepared, dict(options)
         self.output_dir, self.checkpoints = folder / "out", folder / "out" / "checkpoints"
         self._num_processes = 0
         if "pretrained_model_name_or_path" not in options:
             self.options.setdefault("model_config_name_or_path", folder / "unet.json")
-            (folder / "unet.json").write_text(json.dumps(TINY))
+            (folder / "unet.json").write_text(json.dumps(network))
 
     def arguments(self, **changes: Any) -> list[str]:
         """The command line, with changed options."""

@@ -29,6 +29,8 @@ COMMANDS = {
 SMALLER = {
     "prepare_imagenet64 --source mnist": "--max_images 60",
     "generate_images": "--device cpu --num_inference_steps 2 --num_images_per_label 1",
+    # published statistics
+    "evaluate_models reference --num_images": "--device cpu",
     "evaluate_models reference": "--device cpu --protocol pixels",
     "evaluate_models model": "--device cpu --num_images 12 --num_inference_steps 2 --protocol pixels",
     "evaluate_models sweep": "--device cpu --num_images 4 --num_inference_steps 2 --eta 0 --guidance_scale 1"

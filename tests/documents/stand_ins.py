@@ -99,6 +99,15 @@ def _arrays(file: Path) -> None:
     np.savez(file, images=pixels, labels=np.arange(6) % 2)
 
 
+def _statistics(file: Path) -> None:
+    """Statistics of a standard normal distribution, as EDM and EDM2 store them."""
+    moments = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    if file.suffix == ".npz":
+        np.savez(file, **moments)
+    else:
+        file.write_bytes(pickle.dumps({"fid": moments}))
+
+
 def _original(file: Path) -> None:
     """A checkpoint of the original program, as if after 600,000 steps."""
     shutil.copy(model_file("res_res_atn"), file)
@@ -130,6 +139,9 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
     "your-name/your-images": _saved_dataset,
     "part1.npz": _arrays,
     "part2.npz": _arrays,
+    "VIRTUAL_imagenet64_labeled.npz": _statistics,
+    "imagenet-64x64.npz": _statistics,
+    "img64.pkl": _statistics,
     str(MODEL): _original,
     str(OPTIMIZER): _optimizer,
     "original_models": _originals,

@@ -9,16 +9,14 @@ import torch
 from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.training.checkpoints import Checkpoint, Progress
 from imagenet64_diffusion.training.components import (
-    Plan,
     Start,
     build_optimizer,
     build_scheduler,
-    check_changes,
-    resolve_options,
     training_size,
     unet_config,
 )
 from imagenet64_diffusion.training.options import TrainOptions
+from imagenet64_diffusion.training.plan import Plan, check_changes, resolve_options
 
 
 def make_options(**options):
