@@ -178,7 +178,7 @@ def _read_encoder(shapes: Shapes, layers: int) -> tuple[dict[str, Any], int]:
     """The same for what denoiser and classifier have in common."""
     num_blocks, period = _count(shapes, "input_blocks"), layers + 1
     regular = layers > 0 and num_blocks >= period and num_blocks % period == 0
-    require(regular, f"has {num_blocks} input_blocks, which is no network of guided-diffusion")
+    require(regular, f"the checkpoint has {num_blocks} input_blocks, which is no network of guided-diffusion")
     starts = [f"input_blocks.{index}" for index in range(1, num_blocks, period)]
     widths = tuple(_shape(shapes, f"{start}.0.out_layers.3.weight", 4)[0] for start in starts)
     scale_shift = _shape(shapes, f"{starts[0]}.0.emb_layers.1.weight", 2)[0] == 2 * widths[0]

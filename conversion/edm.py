@@ -111,22 +111,23 @@ def make_scheduler(options: Mapping[str, Any]) -> EDMHeunScheduler:
 
 def _check_options(options: Mapping[str, Any], num_tensors: int) -> dict[str, Any]:
     """All arguments that concern the network, checked."""
-    known = {*_WHOLE_NUMBERS, *_LISTS, *_FRACTIONS, *_OTHERS}
-    unknown = [name for name in options if name not in known]
-    require(not unknown, f"the network has the argument {reprlib.repr(unknown[:1])}, which EDM's DhariwalUNet has not")
     model_type = options.get("model_type", "DhariwalUNet")
     require(model_type == "DhariwalUNet", f"model_type is {reprlib.repr(model_type)}, but must be 'DhariwalUNet'")
+    for name in options:
+        known = name in {*_WHOLE_NUMBERS, *_LISTS, *_FRACTIONS, *_OTHERS}
+        require(known, f"the network has the argument {reprlib.repr(name)}, which EDM's DhariwalUNet has not")
     checked: dict[str, Any] = {}
     for name, (default, allowed) in (_WHOLE_NUMBERS | _LISTS).items():
-        value = checked[name] = options.get(name, default)
+        value: Any = options.get(name, default)
+        checked[name] = value
         numbers = value if name in _LISTS and type(value) in (list, tuple) else [value]
         fits = len(numbers) <= _MOST_LEVELS and all(type(number) is int and number in allowed for number in numbers)
         fits = fits and (name not in _LISTS or numbers is value)
         kind = "whole numbers" if name in _LISTS else "a whole number"
         wanted = f"{kind} in [{allowed[0]}, {allowed[-1]}]"
         require(fits, f"{name} of the network is {reprlib.repr(value)}, but must be {wanted}")
-    for name, default in _FRACTIONS.items():
-        value = checked[name] = options.get(name, default)
+    for name, fraction in _FRACTIONS.items():
+        value = checked[name] = options.get(name, fraction)
         fits = type(value) in (int, float) and 0 <= value < 1
         require(fits, f"{name} of the network is {reprlib.repr(value)}, but must be in [0, 1)")
     # more blocks than the file has tensors would only keep us busy

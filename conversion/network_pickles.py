@@ -115,7 +115,7 @@ class _NetworkReader(Reader):
             pickle.BINBYTES[0]: lambda self: self.load_bytes("<I"),
             pickle.SHORT_BINBYTES[0]: lambda self: self.load_bytes("<B"),
             # the one set of a module names the buffers that are no weights, of which these networks have none
-            pickle.EMPTY_SET[0]: pickle._Unpickler.dispatch[pickle.EMPTY_TUPLE[0]],
+            pickle.EMPTY_SET[0]: Reader.usual[pickle.EMPTY_TUPLE[0]],
             pickle.NEWOBJ[0]: load_newobj,
             pickle.BUILD[0]: load_build,
         }
@@ -129,7 +129,7 @@ def read_pickle(memory: memoryview) -> Any:
 
 def read_network(name: str, found: Any, key: str = "ema") -> PickledNetwork:
     """The network under a key of what a file holds; ``name`` is the file's in errors."""
-    network = found.get(key) if type(found) is StateDict else None
+    network: Any = found.get(key) if type(found) is StateDict else None
     require(isinstance(network, PickledObject), f"{name} holds no network of EDM or EDM2, which is under {key!r}")
     unnamed, named = (
         _attribute(name, network, "_init_args", tuple),
@@ -144,7 +144,8 @@ def read_network(name: str, found: Any, key: str = "ema") -> PickledNetwork:
         plain = type(option) is str and len(values) == len(texts) <= 40 and all(len(text) <= 40 for text in texts)
         require(plain, f"{name}: {option!s:.40} is no number, text or list that a network takes")
     tensors: dict[str, Any] = {}
-    modules, places = [("", network)], set()
+    modules: list[tuple[str, Any]] = [("", network)]
+    places: set[PickledObject] = set()
     while modules:
         prefix, module = modules.pop()
         # a module in two places could stand for any number of them, and one within itself would never end

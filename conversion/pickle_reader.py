@@ -173,7 +173,9 @@ class Reader(pickle._Unpickler):
         {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()}
         | {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.FRAME[0]: load_frame}
     )
-    dispatch = Handlers(usual | {pickle.BUILD[0]: load_build, pickle.BINPERSID[0]: pickle._Unpickler.load_binpersid})
+    dispatch = Handlers(
+        usual | {pickle.BUILD[0]: load_build, pickle.BINPERSID[0]: pickle._Unpickler.dispatch[pickle.BINPERSID[0]]}
+    )
 
 
 def read_legacy(memory: memoryview) -> Any:
@@ -278,7 +280,11 @@ def load_tensors(
         fits = used[id(storage)] <= storage.length
         require(fits, f"{name}: {key} takes more than is stored for it, or its tensors share memory")
         elements = torch.frombuffer(storage.data, dtype=torch.uint8)
-        elements = elements.clone() if elements.data_ptr() % storage.dtype.itemsize else elements
+        if elements.data_ptr() % storage.dtype.itemsize:
+            elements = elements.clone()
+            if hasattr(mmap, "MADV_DONTNEED") and isinstance(storage.data.obj, mmap.mmap):
+                # what has been copied need not stay in memory, too
+                storage.data.obj.madvise(mmap.MADV_DONTNEED)
         tensors[key] = elements.view(storage.dtype).as_strided(shape, stride, offset)
         require(is_finite(tensors[key]), f"{name}: {key} holds NaN or infinite numbers: take another checkpoint")
     return tensors

@@ -103,8 +103,7 @@ def _read_denoiser(name: str, found: Any, flags: Mapping[str, Any] | None) -> tu
 
 def _part(flags: Mapping[str, Any] | None, part: str) -> Mapping[str, Any] | None:
     """The flags of one network, from the flags of each or of both in one."""
-    parted = flags is not None and flags.keys() <= {"model", "classifier"}
-    chosen = flags.get(part) if parted else flags
+    chosen = flags.get(part) if flags is not None and flags.keys() <= {"model", "classifier"} else flags
     require(
         chosen is None or isinstance(chosen, dict),
         f"the flags of the {part} are {chosen!r:.80}, but must be an object",

@@ -87,6 +87,11 @@ def read_pickle(file: BinaryIO, name: str) -> dict[Any, Any]:
     with naming_damage(name, *_CRAFTED):
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         content = _ArrayUnpickler(memory).load()
+    return plain_dict(content, name)
+
+
+def plain_dict(content: Any, name: str) -> dict[Any, Any]:
+    """A dict from a pickle, or one inside of it, as `read_pickle` gives it."""
     if not isinstance(content, dict):
         raise DataError(f"{name} holds a {type(content).__name__} instead of a dict")
     return {_text(key): value.array if isinstance(value, _Array) else value for key, value in content.items()}

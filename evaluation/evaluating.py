@@ -3,8 +3,8 @@
 What is extracted goes to ``parts``: ``{start}-{stop}.npz`` for each stretch of images, 4 bytes an image for each
 feature and class probability. At the end they become arrays of equally many rows, ``features.npy``,
 ``probabilities.npy``, ``labels.npy`` and ``indices.npy`` (which images the rows are), the images if they are kept
-(``images/``, or ``images.npz`` as guided-diffusion reads it, label -1 for the null class), and ``statistics.npz``. It
-comes last: a folder that has it is whole.
+(``images/``, or ``images.npz`` as guided-diffusion reads it, label -1 for the null class), of an Inception
+``spatial_statistics.npz`` for sFID, and ``statistics.npz``. It comes last: a folder that has it is whole.
 """
 
 import contextlib
@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from ..pipelines.image_grid import to_image
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, write_json
 from ..utils.distributed import distributed_state, on_every_process, on_main_process
+from ..utils.file_digest import file_digest
 from ..version import __version__
-from .extractors import FeatureExtractor, make_extractor
+from .extractors import FeatureExtractor, make_extractor, published_header
 from .images import (
     RESIZE_FILTER,
     GeneratedImages,
@@ -38,11 +39,12 @@ from .images import (
     open_images,
 )
 from .options import ExtractionOptions, ModelOptions, ReferenceOptions
-from .protocols import COMPARED_ENTRIES
+from .protocols import COMPARED_ENTRIES, PUBLISHED
+from .published import read_published
 from .statistics import FeatureStatistics
 
 
-STATISTICS_NAME = "statistics.npz"
+STATISTICS_NAME, SPATIAL_STATISTICS_NAME = "statistics.npz", "spatial_statistics.npz"
 _PARTS_NAME = "parts"
 _ROW_ARRAYS = ("features", "probabilities", "labels")
 _PART = re.compile(r"(\d+)-(\d+)\.npz")
@@ -65,6 +67,7 @@ class Evaluation:
     features: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     labels: np.ndarray | None = None
+    spatial_statistics: FeatureStatistics | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
@@ -83,7 +86,10 @@ class Evaluation:
         lengths = {name: len(array) for name, array in rows.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{folder} has arrays of different lengths: {lengths}")
-        return cls(folder, statistics, statistics.header, **rows)
+        spatial_file = folder / SPATIAL_STATISTICS_NAME
+        has_spatial = file.name == STATISTICS_NAME and spatial_file.is_file()
+        spatial = FeatureStatistics.load(spatial_file) if has_spatial else None
+        return cls(folder, statistics, statistics.header, **rows, spatial_statistics=spatial)
 
     @property
     def known_labels(self) -> np.ndarray | None:
@@ -119,6 +125,13 @@ class _EvenlySpread(ImageBatches):
 def evaluate_reference(options: ReferenceOptions) -> Path:
     """Evaluates real images and returns the folder; ValueError or OSError if that cannot be."""
     with distributed_state(cpu=options.device == "cpu") as state:
+        if options.protocol in PUBLISHED and on_main_process(state, lambda: _keep_published(options)):
+            return Path(options.output_dir)
+        if options.num_images is not None:
+            raise ValueError(
+                f"num_images is {options.num_images}, but of {options.source} the protocol {options.protocol} takes"
+                " images, not statistics: leave it out"
+            )
         images = on_every_process(
             state, lambda: open_images(options.source, options.split, options.resolution, options.color_mode)
         )
@@ -136,6 +149,43 @@ def evaluate_reference(options: ReferenceOptions) -> Path:
             "num_images": count,
         }
         return _evaluate(chosen, facts, options, state)
+
+
+def _keep_published(options: ReferenceOptions) -> bool:
+    """Makes published statistics the evaluation of the images that they are of; whether the source has any."""
+    published = read_published(options.source, options.num_images)
+    if published is None:
+        return False
+    for name in ("split", "resolution", "max_images"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"{name} is {value}, but {options.source} holds statistics and no images: leave it out")
+    statistics, spatial = published
+    protocol = published_header(options.protocol)
+    if options.weights is not None:
+        protocol = make_extractor(options.protocol, options.weights).header
+    fingerprint = file_digest(Path(options.source).expanduser())
+    facts = {"source": options.source, "fingerprint": fingerprint, "num_images": statistics.count}
+    folder, header = Path(options.output_dir), _make_header({**protocol, "id2label": None}, facts)
+    with only_writer(folder):
+        if not prepare_folder(folder, header):
+            if spatial is not None:
+                spatial.save(folder / SPATIAL_STATISTICS_NAME, header)
+            statistics.save(folder / STATISTICS_NAME, header)
+            shutil.rmtree(folder / _PARTS_NAME)
+    print(f"published statistics of {statistics.count:,} images for {options.protocol}: {folder}")
+    return True
+
+
+def _make_header(
+    protocol: Mapping[str, Any], facts: Mapping[str, Any], num_features: int = 0, keep_images: str | None = None
+) -> dict[str, Any]:
+    return {
+        "protocol": protocol,
+        "images": facts,
+        "kept": {"features": num_features, "images": keep_images},
+        "versions": {"imagenet64_diffusion": __version__}
+        | {library.__name__: library.__version__ for library in (torch, diffusers, np)},
+    }
 
 
 def evaluate_model(
@@ -195,13 +245,8 @@ def _evaluate(
     """Evaluates images, or resumes that, or finds that it is done; ``facts`` is all that they depend on, as JSON."""
     folder, keep_images = Path(options.output_dir), getattr(options, "keep_images", None)
     extractor = given or open_extractor(options, images.image_size[0], state)
-    header = {
-        "protocol": {**extractor.header, "id2label": extractor.id2label},
-        "images": facts,
-        "kept": {"features": min(options.num_features, len(images)), "images": keep_images},
-        "versions": {"imagenet64_diffusion": __version__}
-        | {library.__name__: library.__version__ for library in (torch, diffusers, np)},
-    }
+    protocol = {**extractor.header, "id2label": extractor.id2label}
+    header = _make_header(protocol, facts, min(options.num_features, len(images)), keep_images)
     with contextlib.ExitStack() as stack:
 
         def begin() -> bool:
@@ -261,9 +306,8 @@ def extract_parts(
                     return
                 try:
                     pixels, labels = images.read(start, stop)
-                    features, probabilities = extractor(pixels)
-                    found: dict[str, Any] = {"features": features.float(), "labels": labels}
-                    found |= {"probabilities": probabilities, "pixels": pixels if keep_pixels else None}
+                    found: dict[str, Any] = {**extractor.extract(pixels), "labels": labels}
+                    found["pixels"] = pixels if keep_pixels else None
                     arrays = {name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None}
                     with atomic_file(parts / f"{start:09d}-{stop:09d}.npz") as writing:
                         np.savez(writing, **arrays)
@@ -360,11 +404,14 @@ def write_evaluation(
 ) -> None:
     """Puts the parts together, and removes them unless that fails; keeps ``num_rows`` rows, evenly spread."""
     parts, indices = folder / _PARTS_NAME, evenly_spread(num_rows, num_images)
-    statistics = FeatureStatistics(header["protocol"]["num_features"])
+    statistics, spatial = FeatureStatistics(header["protocol"]["num_features"]), None
     images: dict[str, list[np.ndarray]] = {"arr_0": [], "arr_1": []}
     rows: dict[str, list[np.ndarray]] = {name: [] for name in _ROW_ARRAYS}
     for start, part in read_parts(parts, num_images):
         statistics.update(part["features"])
+        if "spatial_features" in part:
+            spatial = spatial or FeatureStatistics(part["spatial_features"].shape[1])
+            spatial.update(part["spatial_features"])
         kept = indices[(indices >= start) & (indices < start + len(part["features"]))] - start
         for name in part.keys() & rows.keys():
             rows[name].append(part[name][kept])
@@ -385,5 +432,8 @@ def write_evaluation(
         if found and len(indices):
             with atomic_file(folder / f"{name}.npy") as writing:
                 np.save(writing, np.concatenate(found))
+    # parts of an earlier version have none
+    if spatial is not None and spatial.count == num_images:
+        spatial.save(folder / SPATIAL_STATISTICS_NAME, header)
     statistics.save(folder / STATISTICS_NAME, header)
     shutil.rmtree(parts)

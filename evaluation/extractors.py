@@ -19,7 +19,7 @@ from ..pipelines.loading import download_snapshot
 from ..utils.devices import find_device
 from ..utils.file_digest import file_digest
 from ..utils.nearest_names import perhaps
-from .protocols import PROTOCOLS
+from .protocols import PROTOCOLS, PUBLISHED
 from .weights import INCEPTION_2015, TORCHVISION_INCEPTION, find_weights
 
 
@@ -60,6 +60,11 @@ class FeatureExtractor(abc.ABC):
 
     def __call__(self, images: torch.Tensor) -> Features:
         """Extracts the features of images on any device; grey ones are repeated for a network of three channels."""
+        found = self.extract(images)
+        return Features(found["features"], found.get("probabilities"))
+
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Likewise, by name, and an Inception's ``spatial_features`` (images, 2023) for sFID beside them."""
         protocol, dtype = self.facts["protocol"], self.facts["dtype"]
         channels = (1, 3) if self.channels == 3 else (self.channels,)
         if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1] not in channels:
@@ -69,9 +74,9 @@ class FeatureExtractor(abc.ABC):
             )
         with torch.no_grad(), full_float32():
             chunks = images.expand(-1, self.channels, -1, -1).split(self.batch_size)
-            features, probabilities = zip(*map(self._extract, chunks), strict=True)
-        found = Features(torch.cat(features), None if probabilities[0] is None else torch.cat(probabilities))
-        broken = (~found.features.isfinite()).any(dim=1).nonzero()
+            parts = list(map(self._extract, chunks))
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        broken = (~found["features"].isfinite()).any(dim=1).nonzero()
         if len(broken):
             advice = "" if dtype == "float32" else "; try extractor_dtype float32"
             raise ValueError(
@@ -80,8 +85,8 @@ class FeatureExtractor(abc.ABC):
         return found
 
     @abc.abstractmethod
-    def _extract(self, images: torch.Tensor) -> Features:
-        """Those of one chunk, uint8 (images, channels, height, width)."""
+    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Those of one chunk, float32, by name; of uint8 (images, channels, height, width)."""
 
 
 class PixelExtractor(FeatureExtractor):
@@ -92,16 +97,32 @@ class PixelExtractor(FeatureExtractor):
         self.channels, self.num_features = channels, channels * 64
         self.facts["features"] = f"{channels} channels"
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         height, width = images.shape[2:]
         if min(height, width) < 8:
             raise ValueError(f"the images have {height}x{width} pixels, too few to be averaged to 8x8")
         averaged = F.adaptive_avg_pool2d(images.to(self.device, torch.float32) / 255, 8)
-        return Features(averaged.flatten(1), None)
+        return {"features": averaged.flatten(1)}
+
+
+class _SpatialFeatures(torch.nn.Module):
+    """Passes a layer's output on, and keeps what sFID needs (Nash et al. 2021, https://arxiv.org/abs/2103.03841): of
+    17x17 places the first 7 channels, which come last, as in guided-diffusion's statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, torch.Tensor] = {}
+
+    def forward(self, output: torch.Tensor) -> torch.Tensor:
+        self.found["spatial_features"] = output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
+        return output
 
 
 class TorchScriptInception(FeatureExtractor):
-    """The Inception of 2015-12-05: StyleGAN2-ADA's file, whose code is run."""
+    """The Inception of 2015-12-05: StyleGAN2-ADA's file, whose code is run.
+
+    Its ``mixed_6`` begins with the channels of TensorFlow's ``mixed_6/conv``; without it, there is no sFID.
+    """
 
     def __init__(self, protocol: str, weights: str | Path | None, **options: Any) -> None:
         super().__init__(protocol, **options)
@@ -117,16 +138,26 @@ class TorchScriptInception(FeatureExtractor):
             warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated")
             self._network = torch.jit.load(str(file), map_location=self.device).eval()
         self.num_classes, self.num_features = self._network.output.weight.shape
+        self._layers, self._spatial = self._network.layers, _SpatialFeatures()
+        layers = dict(self._layers.named_children())
+        self._has_spatial = "mixed_6" in layers
+        if self._has_spatial:
+            # a loaded script takes no hooks
+            layers["mixed_6"] = torch.nn.Sequential(layers["mixed_6"], self._spatial)
+            self._layers = torch.nn.Sequential(*layers.values())
 
-    def _extract(self, images: torch.Tensor) -> Features:
-        if self._resize is None:
-            features = self._network(images.to(self.device, torch.float32), return_features=True)
-        else:
+    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._resize is not None:
             resized = _resize_each(images, self._resize).to(self.device, memory_format=torch.contiguous_format)
-            features = self._network.layers((resized - 128) / 128)
+            features = self._layers((resized - 128) / 128)
+        elif self._has_spatial:
+            features = self._layers((_resize_as_tensorflow(images.to(self.device, torch.float32)) - 128) / 128)
+        else:
+            features = self._network(images.to(self.device, torch.float32), return_features=True)
         features = features.reshape(len(images), -1)
         # without the bias, as in the original Inception Score
-        return Features(features, F.linear(features, self._network.output.weight).softmax(dim=1))
+        probabilities = F.linear(features, self._network.output.weight).softmax(dim=1)
+        return {"features": features, "probabilities": probabilities, **self._spatial.found}
 
 
 class TorchvisionInception(FeatureExtractor):
@@ -144,12 +175,16 @@ class TorchvisionInception(FeatureExtractor):
         network.to(self.device, self.dtype).eval()
         self.num_classes, self.num_features = network.fc.out_features, network.fc.in_features
         self._network, self._head, network.fc = network, network.fc, torch.nn.Identity()
+        self._spatial = _SpatialFeatures()
+        # it is the same layer as mixed_6, in the same order
+        network.Mixed_6d = torch.nn.Sequential(network.Mixed_6d, self._spatial)
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         images = images.to(self.device, torch.float32) / 255
         images = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
         features = self._network(_normalize(images).to(self.dtype))
-        return Features(features.float(), self._head(features).float().softmax(dim=1))
+        probabilities = self._head(features).float().softmax(dim=1)
+        return {"features": features.float(), "probabilities": probabilities, **self._spatial.found}
 
 
 class DinoV2(FeatureExtractor):
@@ -160,13 +195,13 @@ class DinoV2(FeatureExtractor):
         self._network, _ = _load_transformers(self, "AutoModel", weights or "facebook/dinov2-large")
         self.num_features = self._network.config.hidden_size
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         def resize(image: np.ndarray) -> np.ndarray:
             return np.asarray(PIL.Image.fromarray(image).resize((224, 224), PIL.Image.Resampling.BICUBIC))
 
         images = _resize_each(images, resize).to(self.device).float() / 255
         answer = self._network(pixel_values=_normalize(images).to(self.dtype))
-        return Features(answer.last_hidden_state[:, 0].float(), None)
+        return {"features": answer.last_hidden_state[:, 0].float()}
 
 
 class Classifier(FeatureExtractor):
@@ -200,7 +235,7 @@ class Classifier(FeatureExtractor):
         self._inputs: list[torch.Tensor] = []
         heads[-1].register_forward_pre_hook(lambda head, arguments: self._inputs.append(arguments[0]))
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         if self._processor is not None:
             images = images.contiguous().to(self.device)
             # named, because it cannot be told from the shape of small images of few channels
@@ -212,7 +247,8 @@ class Classifier(FeatureExtractor):
                 inputs = F.interpolate(inputs, self._size, mode="bilinear", align_corners=False, antialias=True)
             inputs = inputs / 127.5 - 1
         logits = self._network(pixel_values=inputs.to(self.dtype)).logits
-        return Features(self._inputs.pop().float().reshape(len(images), -1), logits.float().softmax(dim=1))
+        features = self._inputs.pop().float().reshape(len(images), -1)
+        return {"features": features, "probabilities": logits.float().softmax(dim=1)}
 
 
 def _load_transformers(extractor: FeatureExtractor, auto_class: str, weights: str | Path) -> tuple[Any, Path]:
@@ -237,12 +273,19 @@ def _load_transformers(extractor: FeatureExtractor, auto_class: str, weights: st
 
 _EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {
     "clean": TorchScriptInception,
-    "legacy_tensorflow": TorchScriptInception,
+    **dict.fromkeys(("legacy_tensorflow", *PUBLISHED), TorchScriptInception),
     "original": TorchvisionInception,
     "dinov2": DinoV2,
     "classifier": Classifier,
     "pixels": PixelExtractor,
 }
+
+
+def published_header(protocol: str) -> dict[str, Any]:
+    """The header of an extractor with the published Inception, without reading its weights."""
+    facts = {name: fact for name, fact in PROTOCOLS[protocol].items() if name != "libraries"}
+    weights = {"weights": INCEPTION_2015.name, "weights_sha256": INCEPTION_2015.sha256}
+    return {"protocol": protocol, **facts, "dtype": "float32", **weights, "num_features": 2048, "num_classes": 1008}
 
 
 def make_extractor(protocol: str, weights: str | Path | None = None, **options: Any) -> FeatureExtractor:
@@ -300,6 +343,15 @@ def _resize_each(images: torch.Tensor, resize: Callable[[np.ndarray], np.ndarray
     arrays = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
     with ThreadPoolExecutor() as pool:
         return torch.from_numpy(np.stack(list(pool.map(resize, arrays)))).permute(0, 3, 1, 2)
+
+
+def _resize_as_tensorflow(images: torch.Tensor) -> torch.Tensor:
+    """Bilinear, to 299x299 pixels, of which pixel i lies at i * size / 299: TensorFlow 1's ``resize_bilinear``."""
+    height, width = images.shape[2:]
+    # from where torch has the middle of that pixel, in halves of the image
+    shift = torch.tensor([[1, 0, 1 / width - 1 / 299], [0, 1, 1 / height - 1 / 299]], device=images.device)
+    grid = F.affine_grid(shift.expand(len(images), -1, -1), [len(images), 1, 299, 299], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _normalize(images: torch.Tensor) -> torch.Tensor:

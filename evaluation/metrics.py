@@ -15,7 +15,8 @@ class Metric(NamedTuple):
 
     label: str
     function: str
-    # of reference or model: statistics, features, probabilities or known_labels, as an `Evaluation` has them
+    # of reference or model, as an `Evaluation` has them: statistics, spatial_statistics, features, probabilities or
+    # known_labels
     needs: tuple[str, ...]
     settings: Mapping[str, Any] = {}
     # or rows of features, of either
@@ -35,10 +36,12 @@ class Metric(NamedTuple):
 
 _FEATURES, _PREDICTIONS = ("reference.features", "model.features"), ("model.probabilities",)
 _STATISTICS = ("reference.statistics", "model.statistics")
+_SPATIAL = ("reference.spatial_statistics", "model.spatial_statistics")
 
 METRICS = {
     "fid": Metric("FID", "distance_of_statistics", _STATISTICS, {}, 2, True),
     "kid": Metric("KID", "kernel_distance", _FEATURES, {"num_subsets": 100, "max_subset_size": 1000}, 6, True),
+    "sfid": Metric("sFID", "distance_of_statistics", _SPATIAL, {}, 2, True),
     "inception_score": Metric("Inception Score", "inception_score", _PREDICTIONS, {"num_splits": 10}, 10),
     "precision": Metric("precision", "precision_and_recall", _FEATURES, {"k": 3}, 6),
     "recall": Metric("recall", "precision_and_recall", _FEATURES, {"k": 3}, 6),

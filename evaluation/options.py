@@ -35,8 +35,9 @@ class ExtractionOptions(CheckedOptions):
     output_dir: str = _folder(help="Folder for the evaluation; the same call resumes one.", group="output")
     protocol: str = _features(
         "clean",
-        "How features are made: clean and legacy_tensorflow (Inception of clean-fid), original (the original program's"
-        " own, which compares with nothing else), dinov2, classifier (give its folder or Hub id as weights), pixels.",
+        "How features are made: clean and legacy_tensorflow (Inception of clean-fid), adm, edm and edm2 (the same, for"
+        " the published statistics of these), original (the original program's own, which compares with nothing else),"
+        " dinov2, classifier (give its folder or Hub id as weights), pixels.",
         choices=list(PROTOCOLS),
         metavar="NAME",
     )
@@ -57,7 +58,8 @@ class ExtractionOptions(CheckedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.protocol in ("clean", "legacy_tensorflow", "pixels") and self.extractor_dtype not in (None, "float32"):
+        others = self.protocol in ("original", "dinov2", "classifier")
+        if not others and self.extractor_dtype not in (None, "float32"):
             raise ValueError(
                 f"extractor_dtype is {self.extractor_dtype}, but the protocol {self.protocol} is defined in float32"
             )
@@ -68,13 +70,17 @@ class ReferenceOptions(ExtractionOptions):
     """Options of evaluating real images."""
 
     source: str = _images(
-        help="A prepared folder, a folder of image files, an .npz of images, or a dataset saved or on the Hub.",
+        help="A prepared folder, a folder of image files, an .npz of images, or a dataset saved or on the Hub; also"
+        " the published statistics of adm, edm and edm2, .npz or .pkl.",
         metavar="SOURCE",
     )
     split: str | None = _images(None, "Split of a dataset (default: train).", metavar="NAME")
     resolution: int | None = _images(None, "Crop and resize files and datasets to such height and width.", at_least=1)
     color_mode: str = _images("rgb", "What to make of image files and datasets.", choices=["rgb", "grayscale"])
     max_images: int | None = _images(None, "Only so many images, evenly spread.", at_least=1)
+    num_images: int | None = _images(
+        None, "Of how many images published statistics are, where the file does not say.", at_least=2
+    )
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
+# Those of guided-diffusion (arXiv 2105.05233), EDM (arXiv 2206.00364) and EDM2 (arXiv 2312.02696), whose statistics of
+# real images `published` reads.
+PUBLISHED = ("adm", "edm", "edm2")
 _INCEPTION_2015 = {"network": "Inception v3 of 2015-12-05 (TorchScript)", "features": "after the last pooling"}
+_TENSORFLOW = {
+    **_INCEPTION_2015,
+    "resize": {"library": "TorchScript", "filter": "bilinear", "antialias": False, "size": [299, 299]},
+    "normalization": "inside the network",
+}
 _PILLOW = {"library": "Pillow", "filter": "bicubic", "antialias": True}
 _TORCH = {"library": "torch", "filter": "bilinear", "quantized": False}
 _IMAGENET = "ImageNet's mean and standard deviation"
@@ -20,11 +28,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "libraries": ["clean-fid", "Pillow"],
     },
     # resized inside the network, as TensorFlow 1 aligned it: closest to the published FIDs of ImageNet 64x64
-    "legacy_tensorflow": {
-        **_INCEPTION_2015,
-        "resize": {"library": "TorchScript", "filter": "bilinear", "antialias": False, "size": [299, 299]},
-        "normalization": "inside the network",
-    },
+    "legacy_tensorflow": _TENSORFLOW,
+    # the same computation as the published evaluations do it, for scores against their statistics; see PUBLISHED
+    **dict.fromkeys(PUBLISHED, _TENSORFLOW),
     # that of "Diffusion models from scratch"
     "original": {
         "network": "Inception v3 of torchvision, for classification",

@@ -12,6 +12,7 @@ from .evaluating import Evaluation
 from .metrics import METRICS
 from .options import ScoreOptions
 from .protocols import check_comparable
+from .statistics import FeatureStatistics
 
 
 # With fewer images for each feature the bias of the Frechet distance is larger than most differences between models
@@ -54,7 +55,7 @@ def compare(
     check_comparable(reference.header["protocol"], model.header["protocol"], str(reference.folder), str(model.folder))
     sides = {"reference": reference, "model": model}
     metrics: dict[str, Any] = {}
-    computed: dict[str, Any] = {}
+    computed: dict[tuple[str, tuple[str, ...]], Any] = {}
     reasons = []
     for name in METRICS if "all" in names else names:
         metric = METRICS[name]
@@ -63,12 +64,13 @@ def compare(
         except ValueError as error:
             reasons.append(f"{name} cannot be computed: {error}")
             continue
-        # one function may give several metrics
-        if metric.function not in computed:
+        # one function may give several metrics of the same
+        key = metric.function, metric.needs
+        if key not in computed:
             function, options = metric.load(), {"seed": seed, "device": device}
-            taken = {key: options[key] for key in options.keys() & inspect.signature(function).parameters}
-            computed[metric.function] = function(*needs, **metric.settings, **taken)
-        values = computed[metric.function]
+            taken = {name: options[name] for name in options.keys() & inspect.signature(function).parameters}
+            computed[key] = function(*needs, **metric.settings, **taken)
+        values = computed[key]
         values = values._asdict() if isinstance(values, tuple) else {name: values}  # type: ignore[attr-defined]
         metrics[name] = values.get(name, values)
     if reasons and ("all" not in names or not metrics):
@@ -92,9 +94,10 @@ def _find(need: str, sides: Mapping[str, Evaluation], min_images: int) -> Any:
     evaluation = sides[side]
     found = getattr(evaluation, what)
     if found is None:
-        missing = "labels of classes that the extractor tells apart" if what == "known_labels" else what
+        names = {"known_labels": "labels of classes that the extractor tells apart"}
+        missing = names.get(what, what.replace("_", " "))
         raise ValueError(f"{evaluation.folder} has no {missing}")
-    count = found.count if what == "statistics" else len(found)
+    count = found.count if isinstance(found, FeatureStatistics) else len(found)
     if count < min_images:
         raise ValueError(f"{evaluation.folder} has {what} of {count} images, but at least {min_images} are needed")
     return found

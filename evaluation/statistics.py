@@ -135,7 +135,17 @@ class FeatureStatistics:
             raise ValueError(f"{file} holds no whole feature statistics ({error})") from error
         if found != _FORMAT or not isinstance(header, dict):
             raise ValueError(f"{file} must be of the format {json.dumps(_FORMAT)}, but says {json.dumps(found)[:200]}")
-        kinds = [(each.dtype.name, each.shape) for each in (count, mean, covariance)]
+        try:
+            statistics = cls.from_moments(mean, covariance, count)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        statistics.header = header
+        return statistics
+
+    @classmethod
+    def from_moments(cls, mean: np.ndarray, covariance: np.ndarray, count: int | np.ndarray) -> "FeatureStatistics":
+        """Those of ``count`` images with this mean and unbiased covariance, float64; ValueError if they are none."""
+        kinds = [(each.dtype.name, each.shape) for each in (np.asarray(count), mean, covariance)]
         if not (
             kinds == [("int64", ()), ("float64", (mean.size,)), ("float64", (mean.size, mean.size))]
             and mean.size > 0
@@ -146,11 +156,11 @@ class FeatureStatistics:
             and count >= (2 if covariance.any() else int(mean.any()))
         ):
             raise ValueError(
-                f"{file}: count, mean and covariance are {kinds}, {count} images, but must be int64 (), float64"
+                f"count, mean and covariance are {kinds}, {count} images, but must be int64 (), float64"
                 " (features,) and (features, features), finite, symmetric and without negative variances"
             )
         statistics = cls(len(mean))
-        statistics.header, statistics._count, statistics._mean = header, int(count), mean
+        statistics._count, statistics._mean = int(count), mean
         statistics._scatter = covariance * max(int(count) - 1, 0)
         return statistics
 

@@ -6,7 +6,7 @@ The file imports torch and diffusers only, so that a repository on the Hub can c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,10 @@ class ADMClassifierModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"attention_head_dim is {attention_head_dim}, but must divide {channels} channels.")
 
         time_channels = time_embedding_channels or block_out_channels[0]
-        common = {"temb_channels": 4 * time_channels, "resnet_time_scale_shift": resnet_time_scale_shift}
+        common: dict[str, Any] = {
+            "temb_channels": 4 * time_channels,
+            "resnet_time_scale_shift": resnet_time_scale_shift,
+        }
         common |= {"resnet_groups": norm_num_groups, "resnet_eps": 1e-5, "resnet_act_fn": "silu", "dropout": dropout}
         common |= {"attention_head_dim": attention_head_dim}
         self.time_proj = Timesteps(time_channels, flip_sin_to_cos=True, downscale_freq_shift=0)

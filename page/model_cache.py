@@ -28,7 +28,7 @@ class ModelCache:
         self._entry: Callable[..., Any] = cache(lambda name: (threading.Lock(), []))
 
     def pipeline(self, name: str) -> ClassConditionalPipeline:
-        """A pipeline of its own on the shared network; ValueError or OSError where the name is not of one to open."""
+        """A pipeline of its own on the shared networks; ValueError or OSError where the name is not of one to open."""
         if not isinstance(name, str) or not name.strip():
             raise ValueError("Model is empty: choose one")
         if name not in self.names and not self.takes_any:
@@ -40,8 +40,9 @@ class ModelCache:
                 token = None if name in self.names else False
                 dtype = getattr(torch, self.options.dtype)
                 loaded.append(open_model(name, Sampler(), self.device, dtype, token=token))
-        unet, scheduler, config = loaded[0].unet, copy.deepcopy(loaded[0].scheduler), loaded[0].config
-        pipeline = ClassConditionalPipeline(unet, scheduler, config.id2label, config.guide_variance)
+        components = {**loaded[0].components, "scheduler": copy.deepcopy(loaded[0].scheduler)}
+        options = {name: loaded[0].config[name] for name in ("id2label", "guide_variance")}
+        pipeline = ClassConditionalPipeline(**components, **options)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -235,7 +235,7 @@ class LearnedVarianceScheduler(SchedulerMixin, ConfigMixin):
             posterior_sample=torch.where(has_noise, alpha.sqrt() * (1 - abar_prev) / noise_variance, 0.0),
             beta=beta,
             beta_tilde=beta_tilde,
-            least_variance=torch.where(abar_prev < 1, beta_tilde, beta_tilde[ascending[:2][-1]]),
+            least_variance=torch.where(abar_prev < 1, beta_tilde, beta_tilde[timesteps[-2:][0]]),
         )
         # one row a timestep: a step then costs one look-up, not one for each coefficient
         self._tables = {torch.device("cpu"): torch.stack(coefficients, dim=1)}

@@ -78,9 +78,12 @@ def test_an_attack(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nothing.pkl"], "nothing.pkl is not named model_...e_...s.pkl"),
+        (["--checkpoint", "nothing.pkl"], "there is no file nothing.pkl"),
+        (["--checkpoint", "small/other.pkl"], "other.pkl is not named model_...e_...s.pkl"),
         (["--checkpoint", "small/model_1e_8s.pkl"], "there is no small/model_params_1e_8s"),
-        (["--checkpoint", "nothing.pkl", "--params", "small/model_params_1e_7s.json"], "there is no file nothing.pkl"),
+        (["--family", "adm"], "family is adm, but model_1e_7s.pkl is one of the original program"),
+        (["--guidance_checkpoint", "x.pkl"], "guidance_checkpoint is x.pkl, but does not go with a checkpoint"),
+        (["--checkpoint", "small", "--family", "original"], "family is original, but does not go with a folder"),
         (["--checkpoint", "empty"], "error: checkpoint is empty, which holds no model_...e_...s.pkl"),
         (["--checkpoint", "small", "--push_to_hub", "me/x"], "push_to_hub is me/x, but does not go with a folder"),
         (["--epoch", "3"], "error: epoch is 3, but does not go with a checkpoint"),
@@ -92,9 +95,11 @@ def test_an_attack(tmp_path, capsys):
 )
 def test_wrong_options(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    write_small(tmp_path / "small")
+    small, params = write_small(tmp_path / "small")
+    for name in ("other.pkl", "model_1e_8s.pkl"):
+        shutil.copy(small, small.with_name(name))
     (tmp_path / "empty").mkdir()
     assert main(["--checkpoint", "small/model_1e_7s.pkl", "--output_dir", "out", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert names(tmp_path) == ["empty", "small"]
-    assert names(tmp_path / "small") == ["model_1e_7s.pkl", "model_params_1e_7s.json"]
+    assert names(small.parent) == ["model_1e_7s.pkl", "model_1e_8s.pkl", params.name, "other.pkl"]

@@ -166,7 +166,7 @@ def test_wrong_names(tmp_path):
         file.write_text(content)
         message = "cannot be read" if content == "[" else "must have a name for each class of the network, 0 to 1"
         refused(tmp_path, message, class_names, file, 2)
-    refused(tmp_path, "must be imagenet64, numbers or a file of names", class_names, "imagenet", 2)
+    refused(tmp_path, "must be auto, imagenet64, imagenet, numbers or a file", class_names, "cifar10", 2)
     refused(tmp_path, "the network has none", class_names, ["cat"], None)
 
 

@@ -16,6 +16,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 import imagenet64_diffusion.utils.command_line
+from imagenet64_diffusion.tests.components import FIXTURES
 from imagenet64_diffusion.tests.documents.pages import ROOT
 from imagenet64_diffusion.tests.documents.stand_ins import provide
 
@@ -28,11 +29,15 @@ COMMANDS = {
 SMALLER = {
     "prepare_imagenet64 --source mnist": "--max_images 60",
     "generate_images": "--device cpu --num_inference_steps 2 --num_images_per_label 1",
+    # published statistics
+    "evaluate_models reference --num_images": "--device cpu",
     "evaluate_models reference": "--device cpu --protocol pixels",
     "evaluate_models model": "--device cpu --num_images 12 --num_inference_steps 2 --protocol pixels",
     "evaluate_models sweep": "--device cpu --num_images 4 --num_inference_steps 2 --eta 0 --guidance_scale 1"
     " --protocol pixels",
     "evaluate_models classifier": "--epochs 1 --batch_size 4",
+    # the tiny network is none of the released shape
+    "convert_checkpoints 64x64_diffusion.pt": f"--params {FIXTURES / 'peers' / 'adm' / 'flags.json'}",
 }
 # parsed only: stand-ins are what they would make
 PARSED = ("app", "train_imagenet64")

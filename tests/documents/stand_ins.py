@@ -15,12 +15,21 @@ from PIL import Image
 from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.prepare_imagenet64 import main as prepare
 from imagenet64_diffusion.pretrained import DIGITS
-from imagenet64_diffusion.tests.components import make_pipeline
+from imagenet64_diffusion.tests.components import FIXTURES, make_pipeline
 from imagenet64_diffusion.tests.conversion.originals import model_file, params_file, unpack_optimizer
 from imagenet64_diffusion.tests.documents.pages import ROOT
 
 
 MODEL, OPTIMIZER = Path("model_469e_600000s.pkl"), Path("optim_469e_600000s.pkl")
+# what others have published -> a tiny network of theirs
+PEERS = {
+    "64x64_diffusion.pt": "adm/diffusion.pt",
+    "64x64_classifier.pt": "adm/classifier.pt",
+    "edm-imagenet-64x64-cond-adm.pkl": "edm/net.pkl",
+    "edm2-img64-s-1073741-0.075.pkl": "edm2/net.pkl",
+    "edm2-img64-s-1073741-0.045.pkl": "edm2/net.pkl",
+    "edm2-img64-xs-0134217-0.110.pkl": "edm2/gnet.pkl",
+}
 ZIPS = ("Imagenet64_train_part1.zip", "Imagenet64_train_part2.zip")
 
 
@@ -90,6 +99,15 @@ def _arrays(file: Path) -> None:
     np.savez(file, images=pixels, labels=np.arange(6) % 2)
 
 
+def _statistics(file: Path) -> None:
+    """Statistics of a standard normal distribution, as EDM and EDM2 store them."""
+    moments = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    if file.suffix == ".npz":
+        np.savez(file, **moments)
+    else:
+        file.write_bytes(pickle.dumps({"fid": moments}))
+
+
 def _original(file: Path) -> None:
     """A checkpoint of the original program, as if after 600,000 steps."""
     shutil.copy(model_file("res_res_atn"), file)
@@ -121,7 +139,11 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
     "your-name/your-images": _saved_dataset,
     "part1.npz": _arrays,
     "part2.npz": _arrays,
+    "VIRTUAL_imagenet64_labeled.npz": _statistics,
+    "imagenet-64x64.npz": _statistics,
+    "img64.pkl": _statistics,
     str(MODEL): _original,
     str(OPTIMIZER): _optimizer,
     "original_models": _originals,
+    **{name: partial(shutil.copy, FIXTURES / "peers" / file) for name, file in PEERS.items()},
 }

@@ -4,6 +4,7 @@ import functools
 import http.server
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,18 +17,31 @@ import torch.nn.functional as F
 from imagenet64_diffusion.tests.hub.conftest import hub, online  # noqa: F401
 
 
+class Mixed(torch.nn.Module):
+    """Two branches on 17x17 places, of which the first is the one that sFID takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Sequential(torch.nn.Conv2d(16, 9, 1), torch.nn.ReLU())
+        self.tower = torch.nn.Conv2d(16, 7, 3, padding=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.conv(features), self.tower(features)], 1)
+
+
 class StandIn(torch.nn.Module):
     """Has the interface of the published TorchScript Inception, 2048 features and 10 classes, and random weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 16, 13, stride=13),
-            torch.nn.ReLU(),
-            torch.nn.Conv2d(16, 2048, 3, stride=2),
-            torch.nn.ReLU(),
-            torch.nn.AdaptiveAvgPool2d(1),
-        )
+        layers = {
+            "conv": torch.nn.Conv2d(3, 16, 27, stride=17),
+            "relu": torch.nn.ReLU(),
+            "mixed_6": Mixed(),
+            "conv_1": torch.nn.Conv2d(16, 2048, 3, stride=2),
+            "pool2": torch.nn.AdaptiveAvgPool2d(1),
+        }
+        self.layers = torch.nn.Sequential(OrderedDict(layers))
         self.output = torch.nn.Linear(2048, 10)
 
     def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:

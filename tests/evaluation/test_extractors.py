@@ -161,14 +161,17 @@ def test_original_is_what_torchvision_computes(tmp_path):
     pixels = make_pixels(5, count=1, size=32)
     x = F.interpolate(pixels / 255, size=(299, 299), mode="bilinear", align_corners=False)
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    captured = []
+    captured, spatial = [], []
     network.avgpool.register_forward_hook(lambda module, inputs, output: captured.append(output.flatten(1)))
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: spatial.append(output[:, :7]))
     with torch.no_grad():
         logits = network((x - mean) / std)
     extractor = make_extractor("original", weights=file, dtype="float32")
     found = extractor(pixels)
     torch.testing.assert_close(found.features, captured[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.probabilities, logits.softmax(1), rtol=1e-5, atol=1e-7)
+    expected = spatial[0].permute(0, 2, 3, 1).reshape(1, 2023)
+    torch.testing.assert_close(extractor.extract(pixels)["spatial_features"], expected, rtol=1e-5, atol=1e-5)
     assert (extractor.num_features, extractor.num_classes) == (2048, 1000)
 
     half = make_extractor("original", weights=file)

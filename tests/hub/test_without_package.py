@@ -16,6 +16,7 @@ from imagenet64_diffusion.tests.components import generate_two, make_pipeline
 from imagenet64_diffusion.tests.hub.conftest import point_at
 from imagenet64_diffusion.tests.hub.loopback_hub import TOKEN
 from imagenet64_diffusion.tests.hub.test_pushing import WHOLE
+from imagenet64_diffusion.tests.pipelines.test_networks import edm2, pipeline_of
 
 
 def use(url: str, folder: Path, code_of_the_card: list[str]) -> None:
@@ -58,6 +59,10 @@ def use(url: str, folder: Path, code_of_the_card: list[str]) -> None:
     unet = type(again.unet).from_config(again.unet.config, stem_channels=16)
     assert DiffusionPipeline.from_pretrained("me/again", unet=unet, trust_remote_code=True).unet is unet
 
+    # EDM2's network with another to guide it, each with the file of its class
+    guided = DiffusionPipeline.from_pretrained("edm2", trust_remote_code=True)
+    assert torch.equal(generate_two(guided), torch.load("edm2.pt"))
+
     exec("\n".join(code_of_the_card), scope := {})
     assert len(scope["images"]) == 3
     # its last lines, which have downloaded a snapshot, do without the Hub
@@ -70,6 +75,9 @@ def test_from_load_to_push(logged_in, tmp_path):
     pipeline = make_pipeline()
     pipeline.push_to_hub("me/tiny", private=True)
     torch.save(generate_two(pipeline), tmp_path / "expected.pt")
+    guided = pipeline_of(edm2(), names=pipeline.config.id2label, guidance_unet=edm2(seed=1))
+    guided.save_pretrained(tmp_path / "edm2")
+    torch.save(generate_two(guided), tmp_path / "edm2.pt")
     text = re.sub(r"num_inference_steps=\d+", "num_inference_steps=3", ModelCard.load("me/tiny").text)
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code) == 4

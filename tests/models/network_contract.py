@@ -27,5 +27,3 @@ class NetworkContract:
         for low_cpu_mem_usage in (True, False):
             loaded = type(network).from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
             assert torch.equal(self.answer(loaded), self.answer(network))
-            options = [{name: v for name, v in n.config.items() if name[0] != "_"} for n in (loaded, network)]
-            assert options[0] == options[1]

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.page import model_cache
 from imagenet64_diffusion.page.app_options import AppOptions
 from imagenet64_diffusion.page.model_cache import ModelCache, facts
@@ -32,6 +33,15 @@ def test_each_is_loaded_once_and_only_so_many_stay_in_memory(tmp_path, tiny_mode
     for name in (names[1], names[2], names[1], names[0]):
         models.pipeline(name)
     assert loaded == [*names, names[0]]
+
+
+def test_a_request_has_the_networks_that_guide(tmp_path):
+    pipeline = make_pipeline()
+    ClassConditionalPipeline(**{**pipeline.components, "guidance_unet": pipeline.unet}).save_pretrained(tmp_path)
+    models = ModelCache(AppOptions(model=[str(tmp_path)]))
+    first, second = models.pipeline(str(tmp_path)), models.pipeline(str(tmp_path))
+    assert first.guidance_unet is second.guidance_unet is not None
+    assert first.scheduler is not second.scheduler
 
 
 def test_another_folder_is_opened_where_that_is_allowed(models, tmp_path, tiny_model):

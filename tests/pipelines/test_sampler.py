@@ -53,5 +53,5 @@ def test_titles(values, title):
 
 def test_noise_levels_that_are_no_interval():
     for value in ([0.5], [2.0, 1.0]):
-        with pytest.raises(ValueError, match="^guidance_sigma_interval is .*two noise levels, 0 <= low <= high"):
+        with pytest.raises(ValueError, match=r"^guidance_sigma_interval is .*two noise levels, 0 <= low <= high"):
             Sampler(guidance_sigma_interval=value)
