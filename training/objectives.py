@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class TrainedNetwork(nn.Module):
             squared error to be at a noise level, that is trained with it.
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: ModelMixin):
         super().__init__()
         self.unet = unet
 

@@ -24,7 +24,8 @@ from imagenet64_diffusion.utils.command_line import parse_options
 
 
 TRAIN_HEADINGS = (
-    "data, run, network, diffusion, optimisation, precision and speed, checkpoints and logging, samples, Hub"
+    "data, run, network, objective, objective ddpm, objective edm, optimisation, precision and speed,"
+    " checkpoints and logging, samples, Hub"
 )
 EVALUATE_HEADINGS = {
     "reference": "images, output, features, speed",
