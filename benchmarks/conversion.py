@@ -15,11 +15,11 @@ from imagenet64_diffusion import ClassConditionalPipeline
 from imagenet64_diffusion.convert_checkpoints import convert_checkpoint
 
 
-def convert(threads: int, *files: Path) -> tuple[float, int, int]:
+def convert(threads: int, files: dict[str, Path]) -> tuple[float, int, int]:
     """Converts; returns the seconds, and the peak memory before and after."""
     torch.set_num_threads(threads)
     before = resident_bytes("VmHWM")
-    return seconds_of(convert_checkpoint, *files), before, resident_bytes("VmHWM")
+    return seconds_of(lambda: convert_checkpoint(**files)), before, resident_bytes("VmHWM")
 
 
 def load(threads: int, folder: Path) -> float:
@@ -42,8 +42,8 @@ def main() -> None:
         words = ("--checkpoint", folder / "pipeline", "--output_dir", original, "--epoch", 469, "--step", 600_000)
         call_command("convert_checkpoints", "--to_original", *words)
         (model,), (params,) = original.glob("*.pkl"), original.glob("*.json")
-        file_bytes = model.stat().st_size
-        seconds, before, peak = in_own_process(convert, options.threads, model, params, folder / "out")
+        file_bytes, files = model.stat().st_size, {"checkpoint": model, "params": params, "output_dir": folder / "out"}
+        seconds, before, peak = in_own_process(convert, options.threads, files)
         loading = in_own_process(load, options.threads, folder / "out")
     figures = {
         "checkpoint, MB": file_bytes / 1e6,

@@ -30,6 +30,7 @@ SECTIONS = {
     "evaluation": "Evaluating a model",
     "startup": "Starting",
     "conversion": "Converting a checkpoint",
+    "published": "Networks of others",
     "data": "Reading images",
     "frechet": "The Frechet distance",
 }

@@ -218,7 +218,8 @@ def sampler_grid(options: SweepOptions) -> list[Sampler]:
     steps = [{name: number} for name in ("num_inference_steps", "step_size") for number in getattr(options, name)]
     listed: Any = [
         {"scheduler": scheduler, **step, "guidance_scale": scale, "classifier_scale": classifier_scale, "eta": eta}
-        | {"clip_sample": options.clip_sample, "scheduler_options": options.scheduler_options}
+        | {"clip_sample": options.clip_sample}
+        | ({"scheduler_options": options.scheduler_options} if options.scheduler_options else {})
         | ({name: getattr(options, name) for name in INTERVALS} if scale > 1 else {})
         for scheduler in options.scheduler
         for step in steps or [{}]

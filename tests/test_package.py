@@ -58,16 +58,17 @@ def test_training_configs_are_options(file, prepared):
     assert options.max_train_steps > 0
 
 
-STANDING_ALONE = (
-    "models.unet_class_conditional models.unet_edm2 pipelines.cached_weights pipelines.pipeline_class_conditional"
+STANDING_ALONE = [f"models.{name}" for name in ("unet_class_conditional", "unet_edm2", "unet_adm", "classifier_adm")]
+STANDING_ALONE += [f"pipelines.{name}" for name in ("cached_weights", "noise_kinds", "pipeline_class_conditional")]
+
+
+@pytest.mark.parametrize(
+    "module", [*STANDING_ALONE, "schedulers.scheduling_ddim_eta", "schedulers.scheduling_edm_heun"]
 )
-
-
-@pytest.mark.parametrize("module", [*STANDING_ALONE.split(), "schedulers.scheduling_ddim_eta"])
 def test_what_a_repository_carries_stands_alone(module):
     """torch, diffusers and the standard library only, and what `save_pretrained` carries beside the pipeline."""
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-    source = source.replace("from .cached_weights import cached_weights", "")
+    source = re.sub(r"from \.(cached_weights|noise_kinds) import .*", "", source)
     imports = re.findall(r"^\s*(?:from|import) ([\w.]+)", source, re.MULTILINE)
     assert {name.split(".")[0] for name in imports} - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
 

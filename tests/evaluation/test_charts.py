@@ -16,7 +16,8 @@ DDIM, DDPM = Sampler("DDIM"), Sampler("DDPMScheduler", step_size=10, eta=1.0)
 
 def row(family, step, sampler, fid, **values):
     settings = dataclasses.asdict(sampler)
-    settings["guidance_interval"] = " ".join(map(str, sampler.guidance_interval))
+    for name in ("guidance_interval", "scheduler_options"):
+        settings[name] = " ".join(map(str, settings[name]))
     model = family if step is None else f"{family}/pipelines/step_{step:07}"
     common = {"model": model, "family": family, "step": step, "sampler": sampler.title(), **settings}
     return {**common, "num_images": 10_000, "protocol": "clean", "fid": fid, **values}

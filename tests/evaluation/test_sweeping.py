@@ -73,7 +73,7 @@ def test_a_grid_file(tmp_path):
     [
         ("[", "expected the node content"),
         *((text, "samplers must be a list, each with names and values") for text in ("{}", "[]", "[1]")),
-        ("- {steps: 3}", "names 'steps', but must be made of scheduler, num_inference_steps, step_size"),
+        ("- {steps: 3}", "names 'steps', but must be made of scheduler, scheduler_options"),
         ("- {num_inference_steps: ten}", "num_inference_steps is 'ten', but must be a whole number"),
         ("- {guidance_interval: [1]}", "guidance_interval is [1], but must be 2 numbers"),
         ("- {guidance_interval: 1}", "guidance_interval is 1, but must be 2 numbers"),

@@ -33,7 +33,7 @@ def test_a_good_form(models):
         ({"guidance_scale": float("nan")}, "Guidance scale is nan, but must be a number from 0 to 100"),
         ({"guidance_begin": 0.6, "guidance_end": 0.5}, "guidance_interval is (0.6, 0.5), but must be two"),
         ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "Scheduler is 'FlowMatchEulerDiscreteScheduler', which"),
-        ({"scheduler": ["DDIMScheduler"]}, "Scheduler is ['DDIMScheduler'], which this page does not have"),
+        ({"scheduler": ["DDIMScheduler"]}, "Scheduler is ['DDIMScheduler'], which this model does not have"),
         ({"compare": "three"}, "Compare is 'three', but must be nothing, two schedulers or two guidance scales"),
         ({"compare": TWO_SCALES, "other_guidance_scale": None}, "Other guidance scale is empty"),
         ({"model": ""}, "Model is empty: choose one"),

@@ -21,7 +21,7 @@ def data(**changes):
     [
         ({"model": "/etc"}, "Model is &#x27;/etc&#x27;, but this page has the digits of this package and "),
         ({"seed": {"a": [1]}}, "Seed is {&#x27;a&#x27;: [1]}, but must be a whole number"),
-        ({"scheduler": "../../x"}, "Scheduler is &#x27;../../x&#x27;, which this page does not have"),
+        ({"scheduler": "../../x"}, "Scheduler is &#x27;../../x&#x27;, which this model does not have"),
         ({"class_labels": ["3"] * 100_000}, "This is 200,000 images, but a request may ask for 36"),
     ],
 )
