@@ -101,9 +101,14 @@ class Sampler(CheckedOptions):
         return hash(self.title())
 
     def prepare(self, pipeline: "ClassConditionalPipeline") -> None:
-        """Gives the pipeline the scheduler, if another one than its own is asked for; raises as `swap_scheduler`."""
+        """Gives the pipeline the scheduler that is asked for, and takes its guidance scale where none is given.
+
+        Raises as `swap_scheduler`.
+        """
         from .loading import swap_scheduler  # which imports torch
 
+        if self.guidance_scale is None:
+            self.guidance_scale = pipeline.default_guidance_scale
         if self.scheduler is not None or self.scheduler_options:
             swap_scheduler(pipeline, self.scheduler, **_parse_options(self.scheduler_options))
 

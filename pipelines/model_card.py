@@ -105,7 +105,7 @@ def create_model_card(
         conditional=conditional,
         samples_name=SAMPLES_NAME if has_samples else None,
         labels=[*(json.dumps(label, ensure_ascii=False) for label in labels), *["None"] * (null_class is not None)],
-        guidance_scale=5.0 if null_class is not None else 2.0 if pipeline.guidance_unet is not None else None,
+        guidance_scale=2.0 if pipeline.guidance_unet is not None else 5.0 if null_class is not None else None,
         has_timesteps=has_timesteps,
         predicts_variance=unet.get("out_channels", 2 * unet.in_channels) == 2 * unet.in_channels and has_timesteps,
         papers=_PAPERS[has_timesteps]

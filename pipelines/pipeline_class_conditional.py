@@ -150,6 +150,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """The label of an image without class; None where the network was not trained with such images."""
         return self._count_classes()[1]
 
+    @property
+    def default_guidance_scale(self) -> float:
+        """The scale of a call that gives none: 5 where there is a null class to be guided away from, else 1."""
+        return 1.0 if self.null_class is None or self.guidance_unet is not None else 5.0
+
     def _count_classes(self) -> tuple[int | None, int | None]:
         config, num_names = self.unet.config, len(self.config.id2label or ())
         network = getattr(self.unet, "_orig_mod", self.unet)
@@ -243,8 +248,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_ids = [index for index in self._class_ids(class_labels) for _ in range(num_images_per_label)]
         null_class, channels, num_images = self.null_class, self.unet.config.in_channels, len(class_ids)
         has_other, any_class = self.guidance_unet is not None, any(index != null_class for index in class_ids)
-        if guidance_scale is None:
-            guidance_scale = 1.0 if null_class is None or has_other else 5.0
+        guidance_scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         cannot_guide = guidance_scale > 1 and not has_other and null_class is None and self.num_classes is not None
         cannot_classify = classifier_scale > 0 and (self.classifier is None or null_class in class_ids)
         interval, sigmas = guidance_interval, guidance_sigma_interval
