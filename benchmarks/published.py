@@ -28,7 +28,7 @@ def randomize(network: nn.Module) -> nn.Module:
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return network.eval().requires_grad_(False)
+    return network.eval()
 
 
 def adm(folder: Path) -> Family:
