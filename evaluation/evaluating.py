@@ -306,7 +306,7 @@ def extract_parts(
                     return
                 try:
                     pixels, labels = images.read(start, stop)
-                    found: dict[str, Any] = {**extractor.extract(pixels), "labels": labels}
+                    found = {**extractor(pixels)._asdict(), "labels": labels}
                     found["pixels"] = pixels if keep_pixels else None
                     arrays = {name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None}
                     with atomic_file(parts / f"{start:09d}-{stop:09d}.npz") as writing:

@@ -162,11 +162,11 @@ def build_unet(config: Mapping[str, Any], start: Start) -> ModelMixin:
 
 
 class ObjectiveParts(NamedTuple):
-    """What an objective needs."""
+    """What an objective needs, made from the options."""
 
     scheduler_class: type[SchedulerMixin]
-    new_scheduler: Callable[[TrainOptions, bool], SchedulerMixin]  # of a network that learns the variance, or not
-    loss: Callable[[TrainOptions, SchedulerMixin, torch.device], TrainingObjective]
+    new_scheduler: Callable[[Any, bool], SchedulerMixin]  # of a network that learns the variance, or not
+    loss: Callable[[Any, SchedulerMixin, torch.device], TrainingObjective]
 
 
 def _ddpm_scheduler(options: TrainOptions, learns_variance: bool) -> EtaDDIMScheduler:
@@ -185,15 +185,13 @@ def _ddpm_loss(options: TrainOptions, scheduler: SchedulerMixin, device: torch.d
     return loss(scheduler, options.vlb_weight, device, options.snr_gamma)
 
 
-# Adding an objective: write its class, name it here and in the options.
+# Adding an objective: write its class, name it here and in the options, where those of it alone have a group.
 OBJECTIVES: dict[str | None, ObjectiveParts] = {
     "ddpm": ObjectiveParts(EtaDDIMScheduler, _ddpm_scheduler, _ddpm_loss),
     "edm": ObjectiveParts(
         EDMHeunScheduler,
         lambda options, _: EDMHeunScheduler(sigma_data=options.sigma_data),
-        lambda options, scheduler, device: EDMLoss(
-            scheduler, **{name: getattr(options, name) for name in ("p_mean", "p_std")}
-        ),
+        lambda options, scheduler, device: EDMLoss(scheduler, options.p_mean, options.p_std),
     ),
 }
 

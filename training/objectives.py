@@ -76,7 +76,16 @@ class TrainingObjective(ABC):
     def target(self, original_samples: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         """What the network should predict, (batch, channels, height, width)."""
 
-    @abstractmethod
+    def weights(self, levels: Tensor) -> Tensor | float:
+        """What an error of the prediction costs at these noise levels, (batch,)."""
+        return 1.0
+
+    def variance_bound(
+        self, prediction: Tensor, variance: Tensor, original_samples: Tensor, noisy_samples: Tensor, levels: Tensor
+    ) -> Tensor | float:
+        """The term that trains a predicted variance, (batch,); 0 for objectives that train none."""
+        return 0.0
+
     def __call__(
         self,
         model_output: Tensor,
@@ -89,8 +98,8 @@ class TrainingObjective(ABC):
         """The terms for each image of a batch.
 
         Args:
-            model_output: (batch, channels, height, width): the prediction; with twice the channels what follows it is
-                the variance, for objectives that train one.
+            model_output: (batch, channels, height, width): the prediction; with twice the channels the variance
+                follows it.
             original_samples: Images in [-1, 1], (batch, channels, height, width), as are the two that follow.
             noise: The noise in the noisy images, of unit variance.
             noisy_samples: The noisy images.
@@ -98,6 +107,16 @@ class TrainingObjective(ABC):
             log_variance: u, (batch,), if the network has an uncertainty: an error e costs e / exp(u) + u (Karras et
                 al. 2024, arXiv 2312.02696, equation 16), least where exp(u) is e; all noise levels weigh equally then.
         """
+        channels = original_samples.shape[1]
+        prediction, variance = model_output.float().tensor_split([channels], dim=1)
+        errors = (self.target(original_samples, noise, levels) - prediction).square().mean(dim=(1, 2, 3))
+        simple = self.weights(levels) * errors
+        if log_variance is not None:
+            simple = simple * torch.exp(-log_variance) + log_variance
+        vlb = torch.zeros_like(simple)
+        if variance.shape[1]:
+            vlb = vlb + self.variance_bound(prediction, variance, original_samples, noisy_samples, levels)
+        return LossTerms(simple, vlb)
 
     @abstractmethod
     def quantiles(self, levels: Tensor) -> Tensor:
@@ -112,16 +131,6 @@ class TrainingObjective(ABC):
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:  # noqa: B027
         """Resumes from what `state_dict` gave."""
-
-
-def _mean_error(target: Tensor, prediction: Tensor) -> Tensor:
-    """(batch,)."""
-    return (target - prediction).square().mean(dim=(1, 2, 3))
-
-
-def _with_uncertainty(errors: Tensor, log_variance: Tensor | None) -> Tensor:
-    """(batch,)."""
-    return errors if log_variance is None else errors * torch.exp(-log_variance) + log_variance
 
 
 class HybridLoss(TrainingObjective):
@@ -179,7 +188,7 @@ class HybridLoss(TrainingObjective):
         self._log_beta, self._log_beta_tilde = table(beta.log()), table(beta_tilde.clamp(min=1e-10).log())
         # Ho et al. 2020, equation 7
         self._mean_of_original = table(alpha_prod_prev.sqrt() * beta / (1 - alpha_prod))
-        self._weight = None
+        weight = torch.ones(len(alpha_prod))
         if snr_gamma is not None:
             snr = compute_snr(scheduler, torch.arange(len(alpha_prod)))
             if self.prediction_type == "epsilon":
@@ -187,7 +196,7 @@ class HybridLoss(TrainingObjective):
                 weight = (snr_gamma / snr).clamp(max=1)
             else:
                 weight = snr.clamp(max=snr_gamma) / (1 if self.prediction_type == "sample" else snr + 1)
-            self._weight = weight.to(device)
+        self._weight = weight.to(device)
 
     def sample_noise_levels(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps, int64 (batch,), counted from 0, and weights of 1."""
@@ -202,7 +211,6 @@ class HybridLoss(TrainingObjective):
         return self._sqrt_alpha_prod[timesteps] * original_samples + self._sqrt_beta_prod[timesteps] * noise
 
     def target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict, (batch, channels, height, width)."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -210,28 +218,14 @@ class HybridLoss(TrainingObjective):
         # Salimans and Ho 2022, arXiv 2202.00512, appendix D
         return self._sqrt_alpha_prod[timesteps] * noise - self._sqrt_beta_prod[timesteps] * original_samples
 
-    def __call__(
-        self,
-        model_output: Tensor,
-        original_samples: Tensor,
-        noise: Tensor,
-        noisy_samples: Tensor,
-        timesteps: Tensor,
-        log_variance: Tensor | None = None,
-    ) -> LossTerms:
-        """As `TrainingObjective.__call__`; the variance is an interpolation, 1 for log beta, -1 for log beta_tilde."""
-        channels = original_samples.shape[1]
-        prediction, interpolation = model_output.float().tensor_split([channels], dim=1)
+    def weights(self, timesteps: Tensor) -> Tensor:
+        return self._weight[timesteps]
 
-        # 1. the plain error, equation 14 of Ho et al. for epsilon
-        simple = _mean_error(self.target(original_samples, noise, timesteps), prediction)
-        if self._weight is not None:
-            simple = self._weight[timesteps] * simple
-        simple = _with_uncertainty(simple, log_variance)
-        if not interpolation.shape[1]:
-            return LossTerms(simple, vlb=torch.zeros_like(simple))
-
-        # 2. the predicted image, as the sampler would clip it
+    def variance_bound(
+        self, prediction: Tensor, variance: Tensor, original_samples: Tensor, noisy_samples: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """lambda L_vlb, (batch,); the variance is an interpolation, 1 for log beta, -1 for log beta_tilde."""
+        # 1. the predicted image, as the sampler would clip it
         with torch.no_grad():
             sqrt_alpha_prod, sqrt_beta_prod = self._sqrt_alpha_prod[timesteps], self._sqrt_beta_prod[timesteps]
             if self.prediction_type == "epsilon":
@@ -243,13 +237,13 @@ class HybridLoss(TrainingObjective):
             # both means have the same share of x_t, so that only the shares of x_0 differ
             mean_error = self._mean_of_original[timesteps] * (original_samples - predicted_original.clamp(-1, 1))
 
-        # 3. divergence of two Gaussians, with the log-variances as equation 15 of Nichol and Dhariwal has them
-        log_variance, fraction = self._log_beta_tilde[timesteps], (interpolation + 1) / 2
+        # 2. divergence of two Gaussians, with the log-variances as equation 15 of Nichol and Dhariwal has them
+        log_variance, fraction = self._log_beta_tilde[timesteps], (variance + 1) / 2
         predicted = (fraction * self._log_beta[timesteps] + (1 - fraction) * log_variance).clamp(-30, 30)
         relative_variance = torch.exp(log_variance - predicted)
         squared_error = mean_error.square() * torch.exp(-predicted)
         divergence = 0.5 * (predicted - log_variance + relative_variance + squared_error - 1)
-        return LossTerms(simple, vlb=self.vlb_weight * divergence.mean(dim=(1, 2, 3)))
+        return self.vlb_weight * divergence.mean(dim=(1, 2, 3))
 
 
 class ImportanceSampledLoss(HybridLoss):
@@ -345,19 +339,6 @@ class EDMLoss(TrainingObjective):
         """(y - c_skip x) / c_out, without its difference of almost equal numbers where there is little noise."""
         share = sigmas[:, None, None, None] / self.sigma_data
         return (share * original_samples - self.sigma_data * noise) / self._norm(sigmas)
-
-    def __call__(
-        self,
-        model_output: Tensor,
-        original_samples: Tensor,
-        noise: Tensor,
-        noisy_samples: Tensor,
-        sigmas: Tensor,
-        log_variance: Tensor | None = None,
-    ) -> LossTerms:
-        prediction = model_output[:, : original_samples.shape[1]].float()
-        errors = _mean_error(self.target(original_samples, noise, sigmas), prediction)
-        return LossTerms(_with_uncertainty(errors, log_variance), vlb=torch.zeros_like(errors))
 
     def _norm(self, sigmas: Tensor) -> Tensor:
         """Standard deviation of the noisy images, (batch, 1, 1, 1)."""

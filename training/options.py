@@ -148,7 +148,5 @@ def options_of(*groups: str) -> set[str]:
     return {item.name for item in fields(TrainOptions) if item.metadata["group"] in groups}
 
 
-# Options of one objective alone; they are not given for another one, and None there if they have no fixed default.
-OBJECTIVE_OPTIONS: dict[str | None, set[str]] = {name: options_of(f"objective {name}") for name in ("ddpm", "edm")}
 # Options that replace one entry of the network's config.
 NETWORK_OPTIONS = sorted(options_of("network") - {"model_config_name_or_path", "unconditional"})
