@@ -11,7 +11,6 @@ import contextlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +20,15 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from ..pipelines.image_grid import to_image
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, write_json
 from ..utils.distributed import distributed_state, on_every_process, on_main_process
 from ..utils.file_digest import file_digest
+from ..utils.progress import progress_bar
 from ..version import __version__
 from .extractors import FeatureExtractor, make_extractor, published_header
-from .images import (
-    RESIZE_FILTER,
-    GeneratedImages,
-    ImageBatch,
-    ImageBatches,
-    count_classes,
-    find_revision,
-    open_images,
-)
+from .images import RESIZE_FILTER, GeneratedImages, ImageBatch, ImageBatches, count_classes, find_revision, open_images
 from .options import ExtractionOptions, ModelOptions, ReferenceOptions
 from .protocols import COMPARED_ENTRIES, PUBLISHED
 from .published import read_published
@@ -137,10 +128,8 @@ def evaluate_reference(options: ReferenceOptions) -> Path:
         )
         count = min(options.max_images or len(images), len(images))
         chosen = images if count == len(images) else _EvenlySpread(images, count)
-        facts = {
-            "source": options.source,
-            "split": options.split,
-            "resolution": options.resolution,
+        facts: dict[str, Any] = {
+            **{name: getattr(options, name) for name in ("source", "split", "resolution")},
             "resize_filter": None if options.resolution is None else RESIZE_FILTER,
             # of a folder of images all files are read for it, once for all ranks
             "fingerprint": on_main_process(state, lambda: images.fingerprint),
@@ -292,15 +281,9 @@ def extract_parts(
     batches = on_main_process(state, find_missing)
 
     def extract_mine() -> None:
-        with tqdm(
-            total=len(images),
-            initial=len(images) - sum(stop - start for start, stop in batches),
-            desc="evaluating",
-            unit="image",
-            # a file, such as a job's, gets a line now and then
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-            disable=not state.is_main_process,
-        ) as progress_bar:
+        done = len(images) - sum(stop - start for start, stop in batches)
+        shown = {"desc": "evaluating", "unit": "image", "disable": not state.is_main_process}
+        with progress_bar(total=len(images), initial=done, **shown) as bar:
             for start, stop in batches[state.process_index :: state.num_processes]:
                 if failed.exists():
                     return
@@ -317,7 +300,7 @@ def extract_parts(
                         raise ValueError(f"memory is too small for batch_size {stop - start}: lower it") from error
                     raise
                 # the others do as much in the same time
-                progress_bar.update(min((stop - start) * state.num_processes, len(images) - progress_bar.n))
+                bar.update(min((stop - start) * state.num_processes, len(images) - bar.n))
 
     on_every_process(state, extract_mine)
 

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..pipelines.loading import download_snapshot
 from ..utils.devices import find_device
@@ -26,9 +27,9 @@ from .weights import INCEPTION_2015, TORCHVISION_INCEPTION, find_weights
 class Features(NamedTuple):
     """What a network makes of images, float32."""
 
-    features: torch.Tensor  # (images, num_features)
-    probabilities: torch.Tensor | None = None  # (images, num_classes), where the network knows classes
-    spatial_features: torch.Tensor | None = None  # (images, 2023), an Inception's for sFID
+    features: Tensor  # (images, num_features)
+    probabilities: Tensor | None = None  # (images, num_classes), where the network knows classes
+    spatial_features: Tensor | None = None  # (images, 2023), an Inception's for sFID
 
 
 class FeatureExtractor(abc.ABC):
@@ -59,7 +60,7 @@ class FeatureExtractor(abc.ABC):
         numbers = {"num_features": self.num_features, "num_classes": self.num_classes}
         return {**facts, "versions": versions, **numbers, "device": self.device.type}
 
-    def __call__(self, images: torch.Tensor) -> Features:
+    def __call__(self, images: Tensor) -> Features:
         """Extracts the features of images on any device; grey ones are repeated for a network of three channels.
 
         ValueError unless the images are uint8 (images, channels, height, width), and their features finite.
@@ -67,24 +68,20 @@ class FeatureExtractor(abc.ABC):
         protocol, dtype = self.facts["protocol"], self.facts["dtype"]
         channels = (1, 3) if self.channels == 3 else (self.channels,)
         if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1] not in channels:
-            wanted = f"torch.uint8 (images, {' or '.join(map(str, channels))}, height, width)"
-            raise ValueError(
-                f"the images are {images.dtype} {tuple(images.shape)}, but must be {wanted} for {protocol}"
-            )
+            wanted = f"torch.uint8 (images, {' or '.join(map(str, channels))}, height, width) for {protocol}"
+            raise ValueError(f"the images are {images.dtype} {tuple(images.shape)}, but must be {wanted}")
         with torch.no_grad(), full_float32():
             chunks = images.expand(-1, self.channels, -1, -1).split(self.batch_size)
             kinds = zip(*map(self._extract, chunks), strict=True)
             found = Features(*(None if parts[0] is None else torch.cat(parts) for parts in kinds))
         broken = (~found.features.isfinite()).any(dim=1).nonzero()
         if len(broken):
-            advice = "" if dtype == "float32" else "; try extractor_dtype float32"
-            raise ValueError(
-                f"{protocol} in {dtype} gives features that are not finite for image {int(broken[0])}{advice}"
-            )
+            told = f"{protocol} in {dtype} gives features that are not finite for image {int(broken[0])}"
+            raise ValueError(told if dtype == "float32" else f"{told}; try extractor_dtype float32")
         return found
 
     @abc.abstractmethod
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: Tensor) -> Features:
         """Those of one chunk."""
 
 
@@ -96,7 +93,7 @@ class PixelExtractor(FeatureExtractor):
         self.channels, self.num_features = channels, channels * 64
         self.facts["features"] = f"{channels} channels"
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: Tensor) -> Features:
         height, width = images.shape[2:]
         if min(height, width) < 8:
             raise ValueError(f"the images have {height}x{width} pixels, too few to be averaged to 8x8")
@@ -104,7 +101,7 @@ class PixelExtractor(FeatureExtractor):
         return Features(averaged.flatten(1))
 
 
-def _spatial(output: torch.Tensor) -> torch.Tensor:
+def _spatial(output: Tensor) -> Tensor:
     """What sFID needs of a layer (Nash et al. 2021, https://arxiv.org/abs/2103.03841): of 17x17 places the first 7
     channels, which come last, as in guided-diffusion's statistics."""
     return output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
@@ -132,7 +129,7 @@ class TorchScriptInception(FeatureExtractor):
         self.num_classes, self.num_features = self._network.output.weight.shape
         self._layers = dict(self._network.layers.named_children())
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: Tensor) -> Features:
         spatial = None
         if self._resize is None and "mixed_6" not in self._layers:
             features = self._network(images.to(self.device, torch.float32), return_features=True)
@@ -166,11 +163,11 @@ class TorchvisionInception(FeatureExtractor):
         network.to(self.device, self.dtype).eval()
         self.num_classes, self.num_features = network.fc.out_features, network.fc.in_features
         self._network, self._head, network.fc = network, network.fc, torch.nn.Identity()
-        self._spatial: list[torch.Tensor] = []
+        self._spatial: list[Tensor] = []
         # it is the same layer as mixed_6, in the same order
         network.Mixed_6d.register_forward_hook(lambda layer, _, output: self._spatial.append(_spatial(output)))
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: Tensor) -> Features:
         images = images.to(self.device, torch.float32) / 255
         images = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
         features = self._network(_normalize(images).to(self.dtype))
@@ -185,7 +182,7 @@ class DinoV2(FeatureExtractor):
         self._network, _ = _load_transformers(self, "AutoModel", weights or "facebook/dinov2-large")
         self.num_features = self._network.config.hidden_size
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: Tensor) -> Features:
         def resize(image: np.ndarray) -> np.ndarray:
             return np.asarray(PIL.Image.fromarray(image).resize((224, 224), PIL.Image.Resampling.BICUBIC))
 
@@ -222,10 +219,10 @@ class Classifier(FeatureExtractor):
         if not heads:
             raise ValueError(f"weights {weights} has no linear layer for its {self.num_classes} classes")
         self.num_features = heads[-1].in_features
-        self._inputs: list[torch.Tensor] = []
+        self._inputs: list[Tensor] = []
         heads[-1].register_forward_pre_hook(lambda head, arguments: self._inputs.append(arguments[0]))
 
-    def _extract(self, images: torch.Tensor) -> Features:
+    def _extract(self, images: Tensor) -> Features:
         if self._processor is not None:
             images = images.contiguous().to(self.device)
             # named, because it cannot be told from the shape of small images of few channels
@@ -326,14 +323,14 @@ def full_float32() -> Iterator[None]:
         yield
 
 
-def _resize_each(images: torch.Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
+def _resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     """Resizes images with a function for one, (height, width, channels)."""
     arrays = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
     with ThreadPoolExecutor() as pool:
         return torch.from_numpy(np.stack(list(pool.map(resize, arrays)))).permute(0, 3, 1, 2)
 
 
-def _resize_as_tensorflow(images: torch.Tensor) -> torch.Tensor:
+def _resize_as_tensorflow(images: Tensor) -> Tensor:
     """Bilinear, to 299x299 pixels, of which pixel i lies at i * size / 299: TensorFlow 1's ``resize_bilinear``."""
     height, width = images.shape[2:]
     # from where torch has the middle of that pixel, in halves of the image
@@ -342,7 +339,7 @@ def _resize_as_tensorflow(images: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _normalize(images: torch.Tensor) -> torch.Tensor:
+def _normalize(images: Tensor) -> Tensor:
     """By ImageNet's mean and standard deviation."""
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)[..., None, None]
     return (images - mean) / std

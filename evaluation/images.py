@@ -152,9 +152,7 @@ class _NpzBatches(ImageBatches):
 class _DecodedBatches(ImageBatches):
     """Images of files or of a dataset, which are decoded one by one; the first says what size all have."""
 
-    def __init__(
-        self, source: str, found: ImageDatasetSource | list[Path], conversion: tuple[int | None, str, str]
-    ) -> None:
+    def __init__(self, source: str, found: ImageDatasetSource | list[Path], conversion: tuple[int | None, str, str]):
         self._source, self._conversion, self._found = source, conversion, found
         self._images: Any
         self._labels: np.ndarray | None = None

@@ -29,9 +29,8 @@ class LossTerms(NamedTuple):
 class TrainedNetwork(nn.Module):
     """A network with its uncertainty: one forward pass, which is what DDP wraps, reaches all parameters.
 
-    Args:
-        unet: The network. If it has ``log_variance(timestep)``, (batch,), the logarithm of how large it takes its
-            squared error to be at a noise level, that is trained with it.
+    That is its ``log_variance(timestep)``, (batch,), if it has one: the logarithm of how large it takes its squared
+    error to be at a noise level.
     """
 
     def __init__(self, unet: ModelMixin):
@@ -54,14 +53,10 @@ class TrainingObjective(ABC):
 
     @abstractmethod
     def sample_noise_levels(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Turns uniform numbers in [0, 1) into noise levels.
+        """Turns uniform numbers in [0, 1), float64 (batch,), into noise levels, (batch,).
 
-        Args:
-            uniforms: float64 (batch,).
-
-        Returns:
-            Noise levels, (batch,), and the weight of each one's loss, float64 (batch,), that makes the weighted mean
-            an unbiased estimate of the mean over all noise levels.
+        Beside them come the weights of their losses, float64 (batch,), that make the weighted mean an unbiased
+        estimate of the mean over all noise levels.
         """
 
     @abstractmethod

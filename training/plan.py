@@ -51,9 +51,14 @@ class Plan:
     max_train_steps: int
     warnings: list[str]  # what the user should know, a sentence each
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels, as the network sees them."""
+        return training_size(self.options, self.dataset)
+
     def summary(self, device: str, precision: str, num_parameters: int) -> str:
         """What is trained on what."""
-        height, width = training_size(self.options, self.dataset)
+        height, width = self.image_size
         epochs = self.max_train_steps * self.images_per_step / len(self.dataset)
         start = self.start.began_from or "random weights"
         if self.start.checkpoint is not None:
