@@ -192,20 +192,12 @@ def evaluate_model(
             return evaluate_model(options, state)
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))
-    images = on_every_process(
-        state,
-        lambda: GeneratedImages(
-            options.model,
-            options,
-            options.num_images,
-            class_labels=options.class_labels,
-            class_counts=None if options.train_data_dir is None else count_classes(options.train_data_dir),
-            seed=options.seed,
-            device=options.device or state.device,
-            dtype=getattr(torch, options.dtype),
-            revision=commit,
-        ),
-    )
+
+    def open_generated() -> GeneratedImages:
+        counts = None if options.train_data_dir is None else count_classes(options.train_data_dir)
+        return GeneratedImages(options, options.device or state.device, commit, counts)
+
+    images = on_every_process(state, open_generated)
     return _evaluate(images, images.description, options, state, extractor)
 
 

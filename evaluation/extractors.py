@@ -73,7 +73,7 @@ class FeatureExtractor(abc.ABC):
         with torch.no_grad(), full_float32():
             chunks = images.expand(-1, self.channels, -1, -1).split(self.batch_size)
             kinds = zip(*map(self._extract, chunks), strict=True)
-            found = Features(*(None if parts[0] is None else torch.cat(parts) for parts in kinds))
+            found = Features._make(None if parts[0] is None else torch.cat(parts) for parts in kinds)
         broken = (~found.features.isfinite()).any(dim=1).nonzero()
         if len(broken):
             told = f"{protocol} in {dtype} gives features that are not finite for image {int(broken[0])}"

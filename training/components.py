@@ -132,9 +132,7 @@ def _num_class_embeds(config: Mapping[str, Any], options: TrainOptions, dataset:
         return classes
     found = config.get("num_class_embeds") if start.checkpoint or start.pretrained else None
     if found == classes and needs_null_class:
-        told = (
-            f"the UNet2DModel that the run starts from has {found} embeddings, all of classes, none for no class"
-        )
+        told = f"the UNet2DModel that the run starts from has {found} embeddings, all of classes, none for no class"
         advice = f"set class_dropout_prob to 0, or begin with a network of num_class_embeds {classes + 1}"
         raise ValueError(f"class_dropout_prob is {options.class_dropout_prob}, but {told}: {advice}")
     return classes + 1 if needs_null_class or found == classes + 1 else classes

@@ -65,7 +65,7 @@ def make(name, models, stand_in, **options):
 def test_features_do_not_depend_on_the_batch(kind, models, stand_in):
     whole = make(kind, models, stand_in)
     pixels = make_pixels(0, count=5, size=48)[:, : whole.channels]
-    features, probabilities = whole(pixels)
+    features, probabilities, _ = whole(pixels)
     assert features.shape == (5, whole.num_features)
     assert features.dtype == torch.float32
     assert not features.requires_grad
