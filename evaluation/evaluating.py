@@ -226,8 +226,8 @@ def _evaluate(
     """Evaluates images, or resumes that, or finds that it is done; ``facts`` is all that they depend on, as JSON."""
     folder, keep_images = Path(options.output_dir), getattr(options, "keep_images", None)
     extractor = given or open_extractor(options, images.image_size[0], state)
-    protocol = {**extractor.header, "id2label": extractor.id2label}
-    header = _make_header(protocol, facts, min(options.num_features, len(images)), keep_images)
+    num_images, num_rows = len(images), min(options.num_features, len(images))
+    header = _make_header({**extractor.header, "id2label": extractor.id2label}, facts, num_rows, keep_images)
     with contextlib.ExitStack() as stack:
 
         def begin() -> bool:
@@ -240,15 +240,13 @@ def _evaluate(
         try:
             if not done:
                 extract_parts(images, extractor, folder, options.batch_size, keep_images is not None, state)
-                on_main_process(
-                    state, lambda: write_evaluation(folder, header, len(images), options.num_features, keep_images)
-                )
+                on_main_process(state, lambda: write_evaluation(folder, header, num_images, num_rows, keep_images))
         except OSError as error:
             reason = error if error.errno is None else f"could not write {folder} ({error.strerror})"
             raise OSError(f"{reason}; what has been evaluated stays, and the same call resumes") from error
     # a sweep says it in its own words
     if state.is_main_process and given is None:
-        what = "evaluated already" if done else f"evaluated {len(images):,} images with {options.protocol}"
+        what = "evaluated already" if done else f"evaluated {num_images:,} images with {options.protocol}"
         print(f"{what}: {folder}")
     return folder
 

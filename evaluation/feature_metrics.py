@@ -97,8 +97,7 @@ def kernel_distance(
     """KID: the squared maximum mean discrepancy under the kernel ``(x . y / features + 1)^3``.
 
     Binkowski et al. 2018 (https://arxiv.org/abs/1801.01401), section 4: the unbiased estimator, which may be negative,
-    as the mean over random subsets of ``min(max_subset_size, images)`` images of either set. Where that is all of
-    both, one subset is taken.
+    as the mean over random subsets of ``min(max_subset_size, images)`` of either set, or over one that is all of both.
 
     Args:
         features_a, features_b: (images, features), at least 2 images, of any floating type.
@@ -208,8 +207,7 @@ def density_and_coverage(
 ) -> DensityCoverage:
     """Density and coverage, Naeem et al. 2020 (https://arxiv.org/abs/2002.09797), section 3.
 
-    Arguments and errors are those of `precision_and_recall`, but for k, which is 5 in the paper, and that one
-    generated image is enough.
+    As `precision_and_recall`, but for k, which is 5 in the paper, and that one generated image is enough.
     """
     real, generated = _to_device(real_features, generated_features, device)
     balls_of_generated, generated_in_ball = _count_balls(generated, real, k, "real_features")

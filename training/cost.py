@@ -123,9 +123,8 @@ def _activation_bytes(unet: ModelMixin, images: int, gradient_checkpointing: boo
 
     def run_layer(layer: nn.Module, *inputs: Tensor | None) -> Tensor:
         nonlocal largest
-        outside.update(
-            {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in inputs if tensor is not None}
-        )
+        storages = [tensor.untyped_storage() for tensor in inputs if tensor is not None]
+        outside.update({storage._cdata: storage for storage in storages})
         outputs: list[Tensor] = []
         largest = max(largest, saved_by(lambda: outputs.append(layer(*inputs)), {}))
         return outputs[0]

@@ -134,8 +134,7 @@ class HybridLoss(TrainingObjective):
     The bound is the Kullback-Leibler divergence between the true posterior q(x_{t-1} | x_t, x_0), with variance
     beta_tilde, and the predicted p(x_{t-1} | x_t), with the learned variance. The predicted mean in it is detached, so
     that it trains the variance alone. At the first timestep the posterior variance may be zero; that of the second is
-    used there, as the paper's authors do. Timesteps are sampled uniformly. A network that predicts no variance is
-    trained by L_simple alone.
+    used there, as the paper's authors do. Without a predicted variance L_simple stands alone.
 
     Args:
         scheduler: A scheduler with ``alphas_cumprod`` and ``final_alpha_cumprod`` and a ``prediction_type`` in its
@@ -194,7 +193,7 @@ class HybridLoss(TrainingObjective):
         self._weight = weight.to(device)
 
     def sample_noise_levels(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Timesteps, int64 (batch,), counted from 0, and weights of 1."""
+        """Uniform timesteps, int64 (batch,), counted from 0, and weights of 1."""
         timesteps = (uniforms * self.num_train_timesteps).astype(np.int64)
         return timesteps.clip(max=self.num_train_timesteps - 1), np.ones_like(uniforms)
 
@@ -294,8 +293,7 @@ class EDMLoss(TrainingObjective):
 
     Images with noise of standard deviation sigma, ln sigma ~ N(p_mean, p_std^2), are denoised to
     D = c_skip x + c_out F, where F is what the network makes of c_in x and log(sigma) / 4. The squared error of D has
-    the weight lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. As lambda c_out^2 = 1, that is the plain error
-    of F.
+    the weight lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. As lambda c_out^2 = 1, it is F's plain error.
 
     Args:
         scheduler: A scheduler with ``sigma_data``, the standard deviation of images in [-1, 1], in its config.
