@@ -72,15 +72,15 @@ class Evaluation:
         statistics = FeatureStatistics.load(file)
         if not all(isinstance(statistics.header.get(part), dict) for part in ("protocol", "images")):
             raise ValueError(f"{file} does not say by which protocol its features were made, and of which images")
-        files = {name: folder / f"{name}.npy" for name in _ROW_ARRAYS if file.name == STATISTICS_NAME}
-        rows = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.is_file()}
+        # beside a file of another name is what belongs to others
+        names = {path.name for path in folder.iterdir()} if file.name == STATISTICS_NAME else set()
+        rows = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ROW_ARRAYS if f"{name}.npy" in names}
         lengths = {name: len(array) for name, array in rows.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{folder} has arrays of different lengths: {lengths}")
-        spatial_file = folder / SPATIAL_STATISTICS_NAME
-        has_spatial = file.name == STATISTICS_NAME and spatial_file.is_file()
-        spatial = FeatureStatistics.load(spatial_file) if has_spatial else None
-        return cls(folder, statistics, statistics.header, **rows, spatial_statistics=spatial)
+        if SPATIAL_STATISTICS_NAME in names:
+            rows["spatial_statistics"] = FeatureStatistics.load(folder / SPATIAL_STATISTICS_NAME)
+        return cls(folder, statistics, statistics.header, **rows)
 
     @property
     def known_labels(self) -> np.ndarray | None:

@@ -123,7 +123,7 @@ class TrainOptions(CheckedOptions):
     num_sample_classes: int = _samples(10, "Classes in a sample grid, spread evenly over all.", at_least=1)
     num_samples_per_class: int = _samples(4, "Images of each class in a sample grid.", at_least=1)
     num_inference_steps: int = _samples(50, "Denoising steps of the sample grids.", at_least=1)
-    guidance_scale: float = _samples(2.0, "Their guidance scale, with a null class.", at_least=0, below=math.inf)
+    guidance_scale: float = _samples(2.0, "Guidance scale, if there is a null class.", at_least=0, below=math.inf)
 
     push_to_hub: bool = _hub(False, "Upload the final pipeline with its model card.")
     hub_model_id: str | None = _hub(None, "Where to, user/name (default: the name of output_dir).", metavar="ID")
