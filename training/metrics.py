@@ -33,7 +33,7 @@ class MetricsWindow:
         self.clear()
 
     def clear(self) -> None:
-        # steps, updates, then loss, gradient norm and losses of each quarter, then images of each quarter
+        # steps, updates, loss, gradient norm, then losses and images of each quarter
         self._sums = torch.zeros(4 + 2 * NUM_QUARTERS, device=self._accelerator.device)
         self._kept: list[tuple[int, Tensor, Tensor]] = []
         self._begin = time.perf_counter()
@@ -50,11 +50,11 @@ class MetricsWindow:
 
     def means(self) -> dict[str, float | None]:
         """The means over all ranks, None for a quarter without images; FloatingPointError if not finite."""
-        sums = self._accelerator.reduce(self._sums, reduction="sum").tolist()
-        counts, totals = sums[:2] + sums[4 + NUM_QUARTERS :], sums[2 : 4 + NUM_QUARTERS]
-        if not counts[0]:
+        sums = self._accelerator.reduce(self._sums, reduction="sum")
+        steps, updates, loss, gradient_norm, *quarters = sums.tolist()
+        if not steps:
             return {}
-        if not math.isfinite(sum(totals[:2])):
+        if not math.isfinite(loss + gradient_norm):
             own = [(step, levels[~losses.isfinite()].tolist()) for step, losses, levels in self._kept]
             found = sorted({(step, level) for step, levels in gather_object(own) for level in levels})
             if not found:
@@ -62,7 +62,9 @@ class MetricsWindow:
             first = found[0][0]
             shown = ", ".join([f"{level:g}" for step, level in found if step == first][:10])
             raise FloatingPointError(f"the loss is not finite at step {first}, {self._objective.level_name} {shown}")
-        means = zip(("loss", "gradient_norm", *QUARTERS), totals, counts, strict=True)
+        totals = (loss, *quarters[:NUM_QUARTERS], gradient_norm)
+        counts = (steps, *quarters[NUM_QUARTERS:], updates)
+        means = zip(("loss", *QUARTERS, "gradient_norm"), totals, counts, strict=True)
         return {name: total / count if count else None for name, total, count in means}
 
     def steps_per_second(self) -> float:
