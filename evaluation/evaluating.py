@@ -11,7 +11,6 @@ import contextlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +20,15 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from ..pipelines.image_grid import to_image
 from ..utils.atomic_write import atomic_file, atomic_folder, only_writer, write_json
 from ..utils.distributed import distributed_state, on_every_process, on_main_process
 from ..utils.file_digest import file_digest
+from ..utils.progress import progress_bar
 from ..version import __version__
 from .extractors import FeatureExtractor, make_extractor, published_header
-from .images import (
-    RESIZE_FILTER,
-    GeneratedImages,
-    ImageBatch,
-    ImageBatches,
-    count_classes,
-    find_revision,
-    open_images,
-)
+from .images import RESIZE_FILTER, GeneratedImages, ImageBatch, ImageBatches, count_classes, find_revision, open_images
 from .options import ExtractionOptions, ModelOptions, ReferenceOptions
 from .protocols import COMPARED_ENTRIES, PUBLISHED
 from .published import read_published
@@ -81,15 +72,15 @@ class Evaluation:
         statistics = FeatureStatistics.load(file)
         if not all(isinstance(statistics.header.get(part), dict) for part in ("protocol", "images")):
             raise ValueError(f"{file} does not say by which protocol its features were made, and of which images")
-        files = {name: folder / f"{name}.npy" for name in _ROW_ARRAYS if file.name == STATISTICS_NAME}
-        rows = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.is_file()}
+        # beside a file of another name is what belongs to others
+        names = {path.name for path in folder.iterdir()} if file.name == STATISTICS_NAME else set()
+        rows = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ROW_ARRAYS if f"{name}.npy" in names}
         lengths = {name: len(array) for name, array in rows.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{folder} has arrays of different lengths: {lengths}")
-        spatial_file = folder / SPATIAL_STATISTICS_NAME
-        has_spatial = file.name == STATISTICS_NAME and spatial_file.is_file()
-        spatial = FeatureStatistics.load(spatial_file) if has_spatial else None
-        return cls(folder, statistics, statistics.header, **rows, spatial_statistics=spatial)
+        if SPATIAL_STATISTICS_NAME in names:
+            rows["spatial_statistics"] = FeatureStatistics.load(folder / SPATIAL_STATISTICS_NAME)
+        return cls(folder, statistics, statistics.header, **rows)
 
     @property
     def known_labels(self) -> np.ndarray | None:
@@ -137,10 +128,8 @@ def evaluate_reference(options: ReferenceOptions) -> Path:
         )
         count = min(options.max_images or len(images), len(images))
         chosen = images if count == len(images) else _EvenlySpread(images, count)
-        facts = {
-            "source": options.source,
-            "split": options.split,
-            "resolution": options.resolution,
+        facts: dict[str, Any] = {
+            **{name: getattr(options, name) for name in ("source", "split", "resolution")},
             "resize_filter": None if options.resolution is None else RESIZE_FILTER,
             # of a folder of images all files are read for it, once for all ranks
             "fingerprint": on_main_process(state, lambda: images.fingerprint),
@@ -203,20 +192,12 @@ def evaluate_model(
             return evaluate_model(options, state)
     # one for all ranks, whatever is pushed meanwhile
     commit = revision or on_main_process(state, lambda: find_revision(options.model))
-    images = on_every_process(
-        state,
-        lambda: GeneratedImages(
-            options.model,
-            options,
-            options.num_images,
-            class_labels=options.class_labels,
-            class_counts=None if options.train_data_dir is None else count_classes(options.train_data_dir),
-            seed=options.seed,
-            device=options.device or state.device,
-            dtype=getattr(torch, options.dtype),
-            revision=commit,
-        ),
-    )
+
+    def open_generated() -> GeneratedImages:
+        counts = None if options.train_data_dir is None else count_classes(options.train_data_dir)
+        return GeneratedImages(options, options.device or state.device, commit, counts)
+
+    images = on_every_process(state, open_generated)
     return _evaluate(images, images.description, options, state, extractor)
 
 
@@ -245,8 +226,8 @@ def _evaluate(
     """Evaluates images, or resumes that, or finds that it is done; ``facts`` is all that they depend on, as JSON."""
     folder, keep_images = Path(options.output_dir), getattr(options, "keep_images", None)
     extractor = given or open_extractor(options, images.image_size[0], state)
-    protocol = {**extractor.header, "id2label": extractor.id2label}
-    header = _make_header(protocol, facts, min(options.num_features, len(images)), keep_images)
+    num_images, num_rows = len(images), min(options.num_features, len(images))
+    header = _make_header({**extractor.header, "id2label": extractor.id2label}, facts, num_rows, keep_images)
     with contextlib.ExitStack() as stack:
 
         def begin() -> bool:
@@ -259,15 +240,13 @@ def _evaluate(
         try:
             if not done:
                 extract_parts(images, extractor, folder, options.batch_size, keep_images is not None, state)
-                on_main_process(
-                    state, lambda: write_evaluation(folder, header, len(images), options.num_features, keep_images)
-                )
+                on_main_process(state, lambda: write_evaluation(folder, header, num_images, num_rows, keep_images))
         except OSError as error:
             reason = error if error.errno is None else f"could not write {folder} ({error.strerror})"
             raise OSError(f"{reason}; what has been evaluated stays, and the same call resumes") from error
     # a sweep says it in its own words
     if state.is_main_process and given is None:
-        what = "evaluated already" if done else f"evaluated {len(images):,} images with {options.protocol}"
+        what = "evaluated already" if done else f"evaluated {num_images:,} images with {options.protocol}"
         print(f"{what}: {folder}")
     return folder
 
@@ -292,21 +271,15 @@ def extract_parts(
     batches = on_main_process(state, find_missing)
 
     def extract_mine() -> None:
-        with tqdm(
-            total=len(images),
-            initial=len(images) - sum(stop - start for start, stop in batches),
-            desc="evaluating",
-            unit="image",
-            # a file, such as a job's, gets a line now and then
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-            disable=not state.is_main_process,
-        ) as progress_bar:
+        done = len(images) - sum(stop - start for start, stop in batches)
+        shown = {"desc": "evaluating", "unit": "image", "disable": not state.is_main_process}
+        with progress_bar(total=len(images), initial=done, **shown) as bar:
             for start, stop in batches[state.process_index :: state.num_processes]:
                 if failed.exists():
                     return
                 try:
                     pixels, labels = images.read(start, stop)
-                    found: dict[str, Any] = {**extractor.extract(pixels), "labels": labels}
+                    found = {**extractor(pixels)._asdict(), "labels": labels}
                     found["pixels"] = pixels if keep_pixels else None
                     arrays = {name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None}
                     with atomic_file(parts / f"{start:09d}-{stop:09d}.npz") as writing:
@@ -317,7 +290,7 @@ def extract_parts(
                         raise ValueError(f"memory is too small for batch_size {stop - start}: lower it") from error
                     raise
                 # the others do as much in the same time
-                progress_bar.update(min((stop - start) * state.num_processes, len(images) - progress_bar.n))
+                bar.update(min((stop - start) * state.num_processes, len(images) - bar.n))
 
     on_every_process(state, extract_mine)
 

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..pipelines.loading import download_snapshot
 from ..utils.devices import find_device
@@ -24,10 +25,11 @@ from .weights import INCEPTION_2015, TORCHVISION_INCEPTION, find_weights
 
 
 class Features(NamedTuple):
-    """Of some images, float32: (images, num_features), and (images, num_classes) where the network knows classes."""
+    """What a network makes of images, float32."""
 
-    features: torch.Tensor
-    probabilities: torch.Tensor | None
+    features: Tensor  # (images, num_features)
+    probabilities: Tensor | None = None  # (images, num_classes), where the network knows classes
+    spatial_features: Tensor | None = None  # (images, 2023), an Inception's for sFID
 
 
 class FeatureExtractor(abc.ABC):
@@ -58,35 +60,29 @@ class FeatureExtractor(abc.ABC):
         numbers = {"num_features": self.num_features, "num_classes": self.num_classes}
         return {**facts, "versions": versions, **numbers, "device": self.device.type}
 
-    def __call__(self, images: torch.Tensor) -> Features:
-        """Extracts the features of images on any device; grey ones are repeated for a network of three channels."""
-        found = self.extract(images)
-        return Features(found["features"], found.get("probabilities"))
+    def __call__(self, images: Tensor) -> Features:
+        """Extracts the features of images on any device; grey ones are repeated for a network of three channels.
 
-    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Likewise, by name, and an Inception's ``spatial_features`` (images, 2023) for sFID beside them."""
+        ValueError unless the images are uint8 (images, channels, height, width), and their features finite.
+        """
         protocol, dtype = self.facts["protocol"], self.facts["dtype"]
         channels = (1, 3) if self.channels == 3 else (self.channels,)
         if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape or images.shape[1] not in channels:
-            wanted = f"torch.uint8 (images, {' or '.join(map(str, channels))}, height, width)"
-            raise ValueError(
-                f"the images are {images.dtype} {tuple(images.shape)}, but must be {wanted} for {protocol}"
-            )
+            wanted = f"torch.uint8 (images, {' or '.join(map(str, channels))}, height, width) for {protocol}"
+            raise ValueError(f"the images are {images.dtype} {tuple(images.shape)}, but must be {wanted}")
         with torch.no_grad(), full_float32():
             chunks = images.expand(-1, self.channels, -1, -1).split(self.batch_size)
-            parts = list(map(self._extract, chunks))
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        broken = (~found["features"].isfinite()).any(dim=1).nonzero()
+            kinds = zip(*map(self._extract, chunks), strict=True)
+            found = Features._make(None if parts[0] is None else torch.cat(parts) for parts in kinds)
+        broken = (~found.features.isfinite()).any(dim=1).nonzero()
         if len(broken):
-            advice = "" if dtype == "float32" else "; try extractor_dtype float32"
-            raise ValueError(
-                f"{protocol} in {dtype} gives features that are not finite for image {int(broken[0])}{advice}"
-            )
+            told = f"{protocol} in {dtype} gives features that are not finite for image {int(broken[0])}"
+            raise ValueError(told if dtype == "float32" else f"{told}; try extractor_dtype float32")
         return found
 
     @abc.abstractmethod
-    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Those of one chunk, float32, by name; of uint8 (images, channels, height, width)."""
+    def _extract(self, images: Tensor) -> Features:
+        """Those of one chunk."""
 
 
 class PixelExtractor(FeatureExtractor):
@@ -97,25 +93,18 @@ class PixelExtractor(FeatureExtractor):
         self.channels, self.num_features = channels, channels * 64
         self.facts["features"] = f"{channels} channels"
 
-    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _extract(self, images: Tensor) -> Features:
         height, width = images.shape[2:]
         if min(height, width) < 8:
             raise ValueError(f"the images have {height}x{width} pixels, too few to be averaged to 8x8")
         averaged = F.adaptive_avg_pool2d(images.to(self.device, torch.float32) / 255, 8)
-        return {"features": averaged.flatten(1)}
+        return Features(averaged.flatten(1))
 
 
-class _SpatialFeatures(torch.nn.Module):
-    """Passes a layer's output on, and keeps what sFID needs (Nash et al. 2021, https://arxiv.org/abs/2103.03841): of
-    17x17 places the first 7 channels, which come last, as in guided-diffusion's statistics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, torch.Tensor] = {}
-
-    def forward(self, output: torch.Tensor) -> torch.Tensor:
-        self.found["spatial_features"] = output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
-        return output
+def _spatial(output: Tensor) -> Tensor:
+    """What sFID needs of a layer (Nash et al. 2021, https://arxiv.org/abs/2103.03841): of 17x17 places the first 7
+    channels, which come last, as in guided-diffusion's statistics."""
+    return output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
 
 
 class TorchScriptInception(FeatureExtractor):
@@ -138,26 +127,25 @@ class TorchScriptInception(FeatureExtractor):
             warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated")
             self._network = torch.jit.load(str(file), map_location=self.device).eval()
         self.num_classes, self.num_features = self._network.output.weight.shape
-        self._layers, self._spatial = self._network.layers, _SpatialFeatures()
-        layers = dict(self._layers.named_children())
-        self._has_spatial = "mixed_6" in layers
-        if self._has_spatial:
-            # a loaded script takes no hooks
-            layers["mixed_6"] = torch.nn.Sequential(layers["mixed_6"], self._spatial)
-            self._layers = torch.nn.Sequential(*layers.values())
+        self._layers = dict(self._network.layers.named_children())
 
-    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self._resize is not None:
-            resized = _resize_each(images, self._resize).to(self.device, memory_format=torch.contiguous_format)
-            features = self._layers((resized - 128) / 128)
-        elif self._has_spatial:
-            features = self._layers((_resize_as_tensorflow(images.to(self.device, torch.float32)) - 128) / 128)
-        else:
+    def _extract(self, images: Tensor) -> Features:
+        spatial = None
+        if self._resize is None and "mixed_6" not in self._layers:
             features = self._network(images.to(self.device, torch.float32), return_features=True)
+        else:
+            if self._resize is None:
+                resized = _resize_as_tensorflow(images.to(self.device, torch.float32))
+            else:
+                resized = _resize_each(images, self._resize).to(self.device, memory_format=torch.contiguous_format)
+            features = (resized - 128) / 128
+            # one by one, because a loaded script takes no hooks
+            for name, layer in self._layers.items():
+                features = layer(features)
+                spatial = _spatial(features) if name == "mixed_6" else spatial
         features = features.reshape(len(images), -1)
         # without the bias, as in the original Inception Score
-        probabilities = F.linear(features, self._network.output.weight).softmax(dim=1)
-        return {"features": features, "probabilities": probabilities, **self._spatial.found}
+        return Features(features, F.linear(features, self._network.output.weight).softmax(dim=1), spatial)
 
 
 class TorchvisionInception(FeatureExtractor):
@@ -175,16 +163,15 @@ class TorchvisionInception(FeatureExtractor):
         network.to(self.device, self.dtype).eval()
         self.num_classes, self.num_features = network.fc.out_features, network.fc.in_features
         self._network, self._head, network.fc = network, network.fc, torch.nn.Identity()
-        self._spatial = _SpatialFeatures()
+        self._spatial: list[Tensor] = []
         # it is the same layer as mixed_6, in the same order
-        network.Mixed_6d = torch.nn.Sequential(network.Mixed_6d, self._spatial)
+        network.Mixed_6d.register_forward_hook(lambda layer, _, output: self._spatial.append(_spatial(output)))
 
-    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _extract(self, images: Tensor) -> Features:
         images = images.to(self.device, torch.float32) / 255
         images = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
         features = self._network(_normalize(images).to(self.dtype))
-        probabilities = self._head(features).float().softmax(dim=1)
-        return {"features": features.float(), "probabilities": probabilities, **self._spatial.found}
+        return Features(features.float(), self._head(features).float().softmax(dim=1), self._spatial.pop())
 
 
 class DinoV2(FeatureExtractor):
@@ -195,13 +182,13 @@ class DinoV2(FeatureExtractor):
         self._network, _ = _load_transformers(self, "AutoModel", weights or "facebook/dinov2-large")
         self.num_features = self._network.config.hidden_size
 
-    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _extract(self, images: Tensor) -> Features:
         def resize(image: np.ndarray) -> np.ndarray:
             return np.asarray(PIL.Image.fromarray(image).resize((224, 224), PIL.Image.Resampling.BICUBIC))
 
         images = _resize_each(images, resize).to(self.device).float() / 255
         answer = self._network(pixel_values=_normalize(images).to(self.dtype))
-        return {"features": answer.last_hidden_state[:, 0].float()}
+        return Features(answer.last_hidden_state[:, 0].float())
 
 
 class Classifier(FeatureExtractor):
@@ -232,10 +219,10 @@ class Classifier(FeatureExtractor):
         if not heads:
             raise ValueError(f"weights {weights} has no linear layer for its {self.num_classes} classes")
         self.num_features = heads[-1].in_features
-        self._inputs: list[torch.Tensor] = []
+        self._inputs: list[Tensor] = []
         heads[-1].register_forward_pre_hook(lambda head, arguments: self._inputs.append(arguments[0]))
 
-    def _extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _extract(self, images: Tensor) -> Features:
         if self._processor is not None:
             images = images.contiguous().to(self.device)
             # named, because it cannot be told from the shape of small images of few channels
@@ -248,7 +235,7 @@ class Classifier(FeatureExtractor):
             inputs = inputs / 127.5 - 1
         logits = self._network(pixel_values=inputs.to(self.dtype)).logits
         features = self._inputs.pop().float().reshape(len(images), -1)
-        return {"features": features, "probabilities": logits.float().softmax(dim=1)}
+        return Features(features, logits.float().softmax(dim=1))
 
 
 def _load_transformers(extractor: FeatureExtractor, auto_class: str, weights: str | Path) -> tuple[Any, Path]:
@@ -272,8 +259,7 @@ def _load_transformers(extractor: FeatureExtractor, auto_class: str, weights: st
 
 
 _EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {
-    "clean": TorchScriptInception,
-    **dict.fromkeys(("legacy_tensorflow", *PUBLISHED), TorchScriptInception),
+    **dict.fromkeys(("clean", "legacy_tensorflow", *PUBLISHED), TorchScriptInception),
     "original": TorchvisionInception,
     "dinov2": DinoV2,
     "classifier": Classifier,
@@ -283,9 +269,8 @@ _EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {
 
 def published_header(protocol: str) -> dict[str, Any]:
     """The header of an extractor with the published Inception, without reading its weights."""
-    facts = {name: fact for name, fact in PROTOCOLS[protocol].items() if name != "libraries"}
-    weights = {"weights": INCEPTION_2015.name, "weights_sha256": INCEPTION_2015.sha256}
-    return {"protocol": protocol, **facts, "dtype": "float32", **weights, "num_features": 2048, "num_classes": 1008}
+    weights = {"weights": INCEPTION_2015.name, "weights_sha256": INCEPTION_2015.sha256, "dtype": "float32"}
+    return {"protocol": protocol, **PROTOCOLS[protocol], **weights, "num_features": 2048, "num_classes": 1008}
 
 
 def make_extractor(protocol: str, weights: str | Path | None = None, **options: Any) -> FeatureExtractor:
@@ -338,14 +323,14 @@ def full_float32() -> Iterator[None]:
         yield
 
 
-def _resize_each(images: torch.Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
+def _resize_each(images: Tensor, resize: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     """Resizes images with a function for one, (height, width, channels)."""
     arrays = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
     with ThreadPoolExecutor() as pool:
         return torch.from_numpy(np.stack(list(pool.map(resize, arrays)))).permute(0, 3, 1, 2)
 
 
-def _resize_as_tensorflow(images: torch.Tensor) -> torch.Tensor:
+def _resize_as_tensorflow(images: Tensor) -> Tensor:
     """Bilinear, to 299x299 pixels, of which pixel i lies at i * size / 299: TensorFlow 1's ``resize_bilinear``."""
     height, width = images.shape[2:]
     # from where torch has the middle of that pixel, in halves of the image
@@ -354,7 +339,7 @@ def _resize_as_tensorflow(images: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _normalize(images: torch.Tensor) -> torch.Tensor:
+def _normalize(images: Tensor) -> Tensor:
     """By ImageNet's mean and standard deviation."""
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)[..., None, None]
     return (images - mean) / std

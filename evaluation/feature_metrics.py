@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..utils.devices import find_device
 from .statistics import FeatureRows, FeatureStatistics, check_pair, to_float64
@@ -63,7 +64,7 @@ def frechet_distance(
     """
     # a copy of arrays, because torch takes none that is read-only, such as a memory map
     moments = [
-        values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.tensor(np.array(values, float))
+        values.detach().cpu().double() if isinstance(values, Tensor) else torch.tensor(np.array(values, float))
         for values in (mean_a, covariance_a, mean_b, covariance_b)
     ]
     shapes, size = [tuple(values.shape) for values in moments], moments[0].numel()
@@ -96,8 +97,7 @@ def kernel_distance(
     """KID: the squared maximum mean discrepancy under the kernel ``(x . y / features + 1)^3``.
 
     Binkowski et al. 2018 (https://arxiv.org/abs/1801.01401), section 4: the unbiased estimator, which may be negative,
-    as the mean over random subsets of ``min(max_subset_size, images)`` images of either set. Where that is all of
-    both, one subset is taken.
+    as the mean over random subsets of ``min(max_subset_size, images)`` of either set, or over one that is all of both.
 
     Args:
         features_a, features_b: (images, features), at least 2 images, of any floating type.
@@ -207,8 +207,7 @@ def density_and_coverage(
 ) -> DensityCoverage:
     """Density and coverage, Naeem et al. 2020 (https://arxiv.org/abs/2002.09797), section 3.
 
-    Arguments and errors are those of `precision_and_recall`, but for k, which is 5 in the paper, and that one
-    generated image is enough.
+    As `precision_and_recall`, but for k, which is 5 in the paper, and that one generated image is enough.
     """
     real, generated = _to_device(real_features, generated_features, device)
     balls_of_generated, generated_in_ball = _count_balls(generated, real, k, "real_features")
@@ -216,7 +215,7 @@ def density_and_coverage(
     return DensityCoverage(density, (generated_in_ball > 0).double().mean().item())
 
 
-def _factor(covariance: torch.Tensor, name: str) -> torch.Tensor:
+def _factor(covariance: Tensor, name: str) -> Tensor:
     """F with ``covariance = F F^T``, (features, rank): by Cholesky where the rank is full, else by eigenvectors."""
     # NaN where a value is not finite
     asymmetry = (covariance - covariance.T).abs().max()
@@ -237,7 +236,7 @@ def _factor(covariance: torch.Tensor, name: str) -> torch.Tensor:
     return eigenvectors[:, kept] * eigenvalues[kept].sqrt()
 
 
-def _sum_singular_values(matrix: torch.Tensor) -> torch.Tensor:
+def _sum_singular_values(matrix: Tensor) -> Tensor:
     """By roots of the eigenvalues of the square, in half the time, unless the determinant shows that small ones are
     lost: where logarithms agreed to 1e-3, the sum was right to 1e-10. Largest columns first, they mostly survive."""
     if 0 < matrix.shape[0] == matrix.shape[1]:
@@ -249,9 +248,7 @@ def _sum_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svdvals(matrix).sum()
 
 
-def _to_device(
-    real: FeatureRows, generated: FeatureRows, device: str | torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _to_device(real: FeatureRows, generated: FeatureRows, device: str | torch.device) -> tuple[Tensor, Tensor]:
     """Both sets in float64, centred, so that products lose no digits to a mean far from 0."""
     check_pair(1, real_features=real, generated_features=generated)
     device = find_device(device)
@@ -263,13 +260,13 @@ def _to_device(
     return torch.from_numpy(real - centre).to(device), torch.from_numpy(generated - centre).to(device)
 
 
-def _squared_distances(rows: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _squared_distances(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distances (rows, others), and how far rounding may have moved them."""
     sums = rows.square().sum(dim=1)[:, None] + others.square().sum(dim=1)
     return torch.addmm(sums, rows, others.T, alpha=-2).clamp_(min=0), sums * _ROUNDING
 
 
-def _count_balls(points: torch.Tensor, centres: torch.Tensor, k: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _count_balls(points: Tensor, centres: Tensor, k: int, name: str) -> tuple[Tensor, Tensor]:
     """How many balls, which reach to the k-th nearest other centre, hold a point, and how many points a ball holds."""
     if not 1 <= k < len(centres):
         raise ValueError(f"k must be at least 1 and below the {len(centres)} images of {name}, but is {k}")

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,11 +23,10 @@ from ..data.image_source import ImageDatasetSource, decode_image
 from ..data.npz_source import NpzSource, natural_order
 from ..data.preparation import RECORD_NAME
 from ..pipelines.generation import class_id, open_model, pipeline_digest, plain_config, sample_images
-from ..pipelines.generation_options import Sampler
 from ..pipelines.loading import download_snapshot
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..utils.file_digest import file_digest
-from .options import SAMPLER_NAMES
+from .options import SAMPLER_NAMES, ModelOptions
 
 
 # as imagenet64-prepare has it by default, and the published ImageNet of 64x64 pixels
@@ -152,9 +150,7 @@ class _NpzBatches(ImageBatches):
 class _DecodedBatches(ImageBatches):
     """Images of files or of a dataset, which are decoded one by one; the first says what size all have."""
 
-    def __init__(
-        self, source: str, found: ImageDatasetSource | list[Path], conversion: tuple[int | None, str, str]
-    ) -> None:
+    def __init__(self, source: str, found: ImageDatasetSource | list[Path], conversion: tuple[int | None, str, str]):
         self._source, self._conversion, self._found = source, conversion, found
         self._images: Any
         self._labels: np.ndarray | None = None
@@ -214,42 +210,30 @@ class GeneratedImages(ImageBatches):
     """
 
     def __init__(
-        self,
-        model: str,
-        sampler: Sampler,
-        num_images: int,
-        *,
-        class_labels: Sequence[str] = ("uniform",),
-        class_counts: np.ndarray | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
+        self, options: ModelOptions, device: Any, revision: str | None = None, class_counts: np.ndarray | None = None
     ):
-        self.pipeline, self._sampler = open_model(model, sampler, device, dtype, revision=revision), sampler
+        dtype = getattr(torch, options.dtype)
+        self.pipeline = open_model(options.model, options, device, dtype, revision=revision)
         scheduler, config = self.pipeline.scheduler, self.pipeline.unet.config
         name = type(scheduler).__name__
-        if sampler.eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        if options.eta and "eta" not in inspect.signature(scheduler.step).parameters:
             # the number would be known by a setting that it does not depend on
-            raise ValueError(f"eta is {sampler.eta:g}, but {name} takes none: leave it 0")
-        self.model, self.seed = str(model), seed
+            raise ValueError(f"eta is {options.eta:g}, but {name} takes none: leave it 0")
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        self.image_size, self._num_images = (config.in_channels, height, width), num_images
-        self._labels = _choose_classes(self.pipeline, class_labels, class_counts, num_images, seed)
+        self.image_size, self._num_images = (config.in_channels, height, width), options.num_images
+        self._options, self._labels = options, _choose_classes(self.pipeline, options, class_counts)
+        asked = {key: getattr(options, key) for key in ("model", "class_labels", "seed", "num_images", "dtype")}
+        settings = {key: getattr(options, key) for key in SAMPLER_NAMES} | options.arguments(self.pipeline)
         self.description: dict[str, Any] = {
-            "model": self.model,
+            **asked,
             "revision": revision,
             "weights_sha256": pipeline_digest(self.pipeline),
             "scheduler_config": plain_config(scheduler.config),
-            **plain_config({key: getattr(sampler, key) for key in SAMPLER_NAMES} | sampler.arguments(self.pipeline)),
+            **plain_config(settings),
             "scheduler": name,
-            "class_labels": list(class_labels),
             "class_counts": None if class_counts is None else class_counts.tolist(),
-            "seed": seed,
-            "num_images": num_images,
             "image_size": list(self.image_size),
-            "dtype": str(dtype).removeprefix("torch."),
             "num_classes": self.pipeline.num_classes,
             "id2label": plain_config(self.pipeline.config).get("id2label"),
         }
@@ -257,13 +241,12 @@ class GeneratedImages(ImageBatches):
     def read(self, start: int, stop: int) -> ImageBatch:
         """The pixels as generate_images.py writes them, and labels, -1 for the null class."""
         labels = self._labels[start:stop]
-        generated = sample_images(self.pipeline, self._sampler, labels, self.seed + start, output_type="pt")
+        seed = self._options.seed + start
+        generated = sample_images(self.pipeline, self._options, labels, seed, output_type="pt")
         broken = (~generated.flatten(1).isfinite()).any(dim=1).nonzero()
         if len(broken):
-            raise ValueError(
-                f"{self.model} generates image {start + int(broken[0])} with values that are not finite, under"
-                f" {self.description['scheduler']}"
-            )
+            told = f"{self._options.model} generates image {start + int(broken[0])} with values that are not finite"
+            raise ValueError(f"{told}, under {self.description['scheduler']}")
         pixels = (generated.float() * 255).round().to(torch.uint8).cpu()
         has_classes = self.pipeline.num_classes is not None
         given = torch.tensor([-1 if label is None else label for label in labels]) if has_classes else None
@@ -271,23 +254,23 @@ class GeneratedImages(ImageBatches):
 
 
 def _choose_classes(
-    pipeline: ClassConditionalPipeline, asked: Sequence[str], counts: np.ndarray | None, num_images: int, seed: int
+    pipeline: ClassConditionalPipeline, options: ModelOptions, counts: np.ndarray | None
 ) -> list[int | None]:
     """The class of each image; None is the null class."""
-    num_classes = pipeline.num_classes
+    num_classes, asked, num_images = pipeline.num_classes, options.class_labels, options.num_images
     chosen: list[int | None] = [None]
     if num_classes is None:
-        if list(asked) not in (["uniform"], ["null"]):
+        if asked not in (["uniform"], ["null"]):
             raise ValueError(f"class_labels is {' '.join(asked)}, but the model has no classes: leave it out")
-    elif list(asked) == ["uniform"]:
+    elif asked == ["uniform"]:
         chosen = list(range(num_classes))
-    elif list(asked) == ["frequencies"]:
+    elif asked == ["frequencies"]:
         if counts is None:
             raise ValueError("class_labels is frequencies, which needs train_data_dir, a prepared dataset")
         if len(counts) != num_classes:
             raise ValueError(f"train_data_dir has {len(counts)} classes, but the model has {num_classes}")
         # all at once, and so the same whatever part of them is generated
-        rng = np.random.default_rng([_CLASS_STREAM, seed])
+        rng = np.random.default_rng([_CLASS_STREAM, options.seed])
         chosen = rng.choice(num_classes, num_images, p=counts / counts.sum()).tolist()
     else:
         chosen = [class_id(pipeline, label, num_classes) for label in asked]

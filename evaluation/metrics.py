@@ -15,8 +15,7 @@ class Metric(NamedTuple):
 
     label: str
     function: str
-    # of reference or model, as an `Evaluation` has them: statistics, spatial_statistics, features, probabilities or
-    # known_labels
+    # of reference or model, by the names of an `Evaluation`'s attributes
     needs: tuple[str, ...]
     settings: Mapping[str, Any] = {}
     # or rows of features, of either

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-# Those of guided-diffusion (arXiv 2105.05233), EDM (arXiv 2206.00364) and EDM2 (arXiv 2312.02696), whose statistics of
-# real images `published` reads.
+# Of guided-diffusion (arXiv 2105.05233), EDM (2206.00364) and EDM2 (2312.02696), whose statistics `published` reads.
 PUBLISHED = ("adm", "edm", "edm2")
 _INCEPTION_2015 = {"network": "Inception v3 of 2015-12-05 (TorchScript)", "features": "after the last pooling"}
 _TENSORFLOW = {

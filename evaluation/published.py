@@ -15,30 +15,19 @@ _ROUNDING = 1e-5
 
 
 def read_published(source: str, num_images: int | None) -> tuple[FeatureStatistics, FeatureStatistics | None] | None:
-    """Reads the statistics of Inception's features, and the spatial ones of sFID if the file has them.
+    """Statistics of Inception's features, and those of sFID if the file has them; None for no .npz or .pkl of them.
 
     EDM's .npz holds ``mu`` (2048,) and ``sigma`` (2048, 2048), an unbiased covariance; guided-diffusion's also holds
     ``mu_s`` (2023,) and ``sigma_s``; EDM2's .pkl, which is read as data, ``{"fid": {"mu": ..., "sigma": ...}}``.
-
-    Args:
-        source: The file.
-        num_images: Of how many images they are, where the file does not say.
-
-    Returns:
-        None where the source is no .npz of statistics and no .pkl.
-
-    Raises:
-        DataError: An array is missing, or not what it should be, which is found before it is read.
+    ``num_images`` is of how many images they are, where the file does not say. DataError if an array is missing or is
+    not what it should be, which is found before it is read.
     """
     path = Path(source).expanduser()
-    if not path.is_file() or path.suffix.lower() not in (".npz", ".pkl"):
+    kind = path.suffix.lower() if path.is_file() else ""
+    arrays: dict[str, Any] = dict(open_arrays(path, source)) if kind == ".npz" else {}
+    if kind != ".pkl" and not arrays.keys() & {"mu", "sigma"}:
         return None
-    arrays: dict[str, Any]
-    if path.suffix.lower() == ".npz":
-        arrays = dict(open_arrays(path, source))
-        if not arrays.keys() & {"mu", "sigma"}:
-            return None
-    else:
+    if kind == ".pkl":
         with path.open("rb") as opened:
             content = read_pickle(opened, source)
         arrays = plain_dict(content.get("fid"), f'{source} entry "fid"')

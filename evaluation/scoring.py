@@ -55,7 +55,7 @@ def compare(
     check_comparable(reference.header["protocol"], model.header["protocol"], str(reference.folder), str(model.folder))
     sides = {"reference": reference, "model": model}
     metrics: dict[str, Any] = {}
-    computed: dict[tuple[str, tuple[str, ...]], Any] = {}
+    computed: dict[Any, Any] = {}
     reasons = []
     for name in METRICS if "all" in names else names:
         metric = METRICS[name]
@@ -75,13 +75,12 @@ def compare(
         metrics[name] = values.get(name, values)
     if reasons and ("all" not in names or not metrics):
         raise ValueError(reasons[0])
+    features = {side: found.features for side, found in sides.items()}
     return {
         "metrics": metrics,
         "protocol": model.header["protocol"],
         **{side: found.header["images"] | {"count": found.statistics.count} for side, found in sides.items()},
-        "rows_of_features": {
-            side: None if found.features is None else len(found.features) for side, found in sides.items()
-        },
+        "rows_of_features": {side: rows if rows is None else len(rows) for side, rows in features.items()},
         "settings": {"seed": seed} | {name: METRICS[name].settings for name in metrics if METRICS[name].settings},
         "versions": {side: found.header.get("versions") for side, found in sides.items()},
         "warnings": _warnings(reference, model),
@@ -94,9 +93,8 @@ def _find(need: str, sides: Mapping[str, Evaluation], min_images: int) -> Any:
     evaluation = sides[side]
     found = getattr(evaluation, what)
     if found is None:
-        names = {"known_labels": "labels of classes that the extractor tells apart"}
-        missing = names.get(what, what.replace("_", " "))
-        raise ValueError(f"{evaluation.folder} has no {missing}")
+        missing = "labels of classes that the extractor tells apart" if what == "known_labels" else what
+        raise ValueError(f"{evaluation.folder} has no {missing.replace('_', ' ')}")
     count = found.count if isinstance(found, FeatureStatistics) else len(found)
     if count < min_images:
         raise ValueError(f"{evaluation.folder} has {what} of {count} images, but at least {min_images} are needed")

@@ -98,9 +98,8 @@ class FeatureStatistics:
     def merge(self, other: "FeatureStatistics") -> None:
         """Takes in the rows that another one has seen, which stays as it is; ValueError for other features."""
         if other.num_features != self.num_features:
-            raise ValueError(
-                f"these statistics are of {self.num_features} features, but the others are of {other.num_features}"
-            )
+            told = f"these statistics are of {self.num_features} features"
+            raise ValueError(f"{told}, but the others are of {other.num_features}")
         other._join_waiting()
         self._join(other._count, other._mean, other._scatter)
 

@@ -146,13 +146,12 @@ def _evaluate_entry(
 
 def _write_table(folder: Path, entries: Sequence[Entry], errors: Mapping[Path, str]) -> list[dict[str, Any]]:
     """Writes ``results.csv`` of the entries that are finished or have failed, and returns its rows."""
-    rows = [
-        {**entry.row, "error": errors[entry.file]}
-        if entry.file in errors
-        else json.loads(entry.file.read_text())["row"]
-        for entry in entries
-        if entry.file in errors or entry.file.is_file()
-    ]
+    rows: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry.file in errors:
+            rows.append({**entry.row, "error": errors[entry.file]})
+        elif entry.file.is_file():
+            rows.append(json.loads(entry.file.read_text())["row"])
     names = dict.fromkeys(name for row in rows for name in row if name != "error")
     with atomic_file(folder / RESULTS_NAME) as writing, writing.open("w", newline="", encoding="utf-8") as table:
         writer = csv.DictWriter(table, [*names, "error"])

@@ -132,11 +132,9 @@ def _num_class_embeds(config: Mapping[str, Any], options: TrainOptions, dataset:
         return classes
     found = config.get("num_class_embeds") if start.checkpoint or start.pretrained else None
     if found == classes and needs_null_class:
-        told = f"class_dropout_prob is {options.class_dropout_prob}, but the UNet2DModel that the run starts from has"
-        raise ValueError(
-            f"{told} {found} embeddings, all of classes, and none for no class: set class_dropout_prob to 0, or begin"
-            f" with a network of num_class_embeds {classes + 1}"
-        )
+        told = f"the UNet2DModel that the run starts from has {found} embeddings, all of classes, none for no class"
+        advice = f"set class_dropout_prob to 0, or begin with a network of num_class_embeds {classes + 1}"
+        raise ValueError(f"class_dropout_prob is {options.class_dropout_prob}, but {told}: {advice}")
     return classes + 1 if needs_null_class or found == classes + 1 else classes
 
 
@@ -162,11 +160,11 @@ def build_unet(config: Mapping[str, Any], start: Start) -> ModelMixin:
 
 
 class ObjectiveParts(NamedTuple):
-    """What an objective needs."""
+    """What an objective needs, made from the options."""
 
     scheduler_class: type[SchedulerMixin]
-    new_scheduler: Callable[[TrainOptions, bool], SchedulerMixin]  # of a network that learns the variance, or not
-    loss: Callable[[TrainOptions, SchedulerMixin, torch.device], TrainingObjective]
+    new_scheduler: Callable[[Any, bool], SchedulerMixin]  # of a network that learns the variance, or not
+    loss: Callable[[Any, SchedulerMixin, torch.device], TrainingObjective]
 
 
 def _ddpm_scheduler(options: TrainOptions, learns_variance: bool) -> EtaDDIMScheduler:
@@ -185,15 +183,13 @@ def _ddpm_loss(options: TrainOptions, scheduler: SchedulerMixin, device: torch.d
     return loss(scheduler, options.vlb_weight, device, options.snr_gamma)
 
 
-# Adding an objective: write its class, name it here and in the options.
+# Adding an objective: write its class, name it here and in the options, where those of it alone have a group.
 OBJECTIVES: dict[str | None, ObjectiveParts] = {
     "ddpm": ObjectiveParts(EtaDDIMScheduler, _ddpm_scheduler, _ddpm_loss),
     "edm": ObjectiveParts(
         EDMHeunScheduler,
         lambda options, _: EDMHeunScheduler(sigma_data=options.sigma_data),
-        lambda options, scheduler, device: EDMLoss(
-            scheduler, **{name: getattr(options, name) for name in ("p_mean", "p_std")}
-        ),
+        lambda options, scheduler, device: EDMLoss(scheduler, options.p_mean, options.p_std),
     ),
 }
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,7 +96,7 @@ def _with_prefix(value: int) -> str:
     return f"{value / 1000**power:8.2f} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
 
 
-def _forward(unet: ModelMixin, images: int) -> torch.Tensor:
+def _forward(unet: ModelMixin, images: int) -> Tensor:
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     samples = torch.empty(images, unet.config.in_channels, height, width)
@@ -110,7 +110,7 @@ def _activation_bytes(unet: ModelMixin, images: int, gradient_checkpointing: boo
     largest = 0
 
     def saved_by(forward: Callable[[], object], saved: dict[int, torch.UntypedStorage]) -> int:
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: Tensor) -> Tensor:
             # the storages themselves, not their addresses alone: a free address may go to the next tensor
             saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
@@ -121,12 +121,11 @@ def _activation_bytes(unet: ModelMixin, images: int, gradient_checkpointing: boo
 
     outside: dict[int, torch.UntypedStorage] = {}
 
-    def run_layer(layer: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+    def run_layer(layer: nn.Module, *inputs: Tensor | None) -> Tensor:
         nonlocal largest
-        outside.update(
-            {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in inputs if tensor is not None}
-        )
-        outputs: list[torch.Tensor] = []
+        storages = [tensor.untyped_storage() for tensor in inputs if tensor is not None]
+        outside.update({storage._cdata: storage for storage in storages})
+        outputs: list[Tensor] = []
         largest = max(largest, saved_by(lambda: outputs.append(layer(*inputs)), {}))
         return outputs[0]
 
@@ -135,7 +134,7 @@ def _activation_bytes(unet: ModelMixin, images: int, gradient_checkpointing: boo
     return saved_by(lambda: _forward(unet, images), outside) + largest
 
 
-def count_flops(forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
+def count_flops(forward: Callable[[], Tensor]) -> tuple[int, int]:
     """FLOPs of a forward pass, and of it and the backward pass together."""
     own = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
     counter = FlopCounterMode(display=False, custom_mapping=own)

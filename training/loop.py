@@ -1,7 +1,6 @@
 """A training run: accelerate runs it on one rank or many, in one precision or another."""
 
 import contextlib
-import itertools
 import json
 import math
 import resource
@@ -9,19 +8,22 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration, TorchDynamoPlugin, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.dataset import to_model_range
+from ..pipelines.generation import sample_images
+from ..pipelines.generation_options import Sampler
 from ..pipelines.image_grid import image_grid, to_image
 from ..pipelines.model_card import push_folder, write_model_card
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -30,16 +32,9 @@ from ..utils.command_line import OtherRankError, StoppedBySignalError
 from ..utils.devices import keep_freed_memory
 from ..utils.distributed import on_main_process
 from ..utils.nearest_names import perhaps
+from ..utils.progress import progress_bar
 from .checkpoints import Progress, find_checkpoints, remove_old_checkpoints, save_checkpoint, write_errors
-from .components import (
-    OBJECTIVES,
-    build_optimizer,
-    build_scheduler,
-    build_unet,
-    image_batches,
-    predicts_variance,
-    training_size,
-)
+from .components import OBJECTIVES, build_optimizer, build_scheduler, build_unet, image_batches, predicts_variance
 from .cost import describe_run
 from .interruption import StopRequest
 from .metrics import METRICS_NAME, MetricsWindow, draw_loss_chart, remove_entries_after
@@ -146,31 +141,30 @@ class Trainer:
             create_repo(self.repo_id, private=self.options.hub_private_repo or None, exist_ok=True)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for folder, _ in self.plan.start.damaged:
-            prefixes = itertools.chain(["damaged"], map("damaged-{}".format, itertools.count(2)))
-            places = (folder.with_name(f"{prefix}-{folder.name}") for prefix in prefixes)
-            place = folder.rename(next(place for place in places if not place.exists()))
+            place, number = folder.with_name(f"damaged-{folder.name}"), 1
+            while place.exists():
+                number += 1
+                place = folder.with_name(f"damaged-{number}-{folder.name}")
+            folder.rename(place)
             print(f"{folder} is now {place.name}", flush=True)
         remove_entries_after(self.output_dir, self.global_step)
 
     def _take_steps(self, stop_request: StopRequest) -> int:
         """Takes the steps to the last one, or until a signal stops the run; returns its number, or 0."""
         options = self.options
-        # a file, such as a job's, gets a line now and then
-        shown: dict[str, Any] = {"mininterval": 0.1 if sys.stderr.isatty() else 10, "desc": "training", "unit": "step"}
-        shown["disable"] = not self.accelerator.is_local_main_process
-        progress_bar = tqdm(total=self.max_train_steps, initial=self.global_step, **shown)
-        self.unet.train()
+        shown = {"desc": "training", "unit": "step", "disable": not self.accelerator.is_local_main_process}
+        bar = progress_bar(total=self.max_train_steps, initial=self.global_step, **shown)
         images = image_batches(options, self.dataset, self.accelerator, self.images_seen)
-        with progress_bar, contextlib.closing(images) as batches:
+        with bar, contextlib.closing(images) as batches:
             if self.global_step:
                 # a run may have been stopped after its checkpoint and before these
                 self._save_due_outputs()
             while self.global_step < self.max_train_steps:
                 self.take_step(batches)
-                progress_bar.update()
+                bar.update()
                 is_last = self.global_step == self.max_train_steps
                 if is_last or self._is_due(options.logging_steps):
-                    self._log(progress_bar)
+                    self._log(bar)
                 with self.metrics.paused():
                     # before the samples, which take longer than a job that is stopped is given
                     saves = options.checkpointing_steps and (is_last or self._is_due(options.checkpointing_steps))
@@ -183,10 +177,10 @@ class Trainer:
                     self._save_due_outputs()
         return 0
 
-    def take_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+    def take_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """Takes one optimizer step: from the images of a batch to changed weights."""
         options, accelerator = self.options, self.accelerator
-        passes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        passes: list[tuple[Tensor, Tensor, Tensor]] = []
         gradient_norm = None
         for piece in range(options.gradient_accumulation_steps):
             with accelerator.accumulate(self.network):
@@ -225,14 +219,11 @@ class Trainer:
         means, *of_images = zip(*passes, strict=True)
         self.metrics.add(self.global_step, torch.stack(means).mean(), gradient_norm, *map(torch.cat, of_images))
 
-    def _losses(
-        self, batch: dict[str, torch.Tensor], randomness: StepRandomness, levels: torch.Tensor
-    ) -> torch.Tensor:
+    def _losses(self, batch: dict[str, Tensor], randomness: StepRandomness, levels: Tensor) -> Tensor:
         """The loss of each image of one pass, (images,)."""
         images = to_model_range(batch["pixel_values"].to(self.device, non_blocking=True))
-        size = training_size(self.options, self.dataset)
-        if size != self.dataset.image_size:
-            images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+        if self.plan.image_size != self.dataset.image_size:
+            images = F.interpolate(images, self.plan.image_size, mode="bilinear", antialias=True)
         if self.options.random_flip:
             flips = to_device(randomness.flips, self.device)[:, None, None, None]
             images = torch.where(flips, images.flip(-1), images)
@@ -243,8 +234,7 @@ class Trainer:
         noise = randomness.noise(tuple(images.shape[1:]), self.device)
         noisy_images = self.objective.add_noise(images, noise, levels)
         with self.accelerator.autocast():
-            outputs = self.network(*self.objective.model_inputs(noisy_images, levels), labels)
-        model_output, log_variance = outputs
+            model_output, log_variance = self.network(*self.objective.model_inputs(noisy_images, levels), labels)
         return self.objective(model_output, images, noise, noisy_images, levels, log_variance).total
 
     def _is_due(self, every: int) -> bool:
@@ -284,9 +274,8 @@ class Trainer:
         )
 
         def write() -> None:
-            averaged, ema = None, self.ema
-            if ema is not None:
-                averaged = ([weight.cpu() for weight in ema.shadow_params], ema.optimization_step)
+            ema = self.ema
+            averaged = ema and ([weight.cpu() for weight in ema.shadow_params], ema.optimization_step)
             save_checkpoint(
                 self._checkpoint(),
                 unet=self.unet,
@@ -335,7 +324,7 @@ class Trainer:
     def _reporting(self) -> contextlib.AbstractContextManager[None]:
         return write_errors(self.output_dir, f" for {self.options.report_to}")
 
-    def _log(self, progress_bar: Any) -> None:
+    def _log(self, bar: tqdm) -> None:
         # on a GPU the memory of tensors, else of the whole process
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self.device.type == "cuda":
@@ -356,7 +345,7 @@ class Trainer:
             known = {name: value for name, value in values.items() if value is not None}
             self.accelerator.log(known, self.global_step)
         shown = {"loss": f"{values['loss']:.4f}", "images/s": f"{values['images_per_second']:.0f}"}
-        progress_bar.set_postfix(shown, refresh=False)
+        bar.set_postfix(shown, refresh=False)
 
     def _save_samples(self) -> None:
         """A grid from the EMA weights, always from the same noise, shared among the ranks."""
@@ -369,17 +358,13 @@ class Trainer:
         images: list[Image.Image] = []
         with ema_weights(self.unet, self.ema), accelerator.autocast():
             pipeline = self._pipeline()
-            can_guide = pipeline.null_class is not None
+            steps = min(options.num_inference_steps, self.scheduler.config.num_train_timesteps)
+            guidance_scale = 1.0 if pipeline.null_class is None else options.guidance_scale
+            sampler = Sampler(num_inference_steps=steps, guidance_scale=guidance_scale)
             for start in range(0, len(mine), options.train_batch_size):
                 batch = mine[start : start + options.train_batch_size]
-                generated: Any = pipeline(
-                    [labels[index] for index in batch],
-                    guidance_scale=options.guidance_scale if can_guide else 1.0,
-                    num_inference_steps=min(options.num_inference_steps, self.scheduler.config.num_train_timesteps),
-                    # on the CPU, where the noise is the same on every machine
-                    generator=[torch.Generator().manual_seed(options.seed + index) for index in batch],
-                    output_type="np",
-                ).images
+                own = [labels[index] for index in batch]
+                generated = sample_images(pipeline, sampler, own, options.seed + batch[0], output_type="np")
                 # the first three channels, or one
                 pixels = (generated[..., : 3 if generated.shape[-1] >= 3 else 1] * 255).round().astype("uint8")
                 images.extend(map(to_image, pixels))

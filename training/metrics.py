@@ -50,27 +50,22 @@ class MetricsWindow:
 
     def means(self) -> dict[str, float | None]:
         """The means over all ranks, None for a quarter without images; FloatingPointError if not finite."""
-        sums = self._accelerator.reduce(self._sums, reduction="sum").tolist()
-        steps, updates, loss, gradient_norm = sums[:4]
+        sums = self._accelerator.reduce(self._sums, reduction="sum")
+        steps, updates, loss, gradient_norm, *quarters = sums.tolist()
         if not steps:
             return {}
         if not math.isfinite(loss + gradient_norm):
-            own = [
-                (step, level) for step, losses, levels in self._kept for level in levels[~losses.isfinite()].tolist()
-            ]
-            found = sorted(set(gather_object(own)))
+            own = [(step, levels[~losses.isfinite()].tolist()) for step, losses, levels in self._kept]
+            found = sorted({(step, level) for step, levels in gather_object(own) for level in levels})
             if not found:
                 raise FloatingPointError(f"the gradient is not finite up to step {self._kept[-1][0]}")
-            shown = ", ".join([f"{level:g}" for step, level in found if step == found[0][0]][:10])
-            raise FloatingPointError(
-                f"the loss is not finite at step {found[0][0]}, {self._objective.level_name} {shown}"
-            )
-        by_quarter = zip(QUARTERS, sums[4 : 4 + NUM_QUARTERS], sums[4 + NUM_QUARTERS :], strict=True)
-        return {
-            "loss": loss / steps,
-            **{name: total / images if images else None for name, total, images in by_quarter},
-            "gradient_norm": gradient_norm / updates if updates else None,
-        }
+            first = found[0][0]
+            shown = ", ".join([f"{level:g}" for step, level in found if step == first][:10])
+            raise FloatingPointError(f"the loss is not finite at step {first}, {self._objective.level_name} {shown}")
+        totals = (loss, *quarters[:NUM_QUARTERS], gradient_norm)
+        counts = (steps, *quarters[NUM_QUARTERS:], updates)
+        means = zip(("loss", *QUARTERS, "gradient_norm"), totals, counts, strict=True)
+        return {name: total / count if count else None for name, total, count in means}
 
     def steps_per_second(self) -> float:
         return len(self._kept) / (time.perf_counter() - self._begin)

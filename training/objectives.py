@@ -29,9 +29,8 @@ class LossTerms(NamedTuple):
 class TrainedNetwork(nn.Module):
     """A network with its uncertainty: one forward pass, which is what DDP wraps, reaches all parameters.
 
-    Args:
-        unet: The network. If it has ``log_variance(timestep)``, (batch,), the logarithm of how large it takes its
-            squared error to be at a noise level, that is trained with it.
+    That is its ``log_variance(timestep)``, (batch,), if it has one: the logarithm of how large it takes its squared
+    error to be at a noise level.
     """
 
     def __init__(self, unet: ModelMixin):
@@ -54,14 +53,10 @@ class TrainingObjective(ABC):
 
     @abstractmethod
     def sample_noise_levels(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Turns uniform numbers in [0, 1) into noise levels.
+        """Turns uniform numbers in [0, 1), float64 (batch,), into noise levels, (batch,).
 
-        Args:
-            uniforms: float64 (batch,).
-
-        Returns:
-            Noise levels, (batch,), and the weight of each one's loss, float64 (batch,), that makes the weighted mean
-            an unbiased estimate of the mean over all noise levels.
+        Beside them come the weights of their losses, float64 (batch,), that make the weighted mean an unbiased
+        estimate of the mean over all noise levels.
         """
 
     @abstractmethod
@@ -76,7 +71,16 @@ class TrainingObjective(ABC):
     def target(self, original_samples: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         """What the network should predict, (batch, channels, height, width)."""
 
-    @abstractmethod
+    def weights(self, levels: Tensor) -> Tensor | float:
+        """What an error of the prediction costs at these noise levels, (batch,)."""
+        return 1.0
+
+    def variance_bound(
+        self, prediction: Tensor, variance: Tensor, original_samples: Tensor, noisy_samples: Tensor, levels: Tensor
+    ) -> Tensor | float:
+        """The term that trains a predicted variance, (batch,); 0 for objectives that train none."""
+        return 0.0
+
     def __call__(
         self,
         model_output: Tensor,
@@ -89,8 +93,8 @@ class TrainingObjective(ABC):
         """The terms for each image of a batch.
 
         Args:
-            model_output: (batch, channels, height, width): the prediction; with twice the channels what follows it is
-                the variance, for objectives that train one.
+            model_output: (batch, channels, height, width): the prediction; with twice the channels the variance
+                follows it.
             original_samples: Images in [-1, 1], (batch, channels, height, width), as are the two that follow.
             noise: The noise in the noisy images, of unit variance.
             noisy_samples: The noisy images.
@@ -98,6 +102,16 @@ class TrainingObjective(ABC):
             log_variance: u, (batch,), if the network has an uncertainty: an error e costs e / exp(u) + u (Karras et
                 al. 2024, arXiv 2312.02696, equation 16), least where exp(u) is e; all noise levels weigh equally then.
         """
+        channels = original_samples.shape[1]
+        prediction, variance = model_output.float().tensor_split([channels], dim=1)
+        errors = (self.target(original_samples, noise, levels) - prediction).square().mean(dim=(1, 2, 3))
+        simple = self.weights(levels) * errors
+        if log_variance is not None:
+            simple = simple * torch.exp(-log_variance) + log_variance
+        vlb = torch.zeros_like(simple)
+        if variance.shape[1]:
+            vlb = vlb + self.variance_bound(prediction, variance, original_samples, noisy_samples, levels)
+        return LossTerms(simple, vlb)
 
     @abstractmethod
     def quantiles(self, levels: Tensor) -> Tensor:
@@ -114,24 +128,13 @@ class TrainingObjective(ABC):
         """Resumes from what `state_dict` gave."""
 
 
-def _mean_error(target: Tensor, prediction: Tensor) -> Tensor:
-    """(batch,)."""
-    return (target - prediction).square().mean(dim=(1, 2, 3))
-
-
-def _with_uncertainty(errors: Tensor, log_variance: Tensor | None) -> Tensor:
-    """(batch,)."""
-    return errors if log_variance is None else errors * torch.exp(-log_variance) + log_variance
-
-
 class HybridLoss(TrainingObjective):
     r"""DDPM's objective: L_simple + lambda L_vlb (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 16).
 
     The bound is the Kullback-Leibler divergence between the true posterior q(x_{t-1} | x_t, x_0), with variance
     beta_tilde, and the predicted p(x_{t-1} | x_t), with the learned variance. The predicted mean in it is detached, so
     that it trains the variance alone. At the first timestep the posterior variance may be zero; that of the second is
-    used there, as the paper's authors do. Timesteps are sampled uniformly. A network that predicts no variance is
-    trained by L_simple alone.
+    used there, as the paper's authors do. Without a predicted variance L_simple stands alone.
 
     Args:
         scheduler: A scheduler with ``alphas_cumprod`` and ``final_alpha_cumprod`` and a ``prediction_type`` in its
@@ -179,7 +182,7 @@ class HybridLoss(TrainingObjective):
         self._log_beta, self._log_beta_tilde = table(beta.log()), table(beta_tilde.clamp(min=1e-10).log())
         # Ho et al. 2020, equation 7
         self._mean_of_original = table(alpha_prod_prev.sqrt() * beta / (1 - alpha_prod))
-        self._weight = None
+        weight = torch.ones(len(alpha_prod))
         if snr_gamma is not None:
             snr = compute_snr(scheduler, torch.arange(len(alpha_prod)))
             if self.prediction_type == "epsilon":
@@ -187,10 +190,10 @@ class HybridLoss(TrainingObjective):
                 weight = (snr_gamma / snr).clamp(max=1)
             else:
                 weight = snr.clamp(max=snr_gamma) / (1 if self.prediction_type == "sample" else snr + 1)
-            self._weight = weight.to(device)
+        self._weight = weight.to(device)
 
     def sample_noise_levels(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Timesteps, int64 (batch,), counted from 0, and weights of 1."""
+        """Uniform timesteps, int64 (batch,), counted from 0, and weights of 1."""
         timesteps = (uniforms * self.num_train_timesteps).astype(np.int64)
         return timesteps.clip(max=self.num_train_timesteps - 1), np.ones_like(uniforms)
 
@@ -202,7 +205,6 @@ class HybridLoss(TrainingObjective):
         return self._sqrt_alpha_prod[timesteps] * original_samples + self._sqrt_beta_prod[timesteps] * noise
 
     def target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict, (batch, channels, height, width)."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -210,28 +212,14 @@ class HybridLoss(TrainingObjective):
         # Salimans and Ho 2022, arXiv 2202.00512, appendix D
         return self._sqrt_alpha_prod[timesteps] * noise - self._sqrt_beta_prod[timesteps] * original_samples
 
-    def __call__(
-        self,
-        model_output: Tensor,
-        original_samples: Tensor,
-        noise: Tensor,
-        noisy_samples: Tensor,
-        timesteps: Tensor,
-        log_variance: Tensor | None = None,
-    ) -> LossTerms:
-        """As `TrainingObjective.__call__`; the variance is an interpolation, 1 for log beta, -1 for log beta_tilde."""
-        channels = original_samples.shape[1]
-        prediction, interpolation = model_output.float().tensor_split([channels], dim=1)
+    def weights(self, timesteps: Tensor) -> Tensor:
+        return self._weight[timesteps]
 
-        # 1. the plain error, equation 14 of Ho et al. for epsilon
-        simple = _mean_error(self.target(original_samples, noise, timesteps), prediction)
-        if self._weight is not None:
-            simple = self._weight[timesteps] * simple
-        simple = _with_uncertainty(simple, log_variance)
-        if not interpolation.shape[1]:
-            return LossTerms(simple, vlb=torch.zeros_like(simple))
-
-        # 2. the predicted image, as the sampler would clip it
+    def variance_bound(
+        self, prediction: Tensor, variance: Tensor, original_samples: Tensor, noisy_samples: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """lambda L_vlb, (batch,); the variance is an interpolation, 1 for log beta, -1 for log beta_tilde."""
+        # 1. the predicted image, as the sampler would clip it
         with torch.no_grad():
             sqrt_alpha_prod, sqrt_beta_prod = self._sqrt_alpha_prod[timesteps], self._sqrt_beta_prod[timesteps]
             if self.prediction_type == "epsilon":
@@ -243,13 +231,13 @@ class HybridLoss(TrainingObjective):
             # both means have the same share of x_t, so that only the shares of x_0 differ
             mean_error = self._mean_of_original[timesteps] * (original_samples - predicted_original.clamp(-1, 1))
 
-        # 3. divergence of two Gaussians, with the log-variances as equation 15 of Nichol and Dhariwal has them
-        log_variance, fraction = self._log_beta_tilde[timesteps], (interpolation + 1) / 2
+        # 2. divergence of two Gaussians, with the log-variances as equation 15 of Nichol and Dhariwal has them
+        log_variance, fraction = self._log_beta_tilde[timesteps], (variance + 1) / 2
         predicted = (fraction * self._log_beta[timesteps] + (1 - fraction) * log_variance).clamp(-30, 30)
         relative_variance = torch.exp(log_variance - predicted)
         squared_error = mean_error.square() * torch.exp(-predicted)
         divergence = 0.5 * (predicted - log_variance + relative_variance + squared_error - 1)
-        return LossTerms(simple, vlb=self.vlb_weight * divergence.mean(dim=(1, 2, 3)))
+        return self.vlb_weight * divergence.mean(dim=(1, 2, 3))
 
 
 class ImportanceSampledLoss(HybridLoss):
@@ -305,8 +293,7 @@ class EDMLoss(TrainingObjective):
 
     Images with noise of standard deviation sigma, ln sigma ~ N(p_mean, p_std^2), are denoised to
     D = c_skip x + c_out F, where F is what the network makes of c_in x and log(sigma) / 4. The squared error of D has
-    the weight lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. As lambda c_out^2 = 1, that is the plain error
-    of F.
+    the weight lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. As lambda c_out^2 = 1, it is F's plain error.
 
     Args:
         scheduler: A scheduler with ``sigma_data``, the standard deviation of images in [-1, 1], in its config.
@@ -345,19 +332,6 @@ class EDMLoss(TrainingObjective):
         """(y - c_skip x) / c_out, without its difference of almost equal numbers where there is little noise."""
         share = sigmas[:, None, None, None] / self.sigma_data
         return (share * original_samples - self.sigma_data * noise) / self._norm(sigmas)
-
-    def __call__(
-        self,
-        model_output: Tensor,
-        original_samples: Tensor,
-        noise: Tensor,
-        noisy_samples: Tensor,
-        sigmas: Tensor,
-        log_variance: Tensor | None = None,
-    ) -> LossTerms:
-        prediction = model_output[:, : original_samples.shape[1]].float()
-        errors = _mean_error(self.target(original_samples, noise, sigmas), prediction)
-        return LossTerms(_with_uncertainty(errors, log_variance), vlb=torch.zeros_like(errors))
 
     def _norm(self, sigmas: Tensor) -> Tensor:
         """Standard deviation of the noisy images, (batch, 1, 1, 1)."""

@@ -1,5 +1,6 @@
 """The options of a training run, named as in the training scripts of diffusers."""
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,7 @@ class TrainOptions(CheckedOptions):
     num_sample_classes: int = _samples(10, "Classes in a sample grid, spread evenly over all.", at_least=1)
     num_samples_per_class: int = _samples(4, "Images of each class in a sample grid.", at_least=1)
     num_inference_steps: int = _samples(50, "Denoising steps of the sample grids.", at_least=1)
-    guidance_scale: float = _samples(2.0, "Guidance scale of the sample grids, if there is a null class.", at_least=0)
+    guidance_scale: float = _samples(2.0, "Guidance scale, if there is a null class.", at_least=0, below=math.inf)
 
     push_to_hub: bool = _hub(False, "Upload the final pipeline with its model card.")
     hub_model_id: str | None = _hub(None, "Where to, user/name (default: the name of output_dir).", metavar="ID")
@@ -148,7 +149,5 @@ def options_of(*groups: str) -> set[str]:
     return {item.name for item in fields(TrainOptions) if item.metadata["group"] in groups}
 
 
-# Options of one objective alone; they are not given for another one, and None there if they have no fixed default.
-OBJECTIVE_OPTIONS: dict[str | None, set[str]] = {name: options_of(f"objective {name}") for name in ("ddpm", "edm")}
 # Options that replace one entry of the network's config.
 NETWORK_OPTIONS = sorted(options_of("network") - {"model_config_name_or_path", "unconditional"})

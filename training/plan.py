@@ -13,12 +13,12 @@ from accelerate.utils import gather_object
 
 from ..data.dataset import PreparedImages
 from ..pipelines.loading import load_pipeline
-from ..pipelines.noise_kinds import EDMNoise, VariancePreserving
+from ..pipelines.noise_kinds import known_kind
 from ..utils.command_line import OtherRankError
 from ..utils.distributed import on_every_process, on_main_process
 from .checkpoints import Checkpoint, DamagedCheckpointError, Progress, find_checkpoints, load_checkpoint
 from .components import NETWORKS, OBJECTIVES, Start, starting_config, training_size, unet_config
-from .options import OBJECTIVE_OPTIONS, TrainOptions, options_of
+from .options import TrainOptions, options_of
 
 
 # What a run trains where neither the options nor the weights that it starts from say it.
@@ -26,7 +26,6 @@ _DEFAULTS = {"prediction_type": "v_prediction", "num_train_timesteps": 1000, "be
 _DEFAULTS |= {"objective": "ddpm", "sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2}
 # The same for networks with an uncertainty: EDM2's presets for ImageNet-64 (Karras et al. 2024, arXiv 2312.02696).
 _DEFAULTS_WITH_UNCERTAINTY = {"objective": "edm", "p_mean": -0.8, "p_std": 1.6}
-_TRAINED_BY = {VariancePreserving: "ddpm", EDMNoise: "edm"}
 # With another value of these the weights and moments are for something else.
 _FIXED = {*_DEFAULTS} - {"p_mean", "p_std"} | {"unconditional", "optimizer", "resize_to_power_of_two", "fingerprint"}
 # What may differ from machine to machine.
@@ -52,9 +51,14 @@ class Plan:
     max_train_steps: int
     warnings: list[str]  # what the user should know, a sentence each
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels, as the network sees them."""
+        return training_size(self.options, self.dataset)
+
     def summary(self, device: str, precision: str, num_parameters: int) -> str:
         """What is trained on what."""
-        height, width = training_size(self.options, self.dataset)
+        height, width = self.image_size
         epochs = self.max_train_steps * self.images_per_step / len(self.dataset)
         start = self.start.began_from or "random weights"
         if self.start.checkpoint is not None:
@@ -71,7 +75,7 @@ class Plan:
     def facts(self, step: int, images_seen: int, precision: str) -> dict[str, Any]:
         """What the model card says of the training up to a step."""
         options = self.options
-        of_objective = [(name, getattr(options, name)) for name in sorted(OBJECTIVE_OPTIONS[options.objective])]
+        own = {name: getattr(options, name) for name in sorted(options_of(f"objective {options.objective}"))}
         return {
             "images": f"{len(self.dataset):,}, {self.dataset.fingerprint}",
             "began from": self.start.began_from or "random weights",
@@ -82,7 +86,7 @@ class Plan:
             "weights": f"EMA, decay up to {options.ema_max_decay}" if options.use_ema else "of the last step",
             "class drop-out": "no classes" if options.unconditional else options.class_dropout_prob,
             "objective": options.objective,
-            **{name.replace("_", " "): value for name, value in of_objective if value is not None},
+            **{name.replace("_", " "): value for name, value in own.items() if value is not None},
             "precision": precision,
             "seed": options.seed,
         }
@@ -160,7 +164,8 @@ def resolve_options(options: TrainOptions, start: Start) -> TrainOptions:
         known |= {name: value for name, value in before.items() if name in known}
     elif start.pretrained is not None:
         name, scheduler = options.pretrained_model_name_or_path, start.pretrained.scheduler
-        known["objective"] = _TRAINED_BY.get(start.pretrained.noise_kind)
+        trained_by = {known_kind(parts.scheduler_class): objective for objective, parts in OBJECTIVES.items()}
+        known["objective"] = trained_by.get(start.pretrained.noise_kind)
         # the noise schedule is the pipeline's own, whatever it is called
         known["beta_schedule"] = None
         stored = ("prediction_type", "num_train_timesteps", "sigma_data")
@@ -172,7 +177,7 @@ def resolve_options(options: TrainOptions, start: Start) -> TrainOptions:
     objective = options.objective or known["objective"]
     defaults = {item.name: item.default for item in dataclasses.fields(options)}
     for other in OBJECTIVES.keys() - {objective}:
-        for name in sorted(OBJECTIVE_OPTIONS[other]):
+        for name in sorted(options_of(f"objective {other}")):
             known.pop(name, None)
             if (value := getattr(options, name)) != defaults[name]:
                 raise ValueError(f"{name} is {value}, but objective {objective} has no such option: {other} has it")

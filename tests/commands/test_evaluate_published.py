@@ -63,7 +63,7 @@ def test_scores_against_published_statistics(evaluated, published, weights, tmp_
     assert evaluate("score", reference=tmp_path / "reference", model=evaluated, output=output, metrics="sfid") == 0
     found = json.loads(output.read_text())
     images = torch.from_numpy(np.load(evaluated / "images.npz")["arr_0"]).permute(0, 3, 1, 2)
-    rows = make_extractor("adm", weights=weights).extract(images)["spatial_features"].double().numpy()
+    rows = make_extractor("adm", weights=weights)(images).spatial_features.double().numpy()
     expected = distance(arrays["mu_s"], arrays["sigma_s"], rows)
     assert found["metrics"] == {"sfid": pytest.approx(expected, rel=1e-5)}
     assert found["reference"]["count"] == 30

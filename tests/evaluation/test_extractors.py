@@ -65,7 +65,7 @@ def make(name, models, stand_in, **options):
 def test_features_do_not_depend_on_the_batch(kind, models, stand_in):
     whole = make(kind, models, stand_in)
     pixels = make_pixels(0, count=5, size=48)[:, : whole.channels]
-    features, probabilities = whole(pixels)
+    features, probabilities, _ = whole(pixels)
     assert features.shape == (5, whole.num_features)
     assert features.dtype == torch.float32
     assert not features.requires_grad
@@ -126,7 +126,7 @@ def test_features_and_fid_are_those_of_clean_fid(mode, stand_in, tmp_path):
         files = [str(file) for file in write_images(tmp_path / str(seed), pixels)]
         options = {"num_workers": 0, "batch_size": 50, "device": torch.device("cpu"), "mode": mode, "verbose": False}
         theirs = cleanfid.fid.get_files_features(files, network, **options)
-        ours, probabilities = extractor(pixels)
+        ours, probabilities, _ = extractor(pixels)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
         # with fewer features than images the formula's sqrtm has a regular matrix
         cut = [features[:, :20].astype(np.float64) for features in (ours.numpy(), theirs)]
@@ -171,7 +171,7 @@ def test_original_is_what_torchvision_computes(tmp_path):
     torch.testing.assert_close(found.features, captured[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.probabilities, logits.softmax(1), rtol=1e-5, atol=1e-7)
     expected = spatial[0].permute(0, 2, 3, 1).reshape(1, 2023)
-    torch.testing.assert_close(extractor.extract(pixels)["spatial_features"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.spatial_features, expected, rtol=1e-5, atol=1e-5)
     assert (extractor.num_features, extractor.num_classes) == (2048, 1000)
 
     half = make_extractor("original", weights=file)

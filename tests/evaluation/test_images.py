@@ -1,5 +1,6 @@
 """Images by their number: of files and datasets, and of a model, where they depend on seed and number alone."""
 
+import dataclasses
 import json
 
 import datasets
@@ -12,6 +13,7 @@ from imagenet64_diffusion.data.dataset import PreparedImages
 from imagenet64_diffusion.data.errors import DataError
 from imagenet64_diffusion.data.image_source import convert_image
 from imagenet64_diffusion.evaluation.images import GeneratedImages, count_classes, open_images
+from imagenet64_diffusion.evaluation.options import ModelOptions
 from imagenet64_diffusion.pipelines.generation_options import Sampler
 from imagenet64_diffusion.pipelines.loading import load_pipeline
 from imagenet64_diffusion.tests.components import make_pipeline, seeded
@@ -154,8 +156,14 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
+def make_images(model, sampler, num_images, class_counts=None, **options):
+    """Images that a model generates under a sampler."""
+    options |= {"model": model, "num_images": num_images, "output_dir": "-"}
+    return GeneratedImages(ModelOptions(**dataclasses.asdict(sampler), **options), "cpu", class_counts=class_counts)
+
+
 def test_by_number_and_seed_alone(model):
-    images = GeneratedImages(model, SAMPLER, 12, seed=30)
+    images = make_images(model, SAMPLER, 12, seed=30)
     assert len(images) == 12
     pipeline = load_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
@@ -167,12 +175,12 @@ def test_by_number_and_seed_alone(model):
         np.testing.assert_array_equal(pixels.permute(0, 2, 3, 1).numpy(), (by_hand * 255).round().astype(np.uint8))
     whole, _ = images.read(0, 12)
     # image 5 under seed 30 has the noise of image 2 under seed 33, and 5 and 2 are of one class
-    shifted, _ = GeneratedImages(model, SAMPLER, 12, seed=33).read(0, 3)
+    shifted, _ = make_images(model, SAMPLER, 12, seed=33).read(0, 3)
     assert (whole[3:6].int() - shifted.int()).abs().max() <= 1
     assert not torch.equal(whole[3], whole[6])
     # given classes come around
     for asked, labels in ((["crane", "null", "0"], [2, -1, 0, 2, -1, 0, 2]), (["null"], [-1, -1])):
-        images = GeneratedImages(model, Sampler(num_inference_steps=1), len(labels), class_labels=asked)
+        images = make_images(model, Sampler(num_inference_steps=1), len(labels), class_labels=asked)
         assert images.read(0, len(labels)).labels.tolist() == labels
 
 
@@ -181,7 +189,7 @@ def test_frequencies_are_those_of_the_dataset(model, prepared):
 
     def generated(count, seed=8):
         options = {"class_labels": ["frequencies"], "class_counts": counts, "seed": seed}
-        return GeneratedImages(model, SAMPLER, count, **options)
+        return make_images(model, SAMPLER, count, **options)
 
     labels = np.array(generated(4000)._labels)
     # four standard deviations of a binomial distribution
@@ -196,7 +204,7 @@ def test_frequencies_are_those_of_the_dataset(model, prepared):
 
 def test_the_description_is_json_and_names_what_matters(model, tmp_path):
     sampler = Sampler("UniPCMultistep", step_size=500, guidance_scale=2.0)
-    description = GeneratedImages(model, sampler, 3, seed=4).description
+    description = make_images(model, sampler, 3, seed=4).description
     assert json.loads(json.dumps(description)) == description
     assert (description["scheduler"], description["id2label"]["1"]) == ("UniPCMultistepScheduler", "goldfish")
     assert (description["step_size"], description["timesteps"]) == (500, [500, 0])
@@ -206,7 +214,7 @@ def test_the_description_is_json_and_names_what_matters(model, tmp_path):
     with torch.no_grad():
         pipeline.unet.head.conv.bias[0] += 1e-6
     pipeline.save_pretrained(tmp_path / "other")
-    same, other = (GeneratedImages(str(tmp_path / name), SAMPLER, 1).description for name in ("same", "other"))
+    same, other = (make_images(str(tmp_path / name), SAMPLER, 1).description for name in ("same", "other"))
     assert same["weights_sha256"] == description["weights_sha256"] != other["weights_sha256"]
 
 
@@ -220,10 +228,10 @@ def test_the_description_is_json_and_names_what_matters(model, tmp_path):
 )
 def test_what_does_not_fit_the_model(model, sampler, options, message):
     with pytest.raises(ValueError, match=message):
-        GeneratedImages(model, sampler, 2, **options)
+        make_images(model, sampler, 2, **options)
 
 
 def test_a_model_without_classes(tmp_path):
     make_pipeline(num_class_embeds=None, layer_types=("resnet",)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="class_labels is 1, but the model has no classes"):
-        GeneratedImages(str(tmp_path), SAMPLER, 2, class_labels=["1"])
+        make_images(str(tmp_path), SAMPLER, 2, class_labels=["1"])
