@@ -44,7 +44,7 @@ app: $(INSTALLED)  ## serve the page to play with, on the digits' model that com
 	$(BIN)/python app.py
 
 test: $(INSTALLED)  ## run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(INSTALLED)  ## run every benchmark at tiny size, into outputs/bench: minutes
 	$(BIN)/python prepare_imagenet64.py --source mnist --output_dir $(DEMO)/data

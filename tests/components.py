@@ -45,7 +45,11 @@ def make_pipeline(**options) -> ClassConditionalPipeline:
 
 def seeded(*seeds: int) -> list[torch.Generator]:
     """One generator for each seed."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return list(map(seeded_one, seeds))
+
+
+def seeded_one(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def generate_two(pipeline: ClassConditionalPipeline) -> torch.Tensor:

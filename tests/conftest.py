@@ -1,6 +1,7 @@
 """Fixtures that several tests share."""
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,14 +14,20 @@ from imagenet64_diffusion.tests.components import RECIPES, OriginalCheckpoint
 
 # These fork processes from a server, which takes as long to start as many of them to run: one worker runs them all.
 FORKING = {"benchmarks", "commands", "page"}
-FORKING |= {"test_devices", "test_extending", "test_full_float32", "test_without_package"}
+FORKING |= {"test_devices", "test_extending", "test_full_float32", "test_wheel", "test_without_package"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if FORKING & {item.path.parent.name, item.path.stem}:
-            item.add_marker(pytest.mark.xdist_group("forking"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups by files, because pytest 9.2 and xdist's --dist loadgroup do not go together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0])
+            return "forking" if FORKING & {file.parent.name, file.stem} else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", params=RECIPES)

@@ -28,7 +28,7 @@ SCRIPTS = {
     "training_step": ["--config", "demo", "--precision", "no"],
 }
 # they start processes of their own, each of which imports torch, or take seconds even at tiny size
-SLOW = ("conversion", "data", "evaluation", "frechet", "samplers", "startup", "training_step")
+SLOW = ("conversion", "data", "evaluation", "frechet", "samplers", "sampling", "startup", "training_step")
 
 
 def run(script: Path, arguments: list[str]) -> None:

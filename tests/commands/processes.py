@@ -107,6 +107,13 @@ def run_function(function: Callable[..., Any], *arguments: Any, timeout: float =
         return process.exitcode, log.read_text(errors="replace")
 
 
+def forget_package() -> None:
+    """Makes this process import the package and its tests anew, from the first place on its path."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("imagenet64_diffusion", "tests"):
+            del sys.modules[name]
+
+
 def _call_function(log: Path, function: Callable[..., Any], *arguments: Any) -> None:
     import torch
 

@@ -198,7 +198,9 @@ def test_what_a_kill_may_leave(model, undisturbed, tmp_path, monkeypatch, leftov
     resume_and_compare(model, folder, undisturbed, monkeypatch)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)]
+)
 def test_stopped_by_a_signal(model, undisturbed, tmp_path, monkeypatch, capsys, number, code):
     process = start(model, tmp_path)
     wait_until((tmp_path / "out" / "00001.png").exists, process)

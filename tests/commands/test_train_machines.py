@@ -94,16 +94,13 @@ def test_two_processes_killed(new_run, shared):
     TwoLives(killed).finish()
     assert_equal_runs(killed, shared)
 
-    alone, whole = new_run("alone", **SHARED), new_run("whole", **SHARED)
+    alone = new_run("alone", **SHARED)
     assert "ranks was 2 and is 1" in alone.finish(gradient_accumulation_steps=2)
-    # and the whole run on one process, with its batch at once
-    whole.finish(train_batch_size=16)
-    for run in (alone, whole):
-        assert_close_runs(run, shared)
+    assert_close_runs(alone, shared)
 
 
 def test_accelerate_launch(new_run):
-    """Stopped by a SIGTERM that the launcher hands on, and resumed by others."""
+    """Stopped by a SIGTERM that the launcher hands on."""
     run = new_run(**SHARED | {"lr_scheduler": "constant"})
     words = ["--multi_gpu", "--num_processes", 2, "--num_machines", 1]
     words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -116,7 +113,7 @@ def test_accelerate_launch(new_run):
     step = max(int(name.removeprefix("checkpoint-")) for name in run.checkpoint_names())
     assert launcher.output().count("stopped by") == 1
     assert f"stopped by SIGTERM after step {step:,} of 10,000" in launcher.output()
-    assert f"from step {step:,} of" in TwoLives(run, max_train_steps=step + 1).finish()
+    assert load_checkpoint(run.checkpoints / f"checkpoint-{step}").progress.step == step
 
 
 def test_one_is_asked_to_stop(new_run, shared):

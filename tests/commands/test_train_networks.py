@@ -16,8 +16,9 @@ SHORT |= {"checkpointing_steps": 1, "logging_steps": 1, "learning_rate": 0.01, "
 SCHEDULERS = {"ddpm": "EtaDDIMScheduler", "edm": "EDMHeunScheduler"}
 
 
-@pytest.mark.parametrize("objective", SCHEDULERS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("network", "objective"), [("ours", "edm"), ("stock", "ddpm"), ("adm", "edm"), ("edm2", "edm"), ("edm2", "ddpm")]
+)
 def test_train_resume_and_generate(tmp_path, prepared, network, objective, capfd):
     run = TrainingRun(tmp_path / "run", prepared, {**SHORT, "objective": objective}, NETWORKS[network])
     assert main(run.arguments()) == 0
@@ -52,10 +53,8 @@ def test_fine_tuning_by_edms_loss(tmp_path, prepared, capfd):
     run = TrainingRun(tmp_path / "run", prepared, options, NETWORKS["stock"])
     assert main(run.arguments()) == 0
     changes = {"learning_rate": 1e-12, "adam_weight_decay": 0, "class_dropout_prob": 0}
-    tuned = TrainingRun(
-        tmp_path / "tuned", prepared, {**SHORT, **changes, "pretrained_model_name_or_path": run.output_dir / "model"}
-    )
-    del tuned.options["dropout"]
+    changes |= {"dropout": None, "pretrained_model_name_or_path": run.output_dir / "model"}
+    tuned = TrainingRun(tmp_path / "tuned", prepared, {**SHORT, **changes})
     assert main(tuned.arguments()) == 0
     assert "predicting as EDM does" in capfd.readouterr().out
     before, after = (ClassConditionalPipeline.from_pretrained(each.output_dir / "model") for each in (run, tuned))
@@ -64,10 +63,9 @@ def test_fine_tuning_by_edms_loss(tmp_path, prepared, capfd):
     torch.testing.assert_close(after.unet.state_dict(), before.unet.state_dict(), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("network", ["stock", "edm2"])
-def test_dry_run(tmp_path, prepared, network, capfd):
+def test_dry_run(tmp_path, prepared, capfd):
     """With gradient checkpointing the same FLOPs forward, and fewer bytes."""
-    run = TrainingRun(tmp_path / "run", prepared, {**SHORT, "objective": "edm"}, NETWORKS[network])
+    run = TrainingRun(tmp_path / "run", prepared, {**SHORT, "objective": "edm"}, NETWORKS["edm2"])
     said = {}
     for checkpointing in (False, True):
         assert main([*run.arguments(gradient_checkpointing=checkpointing), "--dry_run"]) == 0

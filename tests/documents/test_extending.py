@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imagenet64_diffusion.tests.commands.processes import run_function
+from imagenet64_diffusion.tests.commands.processes import forget_package, run_function
 from imagenet64_diffusion.tests.documents.pages import ROOT, commands, read_blocks, read_change
 
 
@@ -18,9 +18,7 @@ CHANGES = {change.file: change for change in (read_change(block) for block in BL
 
 def run_tests(copy: Path, arguments: list[str]) -> None:
     """Runs pytest on a copy of the package, in a process that has imported its dependencies."""
-    for name in list(sys.modules):
-        if name.split(".")[0] in ("imagenet64_diffusion", "tests"):
-            del sys.modules[name]
+    forget_package()
     # before the installed package, so that the tests see the copy
     sys.path.insert(0, str(copy.parent))
     os.chdir(copy)

@@ -66,11 +66,10 @@ def test_other_sources_have_none(tmp_path):
 FLAT, SQUARE = np.zeros(2048), np.eye(2048, dtype=np.float32)
 
 
-def changed(*changes):
-    """A unit covariance with other values in places."""
+def changed(place, value):
+    """A unit covariance with another value in a place."""
     matrix = SQUARE.copy()
-    for place, value in changes:
-        matrix[place] = value
+    matrix[place] = value
     return matrix
 
 
@@ -78,22 +77,15 @@ def changed(*changes):
     ("changes", "number", "message"),
     [
         ({"sigma": None}, 9, r'"sigma" is no array, but must be of floating-point numbers \(2048, 2048\)'),
-        ({"mu": None}, 9, r'"mu" is no array, but must be of floating-point numbers \(2048,\)'),
-        ({"mu": FLAT[:-1]}, 9, r'"mu" is float64 \(2047,\), but must be of .* \(2048,\)'),
         ({"sigma": SQUARE[:-1]}, 9, r'"sigma" is float32 \(2047, 2048\), but must be of .* \(2048, 2048\)'),
         ({"mu": FLAT.astype(int)}, 9, r'"mu" is int64 \(2048,\), but must be of floating-point'),
-        ({"mu": FLAT.astype(object)}, 9, r'"mu" is object \(2048,\), but must be of floating-point'),
         ({"mu": FLAT + np.nan}, 9, '"mu" and "sigma" are no statistics: .* must be .* finite'),
-        ({"sigma": changed(((3, 3), np.inf))}, 9, '"sigma" is not finite or not symmetric'),
-        ({"sigma": changed(((3, 4), 0.1))}, 9, '"sigma" is not finite or not symmetric'),
-        ({"sigma": changed(((3, 3), -1))}, 9, "must be .* without negative variances"),
+        ({"sigma": changed((3, 3), np.inf)}, 9, '"sigma" is not finite or not symmetric'),
+        ({"sigma": changed((3, 4), 0.1)}, 9, '"sigma" is not finite or not symmetric'),
+        ({"sigma": changed((3, 3), -1)}, 9, "must be .* without negative variances"),
         ({"mu_s": FLAT}, 9, r'"mu_s" is float64 \(2048,\), but must be of floating-point numbers \(2023,\)'),
         ({"mu_s": FLAT[:2023]}, 9, r'"sigma_s" is no array'),
-        (
-            {},
-            None,
-            "num_images is None, but .* does not say of how many .*: give their number, 1281167 for ImageNet's",
-        ),
+        ({}, None, "num_images is None, but .* does not say of how .*: give their number, 1281167 for ImageNet's"),
         ({}, 1, "1 images, but must be"),
     ],
 )
@@ -112,9 +104,7 @@ def test_arrays_that_are_no_statistics(tmp_path, changes, number, message):
         ({"mu": FLAT, "sigma": SQUARE}, 9, 'entry "fid" holds a NoneType instead of a dict'),
         ({"fid": FLAT}, 9, 'entry "fid" holds a .* instead of a dict'),
         ({"fid": {"mu": [0.0] * 2048, "sigma": SQUARE}}, 9, '"mu" is no array'),
-        ({"fid": {"mu": FLAT, "sigma": SQUARE}}, None, "num_images is None, but .* does not say"),
         ({"fid": {"mu": FLAT, "sigma": SQUARE}, "num_images": "many"}, None, "num_images is 'many', but"),
-        ({"fid": {"mu": FLAT, "sigma": SQUARE}, "num_images": -9}, None, "-9 images, but must be"),
         ({"fid": {"mu": FLAT, "sigma": SQUARE}, "num_images": 8}, 9, "num_images is 9, but .* says 8: leave it out"),
         ({"fid": {"mu": FLAT, "sigma": SQUARE}, "more": print}, 9, "wants builtins.print, .* nothing of it was run"),
     ],
@@ -124,23 +114,6 @@ def test_pickles_that_are_no_statistics(tmp_path, content, number, message):
     with pytest.raises(DataError, match=message) as caught:
         read_published(str(tmp_path / "wrong.pkl"), number)
     assert "\n" not in str(caught.value)
-
-
-class Hostile:
-    """What pickle's own loader would create a file for."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return open, (str(self.file), "w")
-
-
-def test_nothing_in_a_pickle_is_run(tmp_path):
-    (tmp_path / "img64.pkl").write_bytes(pickle.dumps({"fid": Hostile(tmp_path / "was_run"), "num_images": 9}))
-    with pytest.raises(DataError, match=r"wants io.open, which arrays do not need; nothing of it was run"):
-        read_published(str(tmp_path / "img64.pkl"), None)
-    assert not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize("shape", [(2048, 10**12), (10**6, 10**6)])

@@ -30,7 +30,6 @@ CONVOLUTIONS = {
     "upsample_type": "conv",
     "resnet_time_scale_shift": "default",
 }
-EVERYTHING = {"num_attention_heads": 2, "min_channels_per_group": 8, "time_embedding_channels": 16}
 
 
 def make_unet(network_class=ADMUNet2DModel, **options):
@@ -46,10 +45,10 @@ def inputs():
 
 class TestContract(NetworkContract):
     def make(self):
-        return make_unet(**EVERYTHING)
+        return make_unet(num_attention_heads=2, min_channels_per_group=8, time_embedding_channels=16)
 
-    def answer(self, network):
-        return network(*inputs()).sample
+    def inputs(self):
+        return inputs()
 
 
 @pytest.mark.parametrize("options", [{}, CONVOLUTIONS], ids=["resnet", "conv"])
@@ -125,15 +124,6 @@ def test_no_class_is_a_zero_that_does_not_learn():
     torch.testing.assert_close(unconditional(sample, timestep).sample, without)
     with pytest.raises(ValueError, match="class_embedding"):
         unconditional(sample, timestep, torch.zeros(3, dtype=torch.int64))
-
-
-def test_timestep_as_anything():
-    unet = make_unet()
-    sample, _, labels = inputs()
-    expected = unet(sample, torch.full((3,), -0.7), labels).sample
-    for timestep in (-0.7, torch.tensor(-0.7), torch.tensor([-0.7])):
-        torch.testing.assert_close(unet(sample, timestep, labels).sample, expected)
-    assert isinstance(unet(sample, 7, labels, return_dict=False), tuple)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_controls_have_names_and_follow_the_model_and_the_scheduler(browser):
     assert browser.texts("#images figcaption")[1:] == ["goldfish", "crane"]
 
 
-@pytest.mark.parametrize("browser", [390, 1280], indirect=True)
+@pytest.mark.parametrize("browser", [390, pytest.param(1280, marks=pytest.mark.soak)], indirect=True)
 def test_nothing_is_wider_than_the_screen(browser):
     width = browser.driver.execute_script("return innerWidth")
     browser.fill("#steps", 2)

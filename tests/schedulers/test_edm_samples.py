@@ -14,6 +14,7 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from imagenet64_diffusion import EDMHeunScheduler
+from imagenet64_diffusion.tests.components import seeded_one
 
 
 SHAPE = (2, 3, 16, 16)
@@ -30,10 +31,6 @@ ERRORS = {
 MARGIN = 1.1
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def denoise(x, sigma):
     return (DEVIATION**2 * x + sigma**2 * MEAN) / (DEVIATION**2 + sigma**2)
 
@@ -47,27 +44,27 @@ def raw_output(model_input, timestep, sigma_data=0.5, sign=1):
 
 
 def sample(scheduler, steps, dtype=torch.float64, latents=None, **options):
-    """The samples before the first step and after the last, and how often the network was evaluated."""
+    """The samples before the first step and after the last."""
     scheduler.set_timesteps(steps)
-    latents = torch.randn(SHAPE, generator=seeded(1), dtype=torch.float64) if latents is None else latents
+    latents = torch.randn(SHAPE, generator=seeded_one(1), dtype=torch.float64) if latents is None else latents
     x = first = (latents * scheduler.init_noise_sigma).to(dtype)
     sign = -1 if scheduler.config.prediction_type == "v_prediction" else 1
     for t in scheduler.timesteps:
         output = raw_output(scheduler.scale_model_input(x, t), t, scheduler.config.sigma_data, sign).to(dtype)
         x = scheduler.step(output, t, x, **options).prev_sample
-    return first, x, len(scheduler.timesteps)
+    return first, x
 
 
 def error(scheduler, steps, dtype=torch.float64) -> float:
     """In percent of the standard deviation of the images."""
-    first, last, _ = sample(scheduler, steps, dtype)
+    first, last = sample(scheduler, steps, dtype)
     begin, end = (math.hypot(DEVIATION, scheduler.sigmas[index]) for index in (0, -1))
     right = MEAN + (first - MEAN) * end / begin
     return 100 * (last - right).square().mean().sqrt().item() / DEVIATION
 
 
 def errors(scheduler_class) -> list[float]:
-    """With as many evaluations as a run of `HEUN_STEPS` has."""
+    """With as many evaluations as a run of `HEUN_STEPS` has; in float32."""
     steps = HEUN_STEPS if scheduler_class is EDMHeunScheduler else [2 * steps - 1 for steps in HEUN_STEPS]
     return [error(scheduler_class(), each, torch.float32) for each in steps]
 
@@ -86,11 +83,6 @@ def test_second_order(options, prediction_type):
     found = [error(scheduler, steps) for steps in (128, 256, 512)]
     assert 3.7 < found[0] / found[1] < 4.3
     assert 3.7 < found[1] / found[2] < 4.3
-
-
-@pytest.mark.parametrize("steps", [1, 2, 8])
-def test_evaluations(steps):
-    assert sample(EDMHeunScheduler(), steps)[2] == 2 * steps - 1
 
 
 def algorithm_2(latents, noises, steps, churn, low, high, noise_scale, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -123,57 +115,33 @@ CHURN = [(0.0, 0.0, math.inf, 1.0), (4.0, 0.05, 50.0, 1.003), (4.0, 0.0, math.in
 
 
 @pytest.mark.parametrize("churn", CHURN)
-class TestAlgorithm2:
-    def make(self, churn):
-        return EDMHeunScheduler(**dict(zip(("S_churn", "S_min", "S_max", "S_noise"), churn, strict=True)))
-
-    @pytest.mark.parametrize("steps", [2, 8, 13])
-    def test_every_sample_with_given_noises(self, churn, steps):
-        """Noises are given to every call, and only those that the algorithm asks for are read."""
-        scheduler, x = self.make(churn), torch.randn(SHAPE, dtype=torch.float64)
-        scheduler.set_timesteps(steps)
-        latents, noises, used, found = x, torch.randn(2 * steps, *SHAPE, dtype=torch.float64), [], []
-        x = latents * scheduler.init_noise_sigma
-        for i, t in enumerate(scheduler.timesteps):
-            sigma, following = scheduler.sigmas[i : i + 2]
-            # from the exact level, which the timestep has to float32 only
-            output = raw_output(scheduler.scale_model_input(x, t), sigma.log() / 4)
-            out = scheduler.step(output, t, x, churn_noise=noises[i])
-            if i % 2 == 1 and following > sigma:
-                used.append(noises[i])
-            found.append(out.pred_original_sample)
-            x = out.prev_sample
-        expected, denoised = algorithm_2(latents, used, steps, *churn)
-        torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(torch.stack(found), torch.stack(denoised), rtol=1e-10, atol=1e-10)
-
-    def test_noises_of_a_generator(self, churn):
-        """It is asked once for each step that churns, in order, and never without churn."""
-        latents, generator = torch.randn(SHAPE, dtype=torch.float64), seeded(3)
-        found = sample(self.make(churn), 8, latents=latents, generator=generator)[1]
-        mirror = seeded(3)
-        noises = (torch.randn(SHAPE, generator=mirror, dtype=torch.float64) for _ in range(8))
-        expected, _ = algorithm_2(latents, noises, 8, *churn)
-        # the timesteps have their levels to float32 only
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(generator.get_state(), mirror.get_state())
-
-    def test_single_precision(self, churn):
-        latents = torch.randn(SHAPE, dtype=torch.float64)
-        found, expected = (
-            sample(self.make(churn), 8, dtype, latents, generator=seeded())[1]
-            for dtype in (torch.float32, torch.float64)
-        )
-        if churn[0] == 0:  # generators have other noise for another dtype
-            torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=2e-6)
-        assert found.dtype == torch.float32
+@pytest.mark.parametrize("steps", [2, 8, 13])
+def test_algorithm_2(churn, steps):
+    """Noises are given to every call, and only those that the algorithm asks for are read."""
+    scheduler = EDMHeunScheduler(**dict(zip(("S_churn", "S_min", "S_max", "S_noise"), churn, strict=True)))
+    scheduler.set_timesteps(steps)
+    latents, *noises = torch.randn(2 * steps + 1, *SHAPE, dtype=torch.float64)
+    used, found = [], []
+    x = latents * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        sigma, following = scheduler.sigmas[i : i + 2]
+        # from the exact level, which the timestep has to float32 only
+        output = raw_output(scheduler.scale_model_input(x, t), sigma.log() / 4)
+        out = scheduler.step(output, t, x, churn_noise=noises[i])
+        if i % 2 == 1 and following > sigma:
+            used.append(noises[i])
+        found.append(out.pred_original_sample)
+        x = out.prev_sample
+    expected, denoised = algorithm_2(latents, used, steps, *churn)
+    torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.stack(found), torch.stack(denoised), rtol=1e-10, atol=1e-10)
 
 
 def test_churn_keeps_the_distribution():
     """Noise levels rise by new noise as much as they are said to: the images keep their mean and deviation."""
     scheduler = EDMHeunScheduler(S_churn=20)
-    latents = torch.randn(4, 3, 64, 64, generator=seeded(), dtype=torch.float64)
-    images = sample(scheduler, 64, latents=latents, generator=seeded(1))[1]
+    latents = torch.randn(4, 3, 64, 64, generator=seeded_one(), dtype=torch.float64)
+    images = sample(scheduler, 64, latents=latents, generator=seeded_one(1))[1]
     count = images.numel()
     assert abs(images.mean() - MEAN) < 5 * DEVIATION / math.sqrt(count)
     assert abs(images.std() / DEVIATION - 1) < 5 / math.sqrt(2 * count) + 0.005

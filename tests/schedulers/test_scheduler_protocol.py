@@ -9,13 +9,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 
 from imagenet64_diffusion import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
+from imagenet64_diffusion.tests.components import seeded_one
 
 
 SHAPE = (3, 2, 8, 8)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class SchedulerProtocol:
@@ -29,10 +26,10 @@ class SchedulerProtocol:
         return scheduler
 
     def step(self, scheduler, output, timestep, sample, seed=0):
-        return scheduler.step(output, timestep, sample, generator=seeded(seed), **self.step_options)
+        return scheduler.step(output, timestep, sample, generator=seeded_one(seed), **self.step_options)
 
     def run(self, scheduler, seed=0):
-        sample, generator = torch.randn(SHAPE, generator=seeded(1)), seeded(seed)
+        sample, generator = torch.randn(SHAPE, generator=seeded_one(1)), seeded_one(seed)
         for t in scheduler.timesteps:
             prediction = torch.sin(3 * scheduler.scale_model_input(sample, t))
             sample = scheduler.step(prediction, t, sample, generator=generator, **self.step_options).prev_sample
@@ -89,7 +86,7 @@ class SchedulerProtocol:
 
     def test_step_with_one_generator_an_image(self):
         scheduler, sample, prediction = self.make(), torch.randn(SHAPE), torch.randn(SHAPE)
-        generators = [seeded(i) for i in range(3)]
+        generators = [seeded_one(i) for i in range(3)]
         together = scheduler.step(prediction, 50, sample, generator=generators, **self.step_options).prev_sample
         for i in range(3):
             alone = self.step(scheduler, prediction[i : i + 1], 50, sample[i : i + 1], i).prev_sample

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from imagenet64_diffusion import EtaDDIMScheduler, LearnedVarianceDDPMScheduler
 from imagenet64_diffusion.schedulers.original_schedule import original_cosine_betas, original_timesteps
+from imagenet64_diffusion.tests.components import seeded_one
 
 
 SHAPE = (2, 3, 4, 4)
@@ -13,14 +14,10 @@ PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
 VARIANCE_TYPES = ["fixed_small", "fixed_large", "learned_range"]
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def run(scheduler, steps: int, abar: torch.Tensor, learned: bool = False, **options) -> list:
     """The sample after every step. The model is the best prediction for normal images, and a little more."""
     scheduler.set_timesteps(steps)
-    sample, generator = torch.randn(SHAPE, generator=seeded(1), dtype=torch.float64), seeded(2)
+    sample, generator = torch.randn(SHAPE, generator=seeded_one(1), dtype=torch.float64), seeded_one(2)
     samples = []
     for t in scheduler.timesteps:
         rate = abar[t]
@@ -112,7 +109,7 @@ def test_step_is_its_formula(
     scheduler.set_timesteps(timesteps=timesteps)
     x, output = torch.randn(SHAPE, dtype=torch.float64), torch.randn(2, 6, 4, 4, dtype=torch.float64)
     prediction, v = output.chunk(2, dim=1)
-    z = torch.randn(SHAPE, generator=seeded(5), dtype=torch.float64)
+    z = torch.randn(SHAPE, generator=seeded_one(5), dtype=torch.float64)
     arguments = {"eta": eta, "use_clipped_model_output": use_clipped_model_output} if mean is ddim_mean else {}
 
     abars = torch.cumprod(1 - scheduler.betas, 0)
@@ -139,7 +136,7 @@ def test_step_is_its_formula(
         expected = mean(x, x0, noise, abar, abar_prev, beta, beta_tilde, eta)
         if abar_prev < 1:
             expected = expected + eta * variance.sqrt() * z
-        out = scheduler.step(output, t, x, generator=seeded(5), **arguments)
+        out = scheduler.step(output, t, x, generator=seeded_one(5), **arguments)
         torch.testing.assert_close(out.pred_original_sample, x0, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(out.prev_sample, expected, rtol=1e-9, atol=1e-9)
 
@@ -172,30 +169,30 @@ def test_classifier_guidance_is_its_formula(variance_type, schedule):
             "learned_range": torch.exp(fraction * beta[i].log() + (1 - fraction) * least[i].log()),
         }[variance_type]
         plain, guided = (
-            scheduler.step(output, t, x, generator=seeded(), score_gradient=each).prev_sample
+            scheduler.step(output, t, x, generator=seeded_one(), score_gradient=each).prev_sample
             for each in (None, gradient)
         )
         torch.testing.assert_close(guided - plain, variance * gradient, rtol=1e-9, atol=1e-9)
-        in_single = scheduler.step(output.float(), t, x.float(), seeded(), score_gradient=gradient.float())
+        in_single = scheduler.step(output.float(), t, x.float(), seeded_one(), score_gradient=gradient.float())
         assert in_single.prev_sample.dtype == torch.float32
 
 
 def test_noise_of_a_generator_is_noise_that_is_given():
     scheduler, sample, output = EtaDDIMScheduler(), torch.randn(SHAPE), torch.randn(2, 6, 4, 4)
-    given = scheduler.step(output, 500, sample, 0.5, variance_noise=torch.randn(SHAPE, generator=seeded(3)))
-    sampled = scheduler.step(output, 500, sample, 0.5, generator=seeded(3))
+    given = scheduler.step(output, 500, sample, 0.5, variance_noise=torch.randn(SHAPE, generator=seeded_one(3)))
+    sampled = scheduler.step(output, 500, sample, 0.5, generator=seeded_one(3))
     assert torch.equal(given.prev_sample, sampled.prev_sample)
     # and without eta none is sampled
-    generator = seeded()
+    generator = seeded_one()
     scheduler.step(output, 500, sample, generator=generator)
-    assert torch.equal(generator.get_state(), seeded().get_state())
+    assert torch.equal(generator.get_state(), seeded_one().get_state())
 
 
 def test_extreme_interpolation_stays_finite():
     scheduler = LearnedVarianceDDPMScheduler()
     for value in (1e6, -1e6):
         output = torch.cat([torch.zeros(SHAPE), torch.full(SHAPE, value)], dim=1)
-        sample = scheduler.step(output, 500, torch.zeros(SHAPE), generator=seeded()).prev_sample
+        sample = scheduler.step(output, 500, torch.zeros(SHAPE), generator=seeded_one()).prev_sample
         # exp(15) at most: the logarithm of the variance is clamped to [-30, 30]
         assert sample.isfinite().all()
         assert sample.abs().max() < 4 * 3.3e6
