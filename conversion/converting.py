@@ -1,37 +1,50 @@
 """Makes pipeline folders of published checkpoints: one checkpoint, or a folder of the original's."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ModelMixin
 
+from ..data.class_names import NUM_CLASSES, imagenet64_id2label, imagenet_id2label
 from ..models.classifier_adm import ADMClassifierModel
 from ..pipelines.model_card import CARD_NAME, push_folder, write_model_card
 from ..pipelines.noise_kinds import EDMNoise
 from ..pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from ..utils.atomic_write import atomic_folder
-from ..utils.nearest_names import perhaps
-from . import network_pickles, original
-from .original_pipelines import (
-    MODEL_NAME,
-    PARAMS_NAME,
-    UNUSED_WEIGHTS_NAME,
-    params_beside,
-    read_original,
-    training_state_path,
-)
-from .pickle_reader import is_finite, read_checkpoint, require
+from . import original
+from .families import Source, check_value
+from .network_pickles import read_pickle
+from .pickle_reader import CheckpointError, is_finite, read_checkpoint, require
 from .published import MANIFEST_NAME, family_of, read_published
-from .sources import PROGRAMS, Source
 
 
+class Program(NamedTuple):
+    """A program whose checkpoints are converted, the licence of its weights, and how it samples where published."""
+
+    name: str
+    license: str
+    class_order: str
+    sampler: str | None = None
+
+
+_NVIDIAS = "cc-by-nc-sa-4.0"
+PROGRAMS = {
+    # the original program's licence is for its weights too
+    "original": Program("the original program", "mit", "imagenet64"),
+    "adm": Program("ADM (guided-diffusion)", "mit", "imagenet", "250 steps, classifier_scale 1.0"),
+    "edm": Program("EDM", _NVIDIAS, "imagenet", "256 steps, S_churn 40, S_min 0.05, S_max 50, S_noise 1.003"),
+    "edm2": Program("EDM2", _NVIDIAS, "imagenet", "32 steps without churn"),
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_OWN_NAMES = {"model_index.json", CARD_NAME, PARAMS_NAME, UNUSED_WEIGHTS_NAME, MANIFEST_NAME, "checkpoints"}
-_OWN_NAMES |= {"unet", "scheduler", "guidance_unet", "classifier"}
+_CLASS_ORDERS = {"imagenet64": imagenet64_id2label, "imagenet": imagenet_id2label}
+# All that a conversion may have written, but for the code of its networks.
+_OWN_NAMES = {"model_index.json", CARD_NAME, MANIFEST_NAME, original.PARAMS_NAME, original.UNUSED_WEIGHTS_NAME}
+_OWN_NAMES |= {"unet", "scheduler", "guidance_unet", "classifier", "checkpoints"}
 
 
 def convert_checkpoint(
@@ -61,12 +74,11 @@ def convert_checkpoint(
             its program, ``{"model": {...}, "classifier": {...}}`` or all in one, which released files do not need.
         output_dir: The pipeline folder to write.
         optimizer: The original's ``optim_*.pkl``; the folder then has a checkpoint from which the training resumes.
-        time_embedding: Of the original's networks. ``"original_sine"`` samples as the original does, one image at a
-            time; released checkpoints were trained with ``"original_alternating"``, those of its corrected code with
-            ``"original_interleaved"``.
-        id2label: Class names. ``"imagenet64"`` are those of ImageNet-64's own order, ``"imagenet"`` of the sorted
-            WordNet ids, both where there are 1000 classes, else numbers; ``"auto"`` is the first for the original's
-            checkpoints and the second for all others. Or ``"numbers"`` or None, a file of names, or the names.
+        time_embedding: ``"original_sine"`` samples as the original does, one image at a time; its checkpoints were
+            trained with ``"original_alternating"``, those of its corrected code with ``"original_interleaved"``.
+        id2label: Names of the classes, or a file of them, or numbers for ``"numbers"`` and None. 1000 classes have
+            ``"imagenet64"``, ImageNet-64's own order, or ``"imagenet"``, that of the sorted WordNet ids; ``"auto"``
+            is the first for the original's checkpoints and the second for all others.
         family: ``"original"``, ``"adm"``, ``"edm"`` or ``"edm2"``; ``"auto"`` is what the checkpoint holds.
         guidance_checkpoint: A second, weaker or unconditional network of the same kind, for guidance.
         classifier_checkpoint: ADM's ``*_classifier.pt``, for classifier guidance.
@@ -83,31 +95,42 @@ def convert_checkpoint(
     """
     require(output_dir is not None, "output_dir is None, but must be the folder to write")
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)  # type: ignore[arg-type]
-    require(dtype in DTYPES, f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+    check_value("dtype", dtype, tuple(DTYPES))
     plain = variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", variant)
     require(plain, f"variant is {variant!r}, but must be made of letters and digits, such as fp16")
-    families = ("auto", *PROGRAMS)
-    known = family in families
-    require(known, f"family is {family!r}, but must be one of {', '.join(families)}{perhaps(family, families)}")
+    check_value("family", family, ("auto", *PROGRAMS))
     _check_replaceable(output_dir)
 
-    found = read_checkpoint(checkpoint, network_pickles.read_pickle)
-    held = family_of(checkpoint.name, found)
-    require(family in ("auto", held), f"family is {family}, but {checkpoint.name} is one of {PROGRAMS[held].name}")
-    others = {"guidance_checkpoint": guidance_checkpoint, "classifier_checkpoint": classifier_checkpoint}
-    given = {name: None if file is None else Path(file) for name, file in others.items()}
+    name, found = checkpoint.name, read_checkpoint(checkpoint, read_pickle)
+    held = family_of(name, found)
+    program = PROGRAMS[held]
+    require(family in ("auto", held), f"family is {family}, but {name} is one of {program.name}")
     if held == "original":
-        _refuse(held, **given)
-        files = Path(params or params_beside(checkpoint)), None if optimizer is None else Path(optimizer)
-        source = read_original(checkpoint, found, *files, time_embedding, finish_denoising, id2label)
+        foreign = {"guidance_checkpoint": guidance_checkpoint, "classifier_checkpoint": classifier_checkpoint}
     else:
-        _refuse(held, optimizer=optimizer, finish_denoising=finish_denoising or None)
-        _refuse(held, time_embedding=None if time_embedding == "original_sine" else time_embedding)
-        flags = None if params is None else Path(params)
-        source = read_published(checkpoint, found, flags, id2label, **given)
+        foreign = {"optimizer": optimizer, "finish_denoising": finish_denoising or None}
+        foreign["time_embedding"] = None if time_embedding == "original_sine" else time_embedding
+    for option, value in foreign.items():
+        fits, whose = value is None, f"a checkpoint of {program.name}"
+        require(fits, f"{option} is {value}, but does not go with {whose}: leave it out")
+    if held == "original":
+        params_file = Path(params or original.params_beside(checkpoint))
+        source = original.read_original(name, found, params_file, optimizer, time_embedding, finish_denoising)
+    else:
+        source = read_published(name, found, params, guidance_checkpoint, classifier_checkpoint)
     del found
-    _write(source, held, checkpoint, output_dir, DTYPES[dtype], variant)
-    del source
+    labels = class_names(id2label, source.components["unet"].config.num_class_embeds, program.class_order)
+    pipeline = ClassConditionalPipeline(id2label=labels, guide_variance=held == "original", **source.components)
+    with atomic_folder(output_dir) as writing:
+        source.write_more(writing)
+        _cast_and_check(pipeline, DTYPES[dtype], name)
+        pipeline.save_pretrained(writing, variant=variant)
+        facts = {"converted from": f"{name} of {program.name}", **source.card_facts}
+        facts |= {"published sampler": program.sampler} if program.sampler else {}
+        write_model_card(pipeline, writing, training_facts=facts, license=program.license)
+    print(f"converted {checkpoint} to {output_dir}")
+    _print_report(source, program, labels)
+    del pipeline, source
     # a pipeline of which nothing lies in the checkpoint's file
     converted = ClassConditionalPipeline.from_pretrained(output_dir, variant=variant, dtype=DTYPES[dtype])
     if push_to_hub is not None:
@@ -117,35 +140,43 @@ def convert_checkpoint(
     return converted
 
 
-def _refuse(family: str, **options: Any) -> None:
-    for name, value in options.items():
-        program = PROGRAMS[family].name
-        require(value is None, f"{name} is {value}, but does not go with a checkpoint of {program}: leave it out")
-
-
-def _write(
-    source: Source, family: str, checkpoint: Path, output_dir: Path, dtype: torch.dtype, variant: str | None
-) -> None:
-    """Writes the folder and prints the report."""
-    pipeline, program = source.pipeline, PROGRAMS[family]
-    labels = pipeline.config.id2label
-    with atomic_folder(output_dir) as writing:
-        source.write_more(writing)
-        # sigma 1, or the middle of the training's timesteps
-        timestep = 0.0 if pipeline.noise_kind is EDMNoise else pipeline.scheduler.config.num_train_timesteps // 2
-        for role, component in pipeline.components.items():
-            if isinstance(component, ModelMixin):
-                _cast_and_check(component, dtype, timestep, f"{checkpoint.name} ({role})")
-        pipeline.save_pretrained(writing, variant=variant)
-        facts = {"converted from": f"{checkpoint.name} of {program.name}", **source.card_facts}
-        facts |= {"published sampler": program.sampler} if program.sampler else {}
-        write_model_card(pipeline, writing, training_facts=facts, license=program.license)
-    report = dict(source.report)
-    report["classes"] = f"{len(labels)}, named {labels[0]}, ..., {labels[len(labels) - 1]}" if labels else "none"
-    report["licence"] = program.license
-    report["checked"] = f"all {source.num_weights} weights accounted for, shapes right, one forward pass finite"
-    print(f"converted {checkpoint} to {output_dir}")
+def _print_report(source: Source, program: Program, labels: dict[int, str] | None) -> None:
+    report = {
+        **source.report,
+        "published": f"sampled with {program.sampler}" if program.sampler else "",
+        "classes": f"{len(labels)}, named {labels[0]}, ..., {labels[len(labels) - 1]}" if labels else "none",
+        "licence": program.license,
+        "checked": f"all {source.num_weights} weights accounted for, shapes right, one forward pass finite",
+    }
     print("\n".join(f"  {name:10} {words}" for name, words in report.items() if words), flush=True)
+
+
+def class_names(id2label: Any, num_classes: int | None, usual: str = "imagenet64") -> dict[int, str] | None:
+    """The name of each class, if there are any; ``id2label`` is that of `convert_checkpoint`, ``usual`` its auto."""
+    if id2label == "auto":
+        id2label = usual
+    by_option = id2label in (None, "numbers", *_CLASS_ORDERS)
+    if num_classes is None:
+        require(by_option, "id2label names classes, but the network has none: leave it out")
+        return None
+    if by_option:
+        named = id2label in _CLASS_ORDERS and num_classes == NUM_CLASSES
+        return _CLASS_ORDERS[id2label]() if named else {index: str(index) for index in range(num_classes)}
+    if isinstance(id2label, (str, Path)):
+        file, options = Path(id2label), "auto, imagenet64, imagenet, numbers"
+        require(file.is_file(), f"id2label is {str(file)!r}, but must be {options} or a file of names")
+        try:
+            text = file.read_text(encoding="utf-8")
+            id2label = json.loads(text) if file.suffix == ".json" else text.rstrip().splitlines()
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"id2label: {file.name} cannot be read ({error})") from error
+    if not isinstance(id2label, Mapping):
+        id2label = dict(enumerate(id2label)) if isinstance(id2label, (list, tuple)) else {}
+    names = {str(key): name for key, name in id2label.items()}
+    labels: list[Any] = [names.get(str(index)) for index in range(num_classes)]
+    fits = len(names) == num_classes and all(isinstance(label, str) and label.strip() for label in labels)
+    require(fits, f"id2label must have a name for each class of the network, 0 to {num_classes - 1}, and no other")
+    return dict(enumerate(labels))
 
 
 def _check_replaceable(output_dir: Path) -> None:
@@ -153,9 +184,13 @@ def _check_replaceable(output_dir: Path) -> None:
     usual = output_dir.name not in ("", "..") and not output_dir.is_file()
     require(usual, f"output_dir is {output_dir}, but must be the name of a new folder")
     held = {path.name for path in output_dir.glob("*") if path.suffix != ".py"}
-    if held & {PARAMS_NAME, MANIFEST_NAME}:
+    if held & {original.PARAMS_NAME, MANIFEST_NAME}:
         # training may have resumed there
-        own = training_state_path(original.read_params(output_dir / PARAMS_NAME)) if PARAMS_NAME in held else None
+        own = (
+            original.training_state_path(original.read_params(output_dir / original.PARAMS_NAME))
+            if original.PARAMS_NAME in held
+            else None
+        )
         held -= _OWN_NAMES
         held |= {
             f"checkpoints/{path.name}" for path in output_dir.glob("checkpoints/*") if path != output_dir / (own or "")
@@ -163,27 +198,33 @@ def _check_replaceable(output_dir: Path) -> None:
     require(not held, f"output_dir is {output_dir}, which holds {min(held, default='')}, but must be new or its own")
 
 
-def _cast_and_check(network: ModelMixin, dtype: torch.dtype, timestep: float, name: str) -> None:
-    kept = network._keep_in_fp32_modules or []
-    for key, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if tensor.is_floating_point() and not any(part in key for part in kept):
-            tensor.data = tensor.data.to(dtype)
-        require(is_finite(tensor), f"{name}: {key} holds numbers too large for {dtype}: take another dtype")
-    config, size = network.config, network.config.sample_size
-    if not isinstance(network, ADMClassifierModel):
-        # as small as the network takes, with two by two cells in its middle: CPUs are slow at half precision
-        levels = len(config.get("block_out_channels") or config.channel_mult)
-        size = min(2 ** (levels + 1), size)
-    sample = torch.randn(1, config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
-    classes = {"class_labels": torch.zeros(1, dtype=torch.int64)} if config.get("num_class_embeds") else {}
-    with torch.no_grad():
-        (output,) = network(sample.to(dtype), timestep, **classes, return_dict=False)
-    require(is_finite(output), f"the prediction of {name} is not finite: its weights are no trained model's")
+def _cast_and_check(pipeline: ClassConditionalPipeline, dtype: torch.dtype, name: str) -> None:
+    """Gives the weights of all networks their dtype, and sees that one prediction of each is finite."""
+    # sigma 1, or the middle of the training's timesteps
+    timestep = 0.0 if pipeline.noise_kind is EDMNoise else pipeline.scheduler.config.num_train_timesteps // 2
+    networks = {role: each for role, each in pipeline.components.items() if isinstance(each, ModelMixin)}
+    for role, network in networks.items():
+        kept, name_of_it = network._keep_in_fp32_modules or [], f"{name} ({role})"
+        for key, tensor in (*network.named_parameters(), *network.named_buffers()):
+            if tensor.is_floating_point() and not any(part in key for part in kept):
+                tensor.data = tensor.data.to(dtype)
+            fits = is_finite(tensor)
+            require(fits, f"{name_of_it}: {key} holds numbers too large for {dtype}: take another dtype")
+        config, size = network.config, network.config.sample_size
+        if not isinstance(network, ADMClassifierModel):
+            # as small as the network takes, with two by two cells in its middle: CPUs are slow at half precision
+            size = min(2 ** (len(config.get("block_out_channels") or config.channel_mult) + 1), size)
+        sample = torch.randn(1, config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+        classes = {"class_labels": torch.zeros(1, dtype=torch.int64)} if config.get("num_class_embeds") else {}
+        with torch.no_grad():
+            (output,) = network(sample.to(dtype), timestep, **classes, return_dict=False)
+        fits = is_finite(output)
+        require(fits, f"the prediction of {name_of_it} is not finite: its weights are no trained model's")
 
 
 def convert_folder(folder: Path, output_dir: Path, **options: Any) -> None:
     """Converts every ``model_*e_*s.pkl`` below a folder with the files beside it; an error counts what failed."""
-    checkpoints = [path for path in sorted(folder.rglob("model_*.pkl")) if MODEL_NAME.fullmatch(path.name)]
+    checkpoints = [path for path in sorted(folder.rglob("model_*.pkl")) if original.MODEL_NAME.fullmatch(path.name)]
     require(checkpoints, f"checkpoint is {folder}, which holds no model_...e_...s.pkl")
     rows: list[str] = []
     num_failed = 0
@@ -192,7 +233,7 @@ def convert_folder(folder: Path, output_dir: Path, **options: Any) -> None:
         target, optimizer = output_dir / source.parent / name, checkpoint.with_name(f"optim_{name}.pkl")
         given = optimizer if optimizer.is_file() else None
         try:
-            unet = convert_checkpoint(checkpoint, params_beside(checkpoint), target, given, **options).unet
+            unet = convert_checkpoint(checkpoint, original.params_beside(checkpoint), target, given, **options).unet
             rows.append(f"{source!s:40} converted  {unet.num_parameters() / 1e6:7.1f} M  {target}")
         except (ValueError, OSError) as error:
             rows.append(f"{source!s:40} failed     {error}")
