@@ -1,6 +1,5 @@
 """Makes pipeline folders of published checkpoints: one checkpoint, or a folder of the original's."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import ModelMixin
 
-from ..data.class_names import NUM_CLASSES, imagenet64_id2label, imagenet_id2label
+from ..data.class_names import class_names
 from ..models.classifier_adm import ADMClassifierModel
 from ..pipelines.model_card import CARD_NAME, push_folder, write_model_card
 from ..pipelines.noise_kinds import EDMNoise
@@ -18,7 +17,7 @@ from ..utils.atomic_write import atomic_folder
 from . import original
 from .families import Source, check_value
 from .network_pickles import read_pickle
-from .pickle_reader import CheckpointError, is_finite, read_checkpoint, require
+from .pickle_reader import is_finite, read_checkpoint, require
 from .published import MANIFEST_NAME, family_of, read_published
 
 
@@ -41,7 +40,6 @@ PROGRAMS = {
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_CLASS_ORDERS = {"imagenet64": imagenet64_id2label, "imagenet": imagenet_id2label}
 # All that a conversion may have written, but for the code of its networks.
 _OWN_NAMES = {"model_index.json", CARD_NAME, MANIFEST_NAME, original.PARAMS_NAME, original.UNUSED_WEIGHTS_NAME}
 _OWN_NAMES |= {"unet", "scheduler", "guidance_unet", "classifier", "checkpoints"}
@@ -68,8 +66,7 @@ def convert_checkpoint(
     Nothing in the files is run. The folder is written atomically and replaces an earlier conversion, nothing else.
 
     Args:
-        checkpoint: The original's ``model_*.pkl`` or ADM's ``*_diffusion.pt``, in either format of torch.save, or a
-            pickle of EDM or EDM2.
+        checkpoint: The original's ``model_*.pkl``, ADM's ``*_diffusion.pt``, or a pickle of EDM or EDM2.
         params: The original's ``model_params_*.json``, by default the one beside the checkpoint; for ADM the flags of
             its program, ``{"model": {...}, "classifier": {...}}`` or all in one, which released files do not need.
         output_dir: The pipeline folder to write.
@@ -105,19 +102,15 @@ def convert_checkpoint(
     held = family_of(name, found)
     program = PROGRAMS[held]
     require(family in ("auto", held), f"family is {family}, but {name} is one of {program.name}")
+    guides = {"guidance_checkpoint": guidance_checkpoint, "classifier_checkpoint": classifier_checkpoint}
     if held == "original":
-        foreign = {"guidance_checkpoint": guidance_checkpoint, "classifier_checkpoint": classifier_checkpoint}
-    else:
-        foreign = {"optimizer": optimizer, "finish_denoising": finish_denoising or None}
-        foreign["time_embedding"] = None if time_embedding == "original_sine" else time_embedding
-    for option, value in foreign.items():
-        fits, whose = value is None, f"a checkpoint of {program.name}"
-        require(fits, f"{option} is {value}, but does not go with {whose}: leave it out")
-    if held == "original":
+        _refuse(program, **guides)
         params_file = Path(params or original.params_beside(checkpoint))
         source = original.read_original(name, found, params_file, optimizer, time_embedding, finish_denoising)
     else:
-        source = read_published(name, found, params, guidance_checkpoint, classifier_checkpoint)
+        chosen = time_embedding if time_embedding != "original_sine" else None
+        _refuse(program, optimizer=optimizer, finish_denoising=finish_denoising or None, time_embedding=chosen)
+        source = read_published(name, found, params, **guides)
     del found
     labels = class_names(id2label, source.components["unet"].config.num_class_embeds, program.class_order)
     pipeline = ClassConditionalPipeline(id2label=labels, guide_variance=held == "original", **source.components)
@@ -125,8 +118,8 @@ def convert_checkpoint(
         source.write_more(writing)
         _cast_and_check(pipeline, DTYPES[dtype], name)
         pipeline.save_pretrained(writing, variant=variant)
-        facts = {"converted from": f"{name} of {program.name}", **source.card_facts}
-        facts |= {"published sampler": program.sampler} if program.sampler else {}
+        published = {"published sampler": program.sampler} if program.sampler else {}
+        facts = {"converted from": f"{name} of {program.name}", **source.card_facts, **published}
         write_model_card(pipeline, writing, training_facts=facts, license=program.license)
     print(f"converted {checkpoint} to {output_dir}")
     _print_report(source, program, labels)
@@ -140,6 +133,12 @@ def convert_checkpoint(
     return converted
 
 
+def _refuse(program: Program, **options: Any) -> None:
+    for option, value in options.items():
+        whose = f"a checkpoint of {program.name}"
+        require(value is None, f"{option} is {value}, but does not go with {whose}: leave it out")
+
+
 def _print_report(source: Source, program: Program, labels: dict[int, str] | None) -> None:
     report = {
         **source.report,
@@ -151,34 +150,6 @@ def _print_report(source: Source, program: Program, labels: dict[int, str] | Non
     print("\n".join(f"  {name:10} {words}" for name, words in report.items() if words), flush=True)
 
 
-def class_names(id2label: Any, num_classes: int | None, usual: str = "imagenet64") -> dict[int, str] | None:
-    """The name of each class, if there are any; ``id2label`` is that of `convert_checkpoint`, ``usual`` its auto."""
-    if id2label == "auto":
-        id2label = usual
-    by_option = id2label in (None, "numbers", *_CLASS_ORDERS)
-    if num_classes is None:
-        require(by_option, "id2label names classes, but the network has none: leave it out")
-        return None
-    if by_option:
-        named = id2label in _CLASS_ORDERS and num_classes == NUM_CLASSES
-        return _CLASS_ORDERS[id2label]() if named else {index: str(index) for index in range(num_classes)}
-    if isinstance(id2label, (str, Path)):
-        file, options = Path(id2label), "auto, imagenet64, imagenet, numbers"
-        require(file.is_file(), f"id2label is {str(file)!r}, but must be {options} or a file of names")
-        try:
-            text = file.read_text(encoding="utf-8")
-            id2label = json.loads(text) if file.suffix == ".json" else text.rstrip().splitlines()
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"id2label: {file.name} cannot be read ({error})") from error
-    if not isinstance(id2label, Mapping):
-        id2label = dict(enumerate(id2label)) if isinstance(id2label, (list, tuple)) else {}
-    names = {str(key): name for key, name in id2label.items()}
-    labels: list[Any] = [names.get(str(index)) for index in range(num_classes)]
-    fits = len(names) == num_classes and all(isinstance(label, str) and label.strip() for label in labels)
-    require(fits, f"id2label must have a name for each class of the network, 0 to {num_classes - 1}, and no other")
-    return dict(enumerate(labels))
-
-
 def _check_replaceable(output_dir: Path) -> None:
     """Refuses a folder that holds anything but an earlier conversion."""
     usual = output_dir.name not in ("", "..") and not output_dir.is_file()
@@ -186,15 +157,10 @@ def _check_replaceable(output_dir: Path) -> None:
     held = {path.name for path in output_dir.glob("*") if path.suffix != ".py"}
     if held & {original.PARAMS_NAME, MANIFEST_NAME}:
         # training may have resumed there
-        own = (
-            original.training_state_path(original.read_params(output_dir / original.PARAMS_NAME))
-            if original.PARAMS_NAME in held
-            else None
-        )
-        held -= _OWN_NAMES
-        held |= {
-            f"checkpoints/{path.name}" for path in output_dir.glob("checkpoints/*") if path != output_dir / (own or "")
-        }
+        params = output_dir / original.PARAMS_NAME
+        own = output_dir / original.training_state_path(original.read_params(params)) if params.is_file() else None
+        states = {f"checkpoints/{path.name}" for path in output_dir.glob("checkpoints/*") if path != own}
+        held = held - _OWN_NAMES | states
     require(not held, f"output_dir is {output_dir}, which holds {min(held, default='')}, but must be new or its own")
 
 

@@ -1,4 +1,4 @@
-"""EDM's networks (https://github.com/NVlabs/edm) in terms of ours; those of EDM2 are in `edm2`."""
+"""The networks of EDM and EDM2 (https://github.com/NVlabs/edm and edm2) in terms of ours."""
 
 import math
 import reprlib
@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from ..models.unet_adm import ADMUNet2DModel
+from ..models.unet_edm2 import EDM2UNet2DModel
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..utils.nearest_names import perhaps
 from . import families
@@ -20,12 +21,12 @@ from .pickle_reader import require
 
 # fmt: off
 # What the arguments of its networks may be, of those that EDM2's have too, and of all; None is checked elsewhere.
-ALLOWED = {
+_ALLOWED_IN_BOTH = {
     "img_resolution": range(4, 4097), "img_channels": range(1, 65), "label_dim": range(1_000_001),
     "model_channels": range(1, 65_537), "num_blocks": range(1, 65), "channel_mult": [range(1, 65)],
     "attn_resolutions": [range(1, 65_537)], "dropout": FRACTION, "sigma_data": None, "use_fp16": (False, True),
 }
-_ALLOWED = ALLOWED | {
+_ALLOWED = _ALLOWED_IN_BOTH | {
     "channel_mult_emb": range(1, 65), "augment_dim": range(65_537), "label_dropout": FRACTION,
     "model_type": ("DhariwalUNet",), "sigma_min": None, "sigma_max": None,
 }
@@ -48,13 +49,42 @@ _ENDS = [
     ("model.map_layer0", "time_embedding.linear_1"), ("model.map_layer1", "time_embedding.linear_2"),
     ("model.out_norm", "conv_norm_out"), ("model.out_conv", "conv_out"),
 ]
+
+# The options of EDM2 -> ours; the defaults are the same.
+_EDM2_OPTIONS = {
+    "img_resolution": "sample_size", "img_channels": "in_channels", "label_dim": "num_class_embeds",
+    "model_channels": "model_channels", "channel_mult": "channel_mult", "channel_mult_noise": "channel_mult_noise",
+    "channel_mult_emb": "channel_mult_emb", "num_blocks": "layers_per_block", "dropout": "dropout",
+    "attn_resolutions": "attention_resolutions", "channels_per_head": "attention_head_dim",
+    "label_balance": "label_balance", "concat_balance": "concat_balance", "res_balance": "res_balance",
+    "attn_balance": "attention_balance", "clip_act": "clip_activations", "logvar_channels": "logvar_channels",
+}
+# Those of EDM2 that must be given, and what is looked at here; the network checks those that EDM has not.
+_EDM2_DEFAULTS = {
+    "img_resolution": None, "img_channels": None, "label_dim": None, "channel_mult": [1, 2, 3, 4], "num_blocks": 3,
+}
+_EDM2_ALLOWED = dict.fromkeys(_EDM2_OPTIONS) | {"resample_filter": ([1, 1], (1, 1))} | _ALLOWED_IN_BOTH
+
+# Names of EDM2 -> ours: of what a network has once, and of what is in each block.
+_EDM2_NETWORK = {
+    "unet.emb_fourier.freqs": "time_fourier.frequencies", "unet.emb_fourier.phases": "time_fourier.phases",
+    "unet.emb_noise.weight": "time_embedding.weight", "unet.emb_label.weight": "class_embedding.weight",
+    "unet.out_conv.weight": "conv_out.weight", "unet.out_gain": "out_gain",
+    "logvar_fourier.freqs": "logvar_fourier.frequencies", "logvar_fourier.phases": "logvar_fourier.phases",
+    "logvar_linear.weight": "logvar_linear.weight",
+}
+_EDM2_BLOCK = {
+    "emb_gain": "embedding_gain", "emb_linear.weight": "embedding_projection.weight",
+    "conv_res0.weight": "conv1.weight", "conv_res1.weight": "conv2.weight", "conv_skip.weight": "shortcut.weight",
+    "attn_qkv.weight": "attention.query_key_value.weight", "attn_proj.weight": "attention.out_conv.weight",
+}
 # fmt: on
 _CLASS_TABLE = "model.map_label.weight"
 
 
-def convert_network(given: Mapping[str, Any], shapes: Shapes) -> Conversion:
+def convert_edm(given: Mapping[str, Any], shapes: Shapes) -> Conversion:
     """The network of an ``EDMPrecond``, by its constructor's arguments; ``shapes`` are those found in the file."""
-    options = check_options({**_DEFAULTS, **given}, _ALLOWED, len(shapes))
+    options = _check_options({**_DEFAULTS, **given}, _ALLOWED, len(shapes))
     widths = tuple(options["model_channels"] * factor for factor in options["channel_mult"])
     sizes = [options["img_resolution"] >> level for level in range(len(widths))]
     # a width that is too small for a head has no attention
@@ -100,6 +130,27 @@ def convert_network(given: Mapping[str, Any], shapes: Shapes) -> Conversion:
     return Conversion(network, expected, convert, make_scheduler(options))
 
 
+def convert_edm2(given: Mapping[str, Any], shapes: Shapes) -> Conversion:
+    """The network of an EDM2 pickle, by its constructor's arguments; ``shapes`` are those found in the file."""
+    options = _check_options({**_EDM2_DEFAULTS, **given}, _EDM2_ALLOWED, len(shapes))
+    config = {ours: options[name] for name, ours in _EDM2_OPTIONS.items() if name in options}
+    network: Any = empty_network(EDM2UNet2DModel, {**config, "num_class_embeds": options["label_dim"] or None})
+    weights = network.state_dict()
+    names = {official: ours for official, ours in _edm2_names(network.config) if ours in weights}
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        filled = {ours: tensors[official] for official, ours in names.items()}
+        for name, tensor in filled.items():
+            if name.endswith("query_key_value.weight"):
+                # they alternate in every head; ours are one behind the other
+                heads = network.get_submodule(name.removesuffix(".query_key_value.weight")).heads
+                filled[name] = tensor.unflatten(0, (heads, -1, 3)).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
+        return filled
+
+    expected = {official: tuple(weights[ours].shape) for official, ours in names.items()}
+    return Conversion(network, expected, convert, make_scheduler(options))
+
+
 def make_scheduler(options: Mapping[str, Any]) -> EDMHeunScheduler:
     """The published sampler, within the noise levels that the network of these arguments supports."""
     sigma_min, sigma_max = options.get("sigma_min", 0.0), options.get("sigma_max", math.inf)
@@ -110,7 +161,7 @@ def make_scheduler(options: Mapping[str, Any]) -> EDMHeunScheduler:
     return EDMHeunScheduler(sigma_min=max(0.002, sigma_min), sigma_max=min(80.0, sigma_max), sigma_data=sigma_data)
 
 
-def check_options(options: Mapping[str, Any], allowed: Mapping[str, Any], num_tensors: int) -> Mapping[str, Any]:
+def _check_options(options: Mapping[str, Any], allowed: Mapping[str, Any], num_tensors: int) -> Mapping[str, Any]:
     """A network's arguments, with defaults: all of them known and allowed, and no more blocks than tensors."""
     for name, values in allowed.items():
         if name in options and values is not None:
@@ -124,7 +175,7 @@ def check_options(options: Mapping[str, Any], allowed: Mapping[str, Any], num_te
     return options
 
 
-def block_names(sizes: list[int], num_blocks: int) -> tuple[list[str], list[str]]:
+def _block_names(sizes: list[int], num_blocks: int) -> tuple[list[str], list[str]]:
     """The official names of the blocks of encoder and decoder; ``sizes`` are those of the levels."""
     encoder, decoder = [], []
     for size in sizes:
@@ -140,7 +191,19 @@ def _places(network: ModelMixin, sizes: list[int]) -> Iterator[tuple[str, str]]:
     yield f"model.enc.{sizes[0]}x{sizes[0]}_conv", "conv_in"
     middle = [["mid_block.resnets.0"], ["mid_block.resnets.1"]]
     middle[0] += ["mid_block.attentions.0"] if network.config.add_attention else []
-    encoder, decoder = block_names(sizes, network.config.layers_per_block)
+    encoder, decoder = _block_names(sizes, network.config.layers_per_block)
     ours = [*block_modules(network, "down"), *middle, *block_modules(network, "up")]
     for block, modules in zip([*encoder, *decoder], ours, strict=True):
         yield from ((f"model.{block}", module) for module in modules)
+
+
+def _edm2_names(config: Any) -> Iterator[tuple[str, str]]:
+    """Official names and ours, also of what only other networks have."""
+    sizes = [config.sample_size >> level for level in range(len(config.channel_mult))]
+    encoder, decoder = _block_names(sizes, config.layers_per_block)
+    yield from _EDM2_NETWORK.items()
+    yield f"unet.enc.{sizes[0]}x{sizes[0]}_conv.weight", "conv_in.weight"
+    for part, blocks in (("encoder", encoder), ("decoder", decoder)):
+        for index, block in enumerate(blocks):
+            for official, ours in _EDM2_BLOCK.items():
+                yield f"unet.{block}.{official}", f"{part}.{index}.{ours}"

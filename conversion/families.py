@@ -99,12 +99,9 @@ def convert_modules(
     kernel: tuple[int, ...],
 ) -> Conversion:
     """The conversion of a network whose modules correspond one to one, but for the layout of attention and classes."""
-    # places: names of the official modules and of ours
-    # inner_names: for each class of our modules the official names inside and ours, three of them where one official
-    #   layer gives queries, keys and values; a class that is not named has its weights directly
-    # query_key_value_axis: where, in (heads, channels), the official order has queries, keys and values: 1 for
-    #   (head, query-key-value, channel), 2 for (head, channel, query-key-value), 0 for heads inside
-    # kernel: the kernel size of the convolutions that serve as the official linear layers of attention
+    # places and inner_names: official names and ours, of modules and, by their classes, inside of them; three of ours
+    # where one official layer gives queries, keys and values, on that axis of (heads, channels): 0 is heads inside
+    # kernel: that of the convolutions that serve as linear layers of the official attention
     parameters = dict(network.named_parameters())
     shapes: dict[str, tuple[int, ...]] = {}
     sources: dict[str, tuple[list[str], list[int], int]] = {}  # our names, and how to split what lies in one tensor

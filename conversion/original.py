@@ -82,9 +82,8 @@ def read_json(file: Path) -> dict[str, Any]:
         params = json.loads(file.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name} is not JSON ({error}): give the model_params_*.json file") from error
-    require(
-        isinstance(params, dict), f"{file.name} holds a {type(params).__name__}, but must hold an object of parameters"
-    )
+    kind = type(params).__name__
+    require(kind == "dict", f"{file.name} holds a {kind}, but must hold an object of parameters")
     return params
 
 
@@ -212,12 +211,11 @@ def map_to_original_weights(unet: ClassConditionalUNet2DModel, unused: Mapping[s
     weights = unet.state_dict()
     if unet.class_embedding is not None:
         weights[_CLASS_TABLE] = weights[_CLASS_TABLE][:-1].T
-    return {
-        name: weights[our_name].float().reshape(shape).contiguous()
-        if our_name
-        else unused.get(name, torch.zeros(shape))
-        for name, our_name, shape in original_layout(unet)
-    }
+    state_dict: dict[str, Tensor] = {}
+    for name, our_name, shape in original_layout(unet):
+        weight = weights[our_name] if our_name else unused.get(name, torch.zeros(shape))
+        state_dict[name] = weight.float().reshape(shape).contiguous()
+    return state_dict
 
 
 def map_original_optimizer(optimizer_state: Mapping[str, Any], unet: ClassConditionalUNet2DModel) -> dict[str, Any]:
@@ -238,10 +236,8 @@ def read_original(
 ) -> Source:
     """The network of a checkpoint of that name, which holds what was ``found``, and of the files that belong to it."""
     params = read_params(params_file)
-    unet, scheduler = (
-        build_empty_unet(params, time_embedding, params_file.name),
-        original_scheduler(params, finish_denoising),
-    )
+    unet = build_empty_unet(params, time_embedding, params_file.name)
+    scheduler = original_scheduler(params, finish_denoising)
     layout = list(original_layout(unet))
     shapes = {name: shape for name, _, shape in layout}
     weights = load_tensors(name, read_state_dict(name, found), shapes, params_file.name)

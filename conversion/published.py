@@ -1,14 +1,14 @@
 """Reads the networks that ADM, EDM and EDM2 have published, with the networks that guide them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
 
 from ..utils.atomic_write import write_json
-from . import adm, edm, edm2
-from .families import Conversion, Source
+from . import adm, edm
+from .families import Source
 from .network_pickles import PickledObject, read_network, read_pickle
 from .original import read_json
 from .pickle_reader import CheckpointError, StateDict, load_tensors, read_checkpoint, read_state_dict, require
@@ -28,22 +28,24 @@ def family_of(name: str, found: Any) -> str:
     return "adm" if "input_blocks.0.0.weight" in read_state_dict(name, found) else "original"
 
 
-def read_published(name: str, found: Any, params: File, guidance: File, classifier: File) -> Source:
+def read_published(
+    name: str, found: Any, params: File, guidance_checkpoint: File, classifier_checkpoint: File
+) -> Source:
     """The networks of a checkpoint of that name, which holds what was ``found``, and of the files that guide it."""
     family, flags = family_of(name, found), None if params is None else read_json(Path(params))
     require(flags is None or family == "adm", f"params is {params}, but {name} says all of its network: leave it out")
     unet, scheduler, num_weights = _read_denoiser(name, found, flags)
     components, guides = {"unet": unet}, {}
-    if guidance is not None:
-        what, file = f"guidance_checkpoint is {guidance}", Path(guidance)
+    if guidance_checkpoint is not None:
+        what, file = f"guidance_checkpoint is {guidance_checkpoint}", Path(guidance_checkpoint)
         guide, other, more = _read_denoiser(file.name, read_checkpoint(file, read_pickle), flags)
         same = type(other) is type(scheduler) and dict(other.config) == dict(scheduler.config)
         require(same, f"{what}, whose noise levels are not those of {name}")
         _check_guide(what, guide, unet, guide.config.num_class_embeds in (None, unet.config.num_class_embeds))
         components["guidance_unet"], guides["guidance"] = guide, file.name
         num_weights += more
-    if classifier is not None:
-        what, file = f"classifier_checkpoint is {classifier}", Path(classifier)
+    if classifier_checkpoint is not None:
+        what, file = f"classifier_checkpoint is {classifier_checkpoint}", Path(classifier_checkpoint)
         require(family == "adm", f"{what}, but it guides networks of ADM alone: leave it out")
         described, part = read_state_dict(file.name, read_checkpoint(file)), _part(flags, "classifier")
         guide, _, more = _fill(file.name, described, adm.convert_classifier, part)
@@ -64,10 +66,10 @@ def _read_denoiser(name: str, found: Any, flags: Mapping[str, Any] | None) -> Fi
     if family == "adm":
         return _fill(name, read_state_dict(name, found), adm.convert_unet, _part(flags, "model"))
     network = read_network(name, found)
-    known = network.class_name in ("EDMPrecond", "Precond")
-    require(known, f"{name}: the network is a {network.class_name}, but must be an EDMPrecond or EDM2's Precond")
-    converter: Any = edm2 if family == "edm2" else edm
-    return _fill(name, network.tensors, converter.convert_network, network.options)
+    convert = {"EDMPrecond": edm.convert_edm, "Precond": edm.convert_edm2}.get(network.class_name)
+    problem = f"{name}: the network is a {network.class_name}, but must be an EDMPrecond or EDM2's Precond"
+    require(convert, problem)
+    return _fill(name, network.tensors, convert, network.options)
 
 
 def _part(flags: Mapping[str, Any] | None, part: str) -> Mapping[str, Any] | None:
@@ -78,7 +80,7 @@ def _part(flags: Mapping[str, Any] | None, part: str) -> Mapping[str, Any] | Non
     return chosen
 
 
-def _fill(name: str, described: Mapping[str, Any], convert: Callable[..., Conversion], options: Any) -> Filled:
+def _fill(name: str, described: Mapping[str, Any], convert: Any, options: Any) -> Filled:
     """A network of these options or flags with the weights that a file describes."""
     try:
         # what is no tensor has no shape, and load_tensors refuses it

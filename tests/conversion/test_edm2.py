@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from imagenet64_diffusion.conversion.edm2 import convert_network
+from imagenet64_diffusion.conversion.edm import convert_edm2
 from imagenet64_diffusion.conversion.pickle_reader import CheckpointError
 
 
@@ -24,7 +24,7 @@ SHAPES = dict.fromkeys(map(str, range(300)), ())
 
 
 def test_every_weight_has_a_source():
-    conversion = convert_network(OPTIONS, SHAPES)
+    conversion = convert_edm2(OPTIONS, SHAPES)
     weights = conversion.convert({name: torch.zeros(shape) for name, shape in conversion.shapes.items()})
     expected = {name: weight.shape for name, weight in conversion.network.state_dict().items()}
     assert {name: weight.shape for name, weight in weights.items()} == expected
@@ -32,7 +32,7 @@ def test_every_weight_has_a_source():
     assert conversion.shapes["unet.dec.8x8_in0.attn_qkv.weight"] == (96, 32, 1, 1)
     assert conversion.shapes["unet.dec.16x16_block2.conv_skip.weight"] == (16, 32, 1, 1)
     # without classes
-    unconditional = convert_network({**OPTIONS, "label_dim": 0}, SHAPES)
+    unconditional = convert_edm2({**OPTIONS, "label_dim": 0}, SHAPES)
     assert conversion.shapes.keys() - unconditional.shapes.keys() == {"unet.emb_label.weight"}
 
 
@@ -59,4 +59,4 @@ def test_every_weight_has_a_source():
 def test_wrong_options(options, message):
     shapes = dict.fromkeys(map(str, range(10)), ()) if options.get("num_blocks") == 64 else SHAPES
     with pytest.raises(CheckpointError, match=message):
-        convert_network({**OPTIONS, **options}, shapes)
+        convert_edm2({**OPTIONS, **options}, shapes)
