@@ -61,7 +61,7 @@ def convert_checkpoint(
     finish_denoising: bool = False,
     push_to_hub: str | None = None,
 ) -> ClassConditionalPipeline:
-    """Converts one published checkpoint and prints what there is to know about it.
+    """Converts one published checkpoint, prints what there is to know about it, and gives the pipeline of the folder.
 
     Nothing in the files is run. The folder is written atomically and replaces an earlier conversion, nothing else.
 
@@ -73,9 +73,8 @@ def convert_checkpoint(
         optimizer: The original's ``optim_*.pkl``; the folder then has a checkpoint from which the training resumes.
         time_embedding: ``"original_sine"`` samples as the original does, one image at a time; its checkpoints were
             trained with ``"original_alternating"``, those of its corrected code with ``"original_interleaved"``.
-        id2label: Names of the classes, or a file of them, or numbers for ``"numbers"`` and None. 1000 classes have
-            ``"imagenet64"``, ImageNet-64's own order, or ``"imagenet"``, that of the sorted WordNet ids; ``"auto"``
-            is the first for the original's checkpoints and the second for all others.
+        id2label: As `class_names` has it; ``"auto"`` is ``"imagenet64"``, ImageNet-64's own order, for the original's
+            checkpoints, and ``"imagenet"``, that of the sorted WordNet ids, for all others.
         family: ``"original"``, ``"adm"``, ``"edm"`` or ``"edm2"``; ``"auto"`` is what the checkpoint holds.
         guidance_checkpoint: A second, weaker or unconditional network of the same kind, for guidance.
         classifier_checkpoint: ADM's ``*_classifier.pt``, for classifier guidance.
@@ -84,16 +83,13 @@ def convert_checkpoint(
         finish_denoising: Whether the original's last step ends at the predicted image. It leaves noise of 0.03.
         push_to_hub: Hub id to upload the pipeline to, after the folder is complete.
 
-    Returns:
-        The pipeline, loaded from the folder.
-
     Raises:
-        CheckpointError: A ValueError: a file or an option is not what it should be. Nothing has been written then.
+        ValueError: A file or an option is not what it should be. Nothing has been written then.
     """
     require(output_dir is not None, "output_dir is None, but must be the folder to write")
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)  # type: ignore[arg-type]
     check_value("dtype", dtype, tuple(DTYPES))
-    plain = variant is None or re.fullmatch(r"[A-Za-z0-9_-]+", variant)
+    plain = re.fullmatch(r"[A-Za-z0-9_-]+", "none" if variant is None else variant)
     require(plain, f"variant is {variant!r}, but must be made of letters and digits, such as fp16")
     check_value("family", family, ("auto", *PROGRAMS))
     _check_replaceable(output_dir)
@@ -105,8 +101,7 @@ def convert_checkpoint(
     guides = {"guidance_checkpoint": guidance_checkpoint, "classifier_checkpoint": classifier_checkpoint}
     if held == "original":
         _refuse(program, **guides)
-        params_file = Path(params or original.params_beside(checkpoint))
-        source = original.read_original(name, found, params_file, optimizer, time_embedding, finish_denoising)
+        source = original.read_original(checkpoint, found, params, optimizer, time_embedding, finish_denoising)
     else:
         chosen = time_embedding if time_embedding != "original_sine" else None
         _refuse(program, optimizer=optimizer, finish_denoising=finish_denoising or None, time_embedding=chosen)

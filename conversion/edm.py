@@ -2,11 +2,10 @@
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
@@ -65,7 +64,7 @@ _EDM2_DEFAULTS = {
 }
 _EDM2_ALLOWED = dict.fromkeys(_EDM2_OPTIONS) | {"resample_filter": ([1, 1], (1, 1))} | _ALLOWED_IN_BOTH
 
-# Names of EDM2 -> ours: of what a network has once, and of what is in each block.
+# Names of EDM2 -> ours: of what a network has once, and of what is in each block, if it has all.
 _EDM2_NETWORK = {
     "unet.emb_fourier.freqs": "time_fourier.frequencies", "unet.emb_fourier.phases": "time_fourier.phases",
     "unet.emb_noise.weight": "time_embedding.weight", "unet.emb_label.weight": "class_embedding.weight",
@@ -109,7 +108,13 @@ def convert_edm(given: Mapping[str, Any], shapes: Shapes) -> Conversion:
         "null_class": options["label_dropout"] > 0,
     }
     network = empty_network(ADMUNet2DModel, config)
-    places = [*_ENDS, *_places(network, sizes)]
+    middle = [["mid_block.resnets.0"], ["mid_block.resnets.1"]]
+    middle[0] += ["mid_block.attentions.0"] if config["add_attention"] else []
+    blocks = [*block_modules(network, "down"), *middle, *block_modules(network, "up")]
+    encoder, decoder = _block_names(sizes, options["num_blocks"])
+    places = [*_ENDS, (f"model.enc.{sizes[0]}x{sizes[0]}_conv", "conv_in")]
+    for name, modules in zip([*encoder, *decoder], blocks, strict=True):
+        places += [(f"model.{name}", module) for module in modules]
     if options["label_dim"]:
         places.append(("model.map_label", "class_embedding"))
     fill = families.convert_modules(network, places, _INNER_NAMES, query_key_value_axis=2, kernel=(1, 1))
@@ -135,8 +140,15 @@ def convert_edm2(given: Mapping[str, Any], shapes: Shapes) -> Conversion:
     options = _check_options({**_EDM2_DEFAULTS, **given}, _EDM2_ALLOWED, len(shapes))
     config = {ours: options[name] for name, ours in _EDM2_OPTIONS.items() if name in options}
     network: Any = empty_network(EDM2UNet2DModel, {**config, "num_class_embeds": options["label_dim"] or None})
+    sizes = [options["img_resolution"] >> level for level in range(len(options["channel_mult"]))]
+    encoder, decoder = _block_names(sizes, options["num_blocks"])
+    blocks = {f"unet.{block}": f"encoder.{index}" for index, block in enumerate(encoder)}
+    blocks |= {f"unet.{block}": f"decoder.{index}" for index, block in enumerate(decoder)}
+    names = _EDM2_NETWORK | {f"unet.enc.{sizes[0]}x{sizes[0]}_conv.weight": "conv_in.weight"}
+    for block, our_block in blocks.items():
+        names |= {f"{block}.{inner}": f"{our_block}.{our_inner}" for inner, our_inner in _EDM2_BLOCK.items()}
     weights = network.state_dict()
-    names = {official: ours for official, ours in _edm2_names(network.config) if ours in weights}
+    names = {official: ours for official, ours in names.items() if ours in weights}
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         filled = {ours: tensors[official] for official, ours in names.items()}
@@ -184,26 +196,3 @@ def _block_names(sizes: list[int], num_blocks: int) -> tuple[list[str], list[str
         decoder += [f"dec.{size}x{size}_up", *(f"dec.{size}x{size}_block{index}" for index in range(num_blocks + 1))]
     middle = [f"dec.{sizes[-1]}x{sizes[-1]}_in{index}" for index in range(2)]
     return encoder[1:], middle + decoder[1:]
-
-
-def _places(network: ModelMixin, sizes: list[int]) -> Iterator[tuple[str, str]]:
-    """Names of the modules of encoder and decoder, the official ones and ours."""
-    yield f"model.enc.{sizes[0]}x{sizes[0]}_conv", "conv_in"
-    middle = [["mid_block.resnets.0"], ["mid_block.resnets.1"]]
-    middle[0] += ["mid_block.attentions.0"] if network.config.add_attention else []
-    encoder, decoder = _block_names(sizes, network.config.layers_per_block)
-    ours = [*block_modules(network, "down"), *middle, *block_modules(network, "up")]
-    for block, modules in zip([*encoder, *decoder], ours, strict=True):
-        yield from ((f"model.{block}", module) for module in modules)
-
-
-def _edm2_names(config: Any) -> Iterator[tuple[str, str]]:
-    """Official names and ours, also of what only other networks have."""
-    sizes = [config.sample_size >> level for level in range(len(config.channel_mult))]
-    encoder, decoder = _block_names(sizes, config.layers_per_block)
-    yield from _EDM2_NETWORK.items()
-    yield f"unet.enc.{sizes[0]}x{sizes[0]}_conv.weight", "conv_in.weight"
-    for part, blocks in (("encoder", encoder), ("decoder", decoder)):
-        for index, block in enumerate(blocks):
-            for official, ours in _EDM2_BLOCK.items():
-                yield f"unet.{block}.{official}", f"{part}.{index}.{ours}"

@@ -232,9 +232,15 @@ def map_original_optimizer(optimizer_state: Mapping[str, Any], unet: ClassCondit
 
 
 def read_original(
-    name: str, found: Any, params_file: Path, optimizer: str | Path | None, time_embedding: str, finish_denoising: bool
+    checkpoint: Path,
+    found: Any,
+    params_file: str | Path | None,
+    optimizer: str | Path | None,
+    time_embedding: str,
+    finish_denoising: bool,
 ) -> Source:
-    """The network of a checkpoint of that name, which holds what was ``found``, and of the files that belong to it."""
+    """The network of a checkpoint, which holds what was ``found``, and of the files that belong to it."""
+    name, params_file = checkpoint.name, Path(params_file or params_beside(checkpoint))
     params = read_params(params_file)
     unet = build_empty_unet(params, time_embedding, params_file.name)
     scheduler = original_scheduler(params, finish_denoising)

@@ -42,8 +42,9 @@ def class_names(id2label: Any, num_classes: int | None, usual: str = "imagenet64
     """The name of each class of a network, as an option asks for them.
 
     Args:
-        id2label: ``"imagenet64"`` or ``"imagenet"`` for that order where there are 1000 classes, else numbers;
-            ``"auto"`` for the ``usual`` of them; ``"numbers"`` or None; a file of names, JSON or text; or the names.
+        id2label: ``"imagenet64"``, ImageNet-64's own order, or ``"imagenet"``, that of the sorted WordNet ids, both
+            where there are 1000 classes, else numbers; ``"auto"`` for the ``usual`` of them; ``"numbers"`` or None; a
+            file of names, JSON or text, a name a line; or the names.
         num_classes: Number of classes, or None for a network without.
         usual: What ``"auto"`` stands for.
 
