@@ -27,7 +27,8 @@ from .pickle_reader import (
 # What the options of a network are made of, which of them may lack their names, and how deep its modules lie at most.
 _OPTION_TYPES = (bool, int, float, str, type(None))
 _FIRST_OPTIONS = ("img_resolution", "img_channels", "label_dim")
-_DEEPEST = 8
+# Every tensor is known by the names of all modules around it, which could be endlessly long.
+_DEEPEST, _NAME = 8, re.compile(r"\w{1,40}")
 # The beginning of torch.save's format before 1.6.
 _LEGACY = re.compile(rb"\x80.{1,10}?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", re.DOTALL)
 
@@ -149,6 +150,7 @@ def read_network(name: str, found: Any) -> PickledNetwork:
         places.add(module)
         for kind in ("_parameters", "_buffers", "_modules"):
             for part, value in _attribute(name, module, kind, StateDict).items():
+                require(_NAME.fullmatch(str(part)), f"{name}: {part!r:.40} in {prefix[:-1]} is no name of a network's")
                 if kind == "_modules":
                     modules += [(f"{prefix}{part}.", value)] if value is not None else []
                 elif value is not None:
