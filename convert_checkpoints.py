@@ -93,7 +93,7 @@ class ConvertOptions(CheckedOptions):
 def convert(options: ConvertOptions) -> None:
     """Converts a checkpoint, a folder of checkpoints, or a pipeline folder back; errors as `convert_checkpoint`."""
     from imagenet64_diffusion.conversion import converting
-    from imagenet64_diffusion.conversion.original_pipelines import write_original
+    from imagenet64_diffusion.conversion.original import write_original
 
     checkpoint, output_dir = Path(options.checkpoint), Path(options.output_dir)
     names = ("time_embedding", "id2label", "dtype", "variant", "finish_denoising")

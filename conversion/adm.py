@@ -4,6 +4,7 @@ What the weights say is read from them, the rest from the flags of the official 
 """
 
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,11 +19,11 @@ from diffusers.models.upsampling import Upsample2D
 from ..models.classifier_adm import ADMClassifierModel, AttentionPool2D
 from ..models.unet_adm import ADMUNet2DModel
 from ..schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
-from .families import Conversion, block_types, convert_modules, empty_network
+from . import families
+from .families import FRACTION, Conversion, Shapes, block_modules, check_value, empty_network
 from .pickle_reader import require
 
 
-Shapes = Mapping[str, tuple[int, ...]]
 Flags = Mapping[str, Any]
 
 # fmt: off
@@ -34,13 +35,13 @@ _RELEASED_FLAGS = {
 _RELEASED_NETWORK = {
     "in_channels": 3, "out_channels": 6, "block_out_channels": (192, 384, 576, 768), "layers_per_block": 3,
     "num_class_embeds": 1000, "resnet_time_scale_shift": "scale_shift",
-    **block_types([False, True, True, True], resnet_resampling=True),
+    **families.block_types([False, True, True, True], resnet_resampling=True),
 }
 _ALLOWED = {
     "image_size": range(8, 4097), "num_head_channels": range(1, 65_537), "num_heads": range(1, 65_537),
     "use_new_attention_order": (False, True), "learn_sigma": (False, True), "predict_xstart": (False, True),
     "rescale_timesteps": (False, True), "diffusion_steps": range(2, 10_001), "noise_schedule": ("cosine", "linear"),
-    "classifier_depth": range(1, 65),
+    "classifier_depth": range(1, 65), "dropout": FRACTION,
 }
 
 # Names inside the modules, the official ones and ours.
@@ -60,22 +61,20 @@ _INNER_NAMES: dict[type, dict[str, str]] = {
 _LARGEST_SIZE = 1 << 20
 
 
-def convert_unet(shapes: Shapes, flags: Flags | None) -> Conversion:
-    """The denoiser of ``*_diffusion.pt``: a plain ``UNet2DModel`` where its maths is the same, else ours.
+def convert_unet(flags: Flags | None, shapes: Shapes) -> Conversion:
+    """The denoiser of ``*_diffusion.pt``: a plain ``UNet2DModel`` where its maths is the same, else ours."""
+    # every level of the decoder ends with an upsampling, but the last
+    ups = re.findall(r"output_blocks\.(\d{1,4})\.[12]\.(?:in_layers\.0|conv)\.weight", "\n".join(shapes))
+    layers = min(map(int, ups), default=_count(shapes, "output_blocks") - 1)
+    found, time_channels = _read_encoder(shapes, layers)
+    images, outputs = found["in_channels"], _shape(shapes, "out.2.weight", 4)[0]
+    require(outputs in (images, 2 * images), f"out.2.weight makes {outputs} channels of images of {images}")
+    classes = _shape(shapes, "label_emb.weight", 2)[0] if "label_emb.weight" in shapes else None
+    found |= {"out_channels": outputs, "num_class_embeds": classes}
 
-    Args:
-        shapes: Shapes of the tensors in the file, by name.
-        flags: Flags of the official program; None for the released network.
-
-    Raises:
-        CheckpointError: If the weights are of another network, or a flag is needed that is not given or does not fit.
-    """
-    found, time_channels = _read_unet(shapes)
-    is_released = found == _RELEASED_NETWORK
-    flags = {**(_RELEASED_FLAGS if is_released else {}), **(flags or {})}
-    said = {"num_channels": time_channels, "num_res_blocks": found["layers_per_block"]}
-    said |= {"learn_sigma": found["out_channels"] != found["in_channels"]}
-    said |= {"class_cond": found["num_class_embeds"] is not None}
+    flags = {**(_RELEASED_FLAGS if found == _RELEASED_NETWORK else {}), **(flags or {})}
+    said = {"num_channels": time_channels, "num_res_blocks": layers}
+    said |= {"learn_sigma": outputs != images, "class_cond": classes is not None}
     said |= {"use_scale_shift_norm": found["resnet_time_scale_shift"] == "scale_shift"}
     _check_agreement(flags, said)
 
@@ -89,16 +88,22 @@ def convert_unet(shapes: Shapes, flags: Flags | None) -> Conversion:
         times = {"time_embedding_channels": time_channels, "time_embedding_dim": 4 * time_channels}
         network = empty_network(ADMUNet2DModel, {**options, **times})
 
-    places = [*_encoder_places(network), *_decoder_places(network)]
+    decoder: list[list[str]] = []
+    for modules in block_modules(network, "up"):
+        if "upsamplers" in modules[0]:
+            decoder[-1] += modules
+        else:
+            decoder.append(modules)
+    places = [*_encoder_places(network), *_numbered("output_blocks", decoder)]
     places += [("out.0", "conv_norm_out"), ("out.2", "conv_out")]
-    if found["num_class_embeds"] is not None:
-        places.append(("label_emb", "class_embedding"))
+    places += [("label_emb", "class_embedding")] if classes is not None else []
     axis = 0 if _flag(flags, "use_new_attention_order") else 1
-    return convert_modules(network, places, _INNER_NAMES, axis, kernel=(1,))
+    conversion = families.convert_modules(network, places, _INNER_NAMES, axis, kernel=(1,))
+    return conversion._replace(scheduler=make_scheduler(flags))
 
 
-def convert_classifier(shapes: Shapes, flags: Flags | None) -> Conversion:
-    """The classifier of ``*_classifier.pt``; arguments and errors are those of `convert_unet`."""
+def convert_classifier(flags: Flags | None, shapes: Shapes) -> Conversion:
+    """The classifier of ``*_classifier.pt``."""
     flags = flags or {}
     layers = _classifier_layers(shapes)
     if "classifier_depth" in flags:
@@ -110,44 +115,41 @@ def convert_classifier(shapes: Shapes, flags: Flags | None) -> Conversion:
     options, time_channels = _read_encoder(shapes, layers)
     for decoders_own in ("up_block_types", "upsample_type"):
         del options[decoders_own]
-    levels = len(options["block_out_channels"])
     if "out.2.positional_embedding" in shapes:
         # its columns are the mean and every place of the last level
-        size = math.isqrt(_shape(shapes, "out.2.positional_embedding", 2)[1] - 1) << (levels - 1)
-        options |= {"pool_type": "attention", "sample_size": size}
+        last_size = math.isqrt(_shape(shapes, "out.2.positional_embedding", 2)[1] - 1)
+        size, pool_type = last_size << (len(options["block_out_channels"]) - 1), "attention"
+        last, head = "out.2.c_proj.weight", ("out.2", "pool")
     else:
-        require(
-            "out.3.weight" in shapes, "the classifier's pool is neither attention nor adaptive, the two that are known"
-        )
-        options |= {"pool_type": "adaptive", "sample_size": _flag(flags, "image_size")}
-    last = "out.2.c_proj.weight" if options["pool_type"] == "attention" else "out.3.weight"
-    options["num_classes"] = _shape(shapes, last)[0]
-    said = {"classifier_width": time_channels}
+        known = "out.3.weight" in shapes
+        require(known, "the classifier's pool is neither attention nor adaptive, the two that are known")
+        size, pool_type = _flag(flags, "image_size"), "adaptive"
+        last, head = "out.3.weight", ("out.3", "pool.1")
+    said = {"classifier_width": time_channels, "classifier_pool": pool_type, "image_size": size}
     said |= {"classifier_use_scale_shift_norm": options["resnet_time_scale_shift"] == "scale_shift"}
-    _check_agreement(flags, {**said, "classifier_pool": options["pool_type"], "image_size": options["sample_size"]})
+    _check_agreement(flags, said)
 
+    options |= {"pool_type": pool_type, "sample_size": size, "num_classes": _shape(shapes, last)[0]}
     # the official program has no flags for the heads of its classifiers
     options |= {"attention_head_dim": 64, "time_embedding_channels": time_channels}
     network = empty_network(ADMClassifierModel, options)
-    head = ("out.2", "pool") if options["pool_type"] == "attention" else ("out.3", "pool.1")
     places = [*_encoder_places(network), ("out.0", "conv_norm_out"), head]
-    return convert_modules(network, places, _INNER_NAMES, query_key_value_axis=1, kernel=(1,))
+    return families.convert_modules(network, places, _INNER_NAMES, query_key_value_axis=1, kernel=(1,))
 
 
-def make_scheduler(flags: Flags | None) -> LearnedVarianceDDPMScheduler:
-    """The official sampler, with its evenly spaced timesteps; ``flags`` are those of `convert_unet`."""
-    flags = _RELEASED_FLAGS if flags is None else flags
-    steps, schedule = _flag(flags, "diffusion_steps"), _flag(flags, "noise_schedule")
+def make_scheduler(given: Flags) -> LearnedVarianceDDPMScheduler:
+    """The official sampler, with its evenly spaced timesteps."""
+    flags = {"predict_xstart": False, "rescale_timesteps": False, **given}
+    steps = _flag(flags, "diffusion_steps")
     # a network that was told other numbers than the timesteps
-    rescaled = "rescale_timesteps" in flags and _flag(flags, "rescale_timesteps") and steps != 1000
+    rescaled = _flag(flags, "rescale_timesteps") and steps != 1000
     require(not rescaled, f"rescale_timesteps is True, but must be False with {steps} diffusion_steps")
     options: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}
-    if schedule == "linear":
+    if _flag(flags, "noise_schedule") == "linear":
         options = {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps}
-    predicts_image = "predict_xstart" in flags and _flag(flags, "predict_xstart")
     return LearnedVarianceDDPMScheduler(
         num_train_timesteps=steps,
-        prediction_type="sample" if predicts_image else "epsilon",
+        prediction_type="sample" if _flag(flags, "predict_xstart") else "epsilon",
         variance_type="learned_range" if _flag(flags, "learn_sigma") else "fixed_large",
         timestep_spacing="linspace",
         clip_sample=True,
@@ -156,43 +158,23 @@ def make_scheduler(flags: Flags | None) -> LearnedVarianceDDPMScheduler:
     )
 
 
-def _read_unet(shapes: Shapes) -> tuple[dict[str, Any], int]:
-    """What the weights of a denoiser say, as options of ``UNet2DModel``, and the channels of its time embedding."""
-    num_blocks = _count(shapes, "output_blocks")
-    ups = (
-        index
-        for index in range(num_blocks)
-        for place in (1, 2)
-        for inner in ("in_layers.0", "conv")
-        if f"output_blocks.{index}.{place}.{inner}.weight" in shapes
-    )
-    # every level of the decoder ends with an upsampling, but the last
-    options, time_channels = _read_encoder(shapes, next(ups, num_blocks - 1))
-    classes = _shape(shapes, "label_emb.weight", 2)[0] if "label_emb.weight" in shapes else None
-    images, outputs = options["in_channels"], _shape(shapes, "out.2.weight", 4)[0]
-    require(outputs in (images, 2 * images), f"out.2.weight makes {outputs} channels of images of {images}")
-    return {**options, "out_channels": outputs, "num_class_embeds": classes}, time_channels
-
-
 def _read_encoder(shapes: Shapes, layers: int) -> tuple[dict[str, Any], int]:
-    """The same for what denoiser and classifier have in common."""
+    """What the weights say, as options of ``UNet2DModel``, and the channels of the time embedding."""
     num_blocks, period = _count(shapes, "input_blocks"), layers + 1
     regular = layers > 0 and num_blocks >= period and num_blocks % period == 0
     require(regular, f"the checkpoint has {num_blocks} input_blocks, which is no network of guided-diffusion")
     starts = [f"input_blocks.{index}" for index in range(1, num_blocks, period)]
     widths = tuple(_shape(shapes, f"{start}.0.out_layers.3.weight", 4)[0] for start in starts)
     scale_shift = _shape(shapes, f"{starts[0]}.0.emb_layers.1.weight", 2)[0] == 2 * widths[0]
-    time_dim, time_channels = _shape(shapes, "time_embed.0.weight", 2)
     has_attention = [f"{start}.1.qkv.weight" in shapes for start in starts]
     options = {
         "in_channels": _shape(shapes, "input_blocks.0.0.weight", 4)[1],
         "block_out_channels": widths,
         "layers_per_block": layers,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
-        **block_types(has_attention, f"input_blocks.{period}.0.op.weight" not in shapes),
+        **families.block_types(has_attention, f"input_blocks.{period}.0.op.weight" not in shapes),
     }
-    require(time_dim == 4 * time_channels, f"time_embed.0.weight is {time_dim} x {time_channels}, but must be 4 to 1")
-    return options, time_channels
+    return options, _shape(shapes, "time_embed.0.weight", 2)[1]
 
 
 def _classifier_layers(shapes: Shapes) -> int:
@@ -227,33 +209,15 @@ def _read_heads(flags: Flags, widths: set[int]) -> dict[str, int]:
 def _encoder_places(network: ModelMixin) -> Iterator[tuple[str, str]]:
     """Names of the modules of the encoder and the middle, the official ones and ours."""
     yield from (("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"))
-    yield "input_blocks.0.0", "conv_in"
-    index = 1
-    for level, block in enumerate(network.down_blocks):
-        place = f"down_blocks.{level}"
-        for layer in range(len(block.resnets)):
-            yield f"input_blocks.{index}.0", f"{place}.resnets.{layer}"
-            if hasattr(block, "attentions"):
-                yield f"input_blocks.{index}.1", f"{place}.attentions.{layer}"
-            index += 1
-        if block.downsamplers is not None:
-            yield f"input_blocks.{index}.0", f"{place}.downsamplers.0"
-            index += 1
-    for index, inner in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        yield f"middle_block.{index}", f"mid_block.{inner}"
+    yield from _numbered("input_blocks", [["conv_in"], *block_modules(network, "down")])
+    middle = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
+    yield from ((f"middle_block.{index}", module) for index, module in enumerate(middle))
 
 
-def _decoder_places(network: ModelMixin) -> Iterator[tuple[str, str]]:
-    """Names of the modules of the decoder, the official ones and ours."""
-    index = 0
-    for level, block in enumerate(network.up_blocks):
-        for layer in range(len(block.resnets)):
-            inner = [f"resnets.{layer}"]
-            inner += [f"attentions.{layer}"] if hasattr(block, "attentions") else []
-            last = layer == len(block.resnets) - 1
-            inner += ["upsamplers.0"] if last and block.upsamplers is not None else []
-            yield from ((f"output_blocks.{index}.{i}", f"up_blocks.{level}.{name}") for i, name in enumerate(inner))
-            index += 1
+def _numbered(name: str, blocks: list[list[str]]) -> Iterator[tuple[str, str]]:
+    """The official names of modules, numbered in each block, and ours."""
+    for index, modules in enumerate(blocks):
+        yield from ((f"{name}.{index}.{place}", module) for place, module in enumerate(modules))
 
 
 def _count(shapes: Shapes, name: str) -> int:
@@ -272,14 +236,8 @@ def _shape(shapes: Shapes, name: str, dims: int | None = None) -> tuple[int, ...
 def _flag(flags: Flags, name: str) -> Any:
     """The value of a flag, checked."""
     require(name in flags, f"the weights do not say {name}: give the flags of the training, among them {name}")
-    value, allowed = flags[name], _ALLOWED.get(name)
-    if allowed is None:
-        fits, wanted = type(value) in (int, float) and 0 <= value < 1, "in [0, 1)"
-    else:
-        fits = type(value) is type(allowed[0]) and value in allowed
-        wanted = f"in [{allowed[0]}, {allowed[-1]}]" if isinstance(allowed, range) else f"one of {allowed}"
-    require(fits, f"{name} is {reprlib.repr(value)} in the flags, but must be {wanted}")
-    return value
+    check_value(f"the flag {name}", flags[name], _ALLOWED[name])
+    return flags[name]
 
 
 def _check_agreement(flags: Flags, said: Mapping[str, Any]) -> None:

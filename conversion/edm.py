@@ -1,34 +1,40 @@
-"""EDM's networks (https://github.com/NVlabs/edm) in terms of ours; those of EDM2 are in `edm2`."""
+"""The networks of EDM and EDM2 (https://github.com/NVlabs/edm and edm2) in terms of ours."""
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from ..models.unet_adm import ADMUNet2DModel
+from ..models.unet_edm2 import EDM2UNet2DModel
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
-from . import edm2
-from .families import Conversion, block_types, convert_modules, empty_network
+from ..utils.nearest_names import perhaps
+from . import families
+from .families import FRACTION, Conversion, Shapes, block_modules, check_value, empty_network
 from .pickle_reader import require
 
 
 # fmt: off
-# The arguments of EDMPrecond and DhariwalUNet: what they are if not given, and what makes sense.
-_WHOLE_NUMBERS = {
-    "img_resolution": (None, range(4, 4097)), "img_channels": (None, range(1, 65)), "label_dim": (0, range(1_000_001)),
-    "augment_dim": (0, range(65_537)), "model_channels": (192, range(1, 65_537)), "num_blocks": (3, range(1, 65)),
-    "channel_mult_emb": (4, range(1, 65)),
+# What the arguments of its networks may be, of those that EDM2's have too, and of all; None is checked elsewhere.
+_ALLOWED_IN_BOTH = {
+    "img_resolution": range(4, 4097), "img_channels": range(1, 65), "label_dim": range(1_000_001),
+    "model_channels": range(1, 65_537), "num_blocks": range(1, 65), "channel_mult": [range(1, 65)],
+    "attn_resolutions": [range(1, 65_537)], "dropout": FRACTION, "sigma_data": None, "use_fp16": (False, True),
 }
-_LISTS = {"channel_mult": ([1, 2, 3, 4], range(1, 65)), "attn_resolutions": ([32, 16, 8], range(1, 65_537))}
-_FRACTIONS = {"dropout": 0.1, "label_dropout": 0}
-_OTHERS = ("model_type", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
-
-_HEAD_DIM, _MOST_LEVELS = 64, 16
+_ALLOWED = _ALLOWED_IN_BOTH | {
+    "channel_mult_emb": range(1, 65), "augment_dim": range(65_537), "label_dropout": FRACTION,
+    "model_type": ("DhariwalUNet",), "sigma_min": None, "sigma_max": None,
+}
+_DEFAULTS = {
+    "img_resolution": None, "img_channels": None, "label_dim": 0, "augment_dim": 0, "model_channels": 192,
+    "num_blocks": 3, "channel_mult": [1, 2, 3, 4], "channel_mult_emb": 4, "attn_resolutions": [32, 16, 8],
+    "dropout": 0.1, "label_dropout": 0, "model_type": "DhariwalUNet",
+}
+_HEAD_DIM = 64
 
 # Names inside the modules, the official ones and ours; attention has no module of its own there.
 _INNER_NAMES: dict[type, dict[str, str]] = {
@@ -42,25 +48,42 @@ _ENDS = [
     ("model.map_layer0", "time_embedding.linear_1"), ("model.map_layer1", "time_embedding.linear_2"),
     ("model.out_norm", "conv_norm_out"), ("model.out_conv", "conv_out"),
 ]
+
+# The options of EDM2 -> ours; the defaults are the same.
+_EDM2_OPTIONS = {
+    "img_resolution": "sample_size", "img_channels": "in_channels", "label_dim": "num_class_embeds",
+    "model_channels": "model_channels", "channel_mult": "channel_mult", "channel_mult_noise": "channel_mult_noise",
+    "channel_mult_emb": "channel_mult_emb", "num_blocks": "layers_per_block", "dropout": "dropout",
+    "attn_resolutions": "attention_resolutions", "channels_per_head": "attention_head_dim",
+    "label_balance": "label_balance", "concat_balance": "concat_balance", "res_balance": "res_balance",
+    "attn_balance": "attention_balance", "clip_act": "clip_activations", "logvar_channels": "logvar_channels",
+}
+# Those of EDM2 that must be given, and what is looked at here; the network checks those that EDM has not.
+_EDM2_DEFAULTS = {
+    "img_resolution": None, "img_channels": None, "label_dim": None, "channel_mult": [1, 2, 3, 4], "num_blocks": 3,
+}
+_EDM2_ALLOWED = dict.fromkeys(_EDM2_OPTIONS) | {"resample_filter": ([1, 1], (1, 1))} | _ALLOWED_IN_BOTH
+
+# Names of EDM2 -> ours: of what a network has once, and of what is in each block, if it has all.
+_EDM2_NETWORK = {
+    "unet.emb_fourier.freqs": "time_fourier.frequencies", "unet.emb_fourier.phases": "time_fourier.phases",
+    "unet.emb_noise.weight": "time_embedding.weight", "unet.emb_label.weight": "class_embedding.weight",
+    "unet.out_conv.weight": "conv_out.weight", "unet.out_gain": "out_gain",
+    "logvar_fourier.freqs": "logvar_fourier.frequencies", "logvar_fourier.phases": "logvar_fourier.phases",
+    "logvar_linear.weight": "logvar_linear.weight",
+}
+_EDM2_BLOCK = {
+    "emb_gain": "embedding_gain", "emb_linear.weight": "embedding_projection.weight",
+    "conv_res0.weight": "conv1.weight", "conv_res1.weight": "conv2.weight", "conv_skip.weight": "shortcut.weight",
+    "attn_qkv.weight": "attention.query_key_value.weight", "attn_proj.weight": "attention.out_conv.weight",
+}
 # fmt: on
 _CLASS_TABLE = "model.map_label.weight"
 
 
-def convert_network(class_name: str, options: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
-    """The network of an EDM or EDM2 pickle.
-
-    Args:
-        class_name: Name of the official class, ``EDMPrecond`` or EDM2's ``Precond``.
-        options: Its constructor's arguments, by name.
-        shapes: Shapes of the tensors in the file, by name.
-
-    Raises:
-        CheckpointError: If it is another network, or an argument makes no sense.
-    """
-    if class_name == "Precond":
-        return edm2.convert_network(class_name, options, shapes)
-    require(class_name == "EDMPrecond", f"the network is a {class_name}, but must be an EDMPrecond or EDM2's Precond")
-    options = _check_options(options, len(shapes))
+def convert_edm(given: Mapping[str, Any], shapes: Shapes) -> Conversion:
+    """The network of an ``EDMPrecond``, by its constructor's arguments; ``shapes`` are those found in the file."""
+    options = _check_options({**_DEFAULTS, **given}, _ALLOWED, len(shapes))
     widths = tuple(options["model_channels"] * factor for factor in options["channel_mult"])
     sizes = [options["img_resolution"] >> level for level in range(len(widths))]
     # a width that is too small for a head has no attention
@@ -73,7 +96,7 @@ def convert_network(class_name: str, options: Mapping[str, Any], shapes: Mapping
         "out_channels": options["img_channels"],
         "block_out_channels": widths,
         "layers_per_block": options["num_blocks"],
-        **block_types(has_attention, resnet_resampling=True),
+        **families.block_types(has_attention, resnet_resampling=True),
         "add_attention": widths[-1] >= _HEAD_DIM,
         "dropout": options["dropout"],
         "attention_head_dim": _HEAD_DIM,
@@ -85,18 +108,59 @@ def convert_network(class_name: str, options: Mapping[str, Any], shapes: Mapping
         "null_class": options["label_dropout"] > 0,
     }
     network = empty_network(ADMUNet2DModel, config)
-    places = [*_ENDS, *_places(network, sizes)]
+    middle = [["mid_block.resnets.0"], ["mid_block.resnets.1"]]
+    middle[0] += ["mid_block.attentions.0"] if config["add_attention"] else []
+    blocks = [*block_modules(network, "down"), *middle, *block_modules(network, "up")]
+    encoder, decoder = _block_names(sizes, options["num_blocks"])
+    places = [*_ENDS, (f"model.enc.{sizes[0]}x{sizes[0]}_conv", "conv_in")]
+    for name, modules in zip([*encoder, *decoder], blocks, strict=True):
+        places += [(f"model.{name}", module) for module in modules]
     if options["label_dim"]:
         places.append(("model.map_label", "class_embedding"))
-    fill = convert_modules(network, places, _INNER_NAMES, query_key_value_axis=2, kernel=(1, 1))
+    fill = families.convert_modules(network, places, _INNER_NAMES, query_key_value_axis=2, kernel=(1, 1))
+    expected = dict(fill.shapes)
+    if options["label_dim"]:
+        # a linear map of one-hot vectors; ours is a table
+        expected[_CLASS_TABLE] = expected[_CLASS_TABLE][::-1]
+    # what changes nothing: filters that average or repeat two pixels, and labels of augmentation
+    resampling = [place for place, _ in places if place.endswith(("_down", "_up"))]
+    layers = [f"{place}.{layer}" for place in resampling for layer in ("conv0", "skip")]
+    expected |= {f"{layer}.resample_filter": (1, 1, 2, 2) for layer in layers}
+    if options["augment_dim"]:
+        expected["model.map_augment.weight"] = (options["model_channels"], options["augment_dim"])
 
     def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # a linear map of one-hot vectors; ours is a table
-        table = {_CLASS_TABLE: tensors[_CLASS_TABLE].T} if options["label_dim"] else {}
-        return fill.convert({**tensors, **table})
+        return fill.convert({name: tensor.T if name == _CLASS_TABLE else tensor for name, tensor in tensors.items()})
 
-    transposed = {_CLASS_TABLE: fill.shapes[_CLASS_TABLE][::-1]} if options["label_dim"] else {}
-    return Conversion(network, {**fill.shapes, **transposed, **_unused_shapes(options, sizes)}, convert)
+    return Conversion(network, expected, convert, make_scheduler(options))
+
+
+def convert_edm2(given: Mapping[str, Any], shapes: Shapes) -> Conversion:
+    """The network of an EDM2 pickle, by its constructor's arguments; ``shapes`` are those found in the file."""
+    options = _check_options({**_EDM2_DEFAULTS, **given}, _EDM2_ALLOWED, len(shapes))
+    config = {ours: options[name] for name, ours in _EDM2_OPTIONS.items() if name in options}
+    network: Any = empty_network(EDM2UNet2DModel, {**config, "num_class_embeds": options["label_dim"] or None})
+    sizes = [options["img_resolution"] >> level for level in range(len(options["channel_mult"]))]
+    encoder, decoder = _block_names(sizes, options["num_blocks"])
+    blocks = {f"unet.{block}": f"encoder.{index}" for index, block in enumerate(encoder)}
+    blocks |= {f"unet.{block}": f"decoder.{index}" for index, block in enumerate(decoder)}
+    names = _EDM2_NETWORK | {f"unet.enc.{sizes[0]}x{sizes[0]}_conv.weight": "conv_in.weight"}
+    for block, our_block in blocks.items():
+        names |= {f"{block}.{inner}": f"{our_block}.{our_inner}" for inner, our_inner in _EDM2_BLOCK.items()}
+    weights = network.state_dict()
+    names = {official: ours for official, ours in names.items() if ours in weights}
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        filled = {ours: tensors[official] for official, ours in names.items()}
+        for name, tensor in filled.items():
+            if name.endswith("query_key_value.weight"):
+                # they alternate in every head; ours are one behind the other
+                heads = network.get_submodule(name.removesuffix(".query_key_value.weight")).heads
+                filled[name] = tensor.unflatten(0, (heads, -1, 3)).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
+        return filled
+
+    expected = {official: tuple(weights[ours].shape) for official, ours in names.items()}
+    return Conversion(network, expected, convert, make_scheduler(options))
 
 
 def make_scheduler(options: Mapping[str, Any]) -> EDMHeunScheduler:
@@ -104,65 +168,31 @@ def make_scheduler(options: Mapping[str, Any]) -> EDMHeunScheduler:
     sigma_min, sigma_max = options.get("sigma_min", 0.0), options.get("sigma_max", math.inf)
     sigma_data = options.get("sigma_data", 0.5)
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("sigma_data", sigma_data)):
-        fits = type(value) in (int, float) and value >= 0
-        require(fits, f"{name} is {reprlib.repr(value)} in the file, but must be a number of at least 0")
+        fits = type(value) in (int, float) and (value > 0 or (value == 0 and name == "sigma_min"))
+        require(fits, f"{name} is {reprlib.repr(value)}, but must be a number above 0, or 0 for sigma_min")
     return EDMHeunScheduler(sigma_min=max(0.002, sigma_min), sigma_max=min(80.0, sigma_max), sigma_data=sigma_data)
 
 
-def _check_options(options: Mapping[str, Any], num_tensors: int) -> dict[str, Any]:
-    """All arguments that concern the network, checked."""
-    model_type = options.get("model_type", "DhariwalUNet")
-    require(model_type == "DhariwalUNet", f"model_type is {reprlib.repr(model_type)}, but must be 'DhariwalUNet'")
+def _check_options(options: Mapping[str, Any], allowed: Mapping[str, Any], num_tensors: int) -> Mapping[str, Any]:
+    """A network's arguments, with defaults: all of them known and allowed, and no more blocks than tensors."""
+    for name, values in allowed.items():
+        if name in options and values is not None:
+            check_value(name, options[name], values)
     for name in options:
-        known = name in {*_WHOLE_NUMBERS, *_LISTS, *_FRACTIONS, *_OTHERS}
-        require(known, f"the network has the argument {reprlib.repr(name)}, which EDM's DhariwalUNet has not")
-    checked: dict[str, Any] = {}
-    for name, (default, allowed) in (_WHOLE_NUMBERS | _LISTS).items():
-        value: Any = options.get(name, default)
-        checked[name] = value
-        numbers = value if name in _LISTS and type(value) in (list, tuple) else [value]
-        fits = len(numbers) <= _MOST_LEVELS and all(type(number) is int and number in allowed for number in numbers)
-        fits = fits and (name not in _LISTS or numbers is value)
-        kind = "whole numbers" if name in _LISTS else "a whole number"
-        wanted = f"{kind} in [{allowed[0]}, {allowed[-1]}]"
-        require(fits, f"{name} of the network is {reprlib.repr(value)}, but must be {wanted}")
-    for name, fraction in _FRACTIONS.items():
-        value = checked[name] = options.get(name, fraction)
-        fits = type(value) in (int, float) and 0 <= value < 1
-        require(fits, f"{name} of the network is {reprlib.repr(value)}, but must be in [0, 1)")
-    # more blocks than the file has tensors would only keep us busy
-    num_blocks = len(checked["channel_mult"]) * checked["num_blocks"]
+        known = name in allowed
+        require(known, f"the network has the option {name!r:.80}, which its class has not{perhaps(name, allowed)}")
+    # they would only keep us busy
+    num_blocks = len(options["channel_mult"]) * options["num_blocks"]
     require(0 < num_blocks <= num_tensors, f"the network has {num_blocks} blocks, but {num_tensors} tensors")
-    return checked
+    return options
 
 
-def _places(network: ModelMixin, sizes: list[int]) -> Iterator[tuple[str, str]]:
-    """Names of the modules of encoder and decoder, the official ones, which begin with the size, and ours."""
-    yield f"model.enc.{sizes[0]}x{sizes[0]}_conv", "conv_in"
-    middle = sizes[-1]
-    for index, inner in enumerate(("resnets.0", "resnets.1")):
-        yield f"model.dec.{middle}x{middle}_in{index}", f"mid_block.{inner}"
-    if network.config.add_attention:
-        yield f"model.dec.{middle}x{middle}_in0", "mid_block.attentions.0"
-    halves = (("enc", "down_blocks", "down", sizes), ("dec", "up_blocks", "up", sizes[::-1]))
-    for part, blocks, way, half_sizes in halves:
-        for level, block in enumerate(getattr(network, blocks)):
-            size, ours = half_sizes[level], f"{blocks}.{level}"
-            for layer in range(len(block.resnets)):
-                yield f"model.{part}.{size}x{size}_block{layer}", f"{ours}.resnets.{layer}"
-                if hasattr(block, "attentions"):
-                    yield f"model.{part}.{size}x{size}_block{layer}", f"{ours}.attentions.{layer}"
-            if level < len(sizes) - 1:
-                # the block that changes the size opens the next level there, and closes this one here
-                size = half_sizes[level + 1]
-                yield f"model.{part}.{size}x{size}_{way}", f"{ours}.{way}samplers.0"
-
-
-def _unused_shapes(options: Mapping[str, Any], sizes: list[int]) -> dict[str, tuple[int, ...]]:
-    """Tensors that change nothing: filters that average or repeat two pixels, and labels of augmentation."""
-    resampling = [f"enc.{size}x{size}_down" for size in sizes[1:]] + [f"dec.{size}x{size}_up" for size in sizes[:-1]]
-    layers = [f"model.{name}.{layer}" for name in resampling for layer in ("conv0", "skip")]
-    unused: dict[str, tuple[int, ...]] = {f"{layer}.resample_filter": (1, 1, 2, 2) for layer in layers}
-    if options["augment_dim"]:
-        unused["model.map_augment.weight"] = (options["model_channels"], options["augment_dim"])
-    return unused
+def _block_names(sizes: list[int], num_blocks: int) -> tuple[list[str], list[str]]:
+    """The official names of the blocks of encoder and decoder; ``sizes`` are those of the levels."""
+    encoder, decoder = [], []
+    for size in sizes:
+        encoder += [f"enc.{size}x{size}_down", *(f"enc.{size}x{size}_block{index}" for index in range(num_blocks))]
+    for size in reversed(sizes):
+        decoder += [f"dec.{size}x{size}_up", *(f"dec.{size}x{size}_block{index}" for index in range(num_blocks + 1))]
+    middle = [f"dec.{sizes[-1]}x{sizes[-1]}_in{index}" for index in range(2)]
+    return encoder[1:], middle + decoder[1:]

@@ -1,15 +1,23 @@
-"""What the converters of published networks have in common."""
+"""What the converters of the four programs have in common: checks of named values, and networks to be filled."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
+from diffusers import SchedulerMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from .pickle_reader import CheckpointError
+from ..utils.nearest_names import perhaps
+from .pickle_reader import CheckpointError, require
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+FRACTION = "a number in [0, 1)"
 
 
 class Conversion(NamedTuple):
@@ -18,15 +26,48 @@ class Conversion(NamedTuple):
     network: ModelMixin  # on the meta device, for load_state_dict(assign=True)
     shapes: dict[str, tuple[int, ...]]  # every official tensor that the file must hold
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # official tensors -> the network's state dict
+    scheduler: SchedulerMixin | None = None  # the published sampler of a denoiser
 
 
-def empty_network(network_class: Callable[..., ModelMixin], options: Mapping[str, Any]) -> ModelMixin:
+class Source(NamedTuple):
+    """The components of a pipeline with a checkpoint's weights, and what there is to say of it."""
+
+    components: dict[str, Any]
+    num_weights: int
+    report: dict[str, str]
+    card_facts: dict[str, Any]
+    write_more: Callable[[Path], None]  # writes what the pipeline does not hold, before its weights get their dtype
+
+
+def check_value(name: str, value: Any, allowed: Any) -> None:
+    """Refuses what is not ``allowed``: a range of whole numbers, a list with that of its own, choices, or FRACTION."""
+    if allowed == FRACTION:
+        fits, wanted = type(value) in (int, float) and 0 <= value < 1, FRACTION
+    elif isinstance(allowed, tuple):
+        choices = [str(choice) for choice in allowed]
+        fits = type(value) in map(type, allowed) and value in allowed
+        wanted = f"one of {', '.join(choices)}{perhaps(value, choices)}"
+    elif isinstance(allowed, list):
+        (numbers,) = allowed
+        fits = type(value) in (list, tuple) and len(value) <= 16
+        fits = fits and all(type(number) is int and number in numbers for number in value)
+        wanted = f"a list of at most 16 whole numbers in [{numbers[0]}, {numbers[-1]}]"
+    else:
+        # True and False are ints to Python
+        fits = type(value) is int and value in allowed
+        wanted = f"a whole number in [{allowed[0]}, {allowed[-1]}]"
+    require(fits, f"{name} is {reprlib.repr(value)}, but must be {wanted}")
+
+
+def empty_network(
+    network_class: Callable[..., ModelMixin], options: Mapping[str, Any], whose: str = "the checkpoint"
+) -> ModelMixin:
     """The network on the meta device, ready to be filled."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with torch.device("meta"):
             return network_class(**options).eval()
-    except ValueError as error:
-        raise CheckpointError(f"the checkpoint describes no network: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{whose} describes no network: {error}") from error
 
 
 def block_types(has_attention: Sequence[bool], resnet_resampling: bool) -> dict[str, Any]:
@@ -40,6 +81,16 @@ def block_types(has_attention: Sequence[bool], resnet_resampling: bool) -> dict[
     return {**types, "downsample_type": resampling, "upsample_type": resampling}
 
 
+def block_modules(network: ModelMixin, way: str) -> Iterator[list[str]]:
+    """Names of the modules of a ``UNet2DModel``'s "down" or "up": each layer's with its attention, each resampling."""
+    for level, block in enumerate(getattr(network, f"{way}_blocks")):
+        place = f"{way}_blocks.{level}"
+        kinds = [kind for kind in ("resnets", "attentions") if hasattr(block, kind)]
+        yield from ([f"{place}.{kind}.{layer}" for kind in kinds] for layer in range(len(block.resnets)))
+        if getattr(block, f"{way}samplers") is not None:
+            yield [f"{place}.{way}samplers.0"]
+
+
 def convert_modules(
     network: ModelMixin,
     places: Iterable[tuple[str, str]],
@@ -47,17 +98,10 @@ def convert_modules(
     query_key_value_axis: int,
     kernel: tuple[int, ...],
 ) -> Conversion:
-    """The conversion of a network whose modules correspond one to one, but for the layout of attention and classes.
-
-    Args:
-        network: The network to be filled, with the names of ``UNet2DModel``.
-        places: Names of the official modules and of ours.
-        inner_names: For each class of our modules the official names inside and ours, three of them where one official
-            layer gives queries, keys and values; a class that is not named has its weights directly.
-        query_key_value_axis: Where, in (heads, channels), the official order has queries, keys and values: 1 for
-            (head, query-key-value, channel), 2 for (head, channel, query-key-value), 0 for heads inside.
-        kernel: The kernel size of the convolutions that serve as the official linear layers of attention.
-    """
+    """The conversion of a network whose modules correspond one to one, but for the layout of attention and classes."""
+    # places and inner_names: official names and ours, of modules and, by their classes, inside of them; three of ours
+    # where one official layer gives queries, keys and values, on that axis of (heads, channels): 0 is heads inside
+    # kernel: that of the convolutions that serve as linear layers of the official attention
     parameters = dict(network.named_parameters())
     shapes: dict[str, tuple[int, ...]] = {}
     sources: dict[str, tuple[list[str], list[int], int]] = {}  # our names, and how to split what lies in one tensor

@@ -24,14 +24,13 @@ from .pickle_reader import (
 )
 
 
-# What the options of a network are made of, how deep its modules lie in one another at most, and a name in a module.
-_OPTION_TYPES, _DEEPEST, _NAME = (bool, int, float, str, type(None)), 8, re.compile(r"\w{1,40}")
+# What the options of a network are made of, which of them may lack their names, and how deep its modules lie at most.
+_OPTION_TYPES = (bool, int, float, str, type(None))
+_FIRST_OPTIONS = ("img_resolution", "img_channels", "label_dim")
+# Every tensor is known by the names of all modules around it, which could be endlessly long.
+_DEEPEST, _NAME = 8, re.compile(r"\w{1,40}")
 # The beginning of torch.save's format before 1.6.
 _LEGACY = re.compile(rb"\x80.{1,10}?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.", re.DOTALL)
-
-
-# How the constructors of all networks begin.
-_FIRST_OPTIONS = ("img_resolution", "img_channels", "label_dim")
 
 
 @dataclass(eq=False)
@@ -127,17 +126,14 @@ def read_pickle(memory: memoryview) -> Any:
     return read_legacy(memory) if _LEGACY.match(memory) else _NetworkReader(memory).load()
 
 
-def read_network(name: str, found: Any, key: str = "ema") -> PickledNetwork:
-    """The network under a key of what a file holds; ``name`` is the file's in errors."""
-    network: Any = found.get(key) if type(found) is StateDict else None
-    require(isinstance(network, PickledObject), f"{name} holds no network of EDM or EDM2, which is under {key!r}")
-    unnamed, named = (
-        _attribute(name, network, "_init_args", tuple),
-        _attribute(name, network, "_init_kwargs", StateDict),
-    )
+def read_network(name: str, found: Any) -> PickledNetwork:
+    """The network, of its moving average, that a file of that name holds."""
+    network: Any = found.get("ema") if type(found) is StateDict else None
+    require(isinstance(network, PickledObject), f"{name} holds no network of EDM or EDM2, which is under 'ema'")
+    unnamed = _attribute(name, network, "_init_args", tuple)
     first = dict(zip(_FIRST_OPTIONS, unnamed, strict=False))
     require(len(first) == len(unnamed), f"{name} does not name the options of its network after {_FIRST_OPTIONS}")
-    options = first | named
+    options = first | _attribute(name, network, "_init_kwargs", StateDict)
     for option, value in options.items():
         values = value if type(value) in (list, tuple) else [value]
         texts = [str(element) for element in values if type(element) in _OPTION_TYPES]

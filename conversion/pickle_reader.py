@@ -298,11 +298,6 @@ def read_state_dict(name: str, found: Any) -> dict[str, Any]:
     return {str(key).removeprefix(wrapper): value for key, value in found.items()}
 
 
-def load_state_dict(file: Path, shapes: Mapping[str, tuple[int, ...]], whose: str) -> dict[str, torch.Tensor]:
-    """The weights of a network in the order of ``shapes``; errors say that they do not belong to ``whose``."""
-    return load_tensors(file.name, read_state_dict(file.name, read_checkpoint(file)), shapes, whose)
-
-
 def load_optimizer(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The state dict of an AdamW over weights of these shapes."""
     name, found = file.name, read_checkpoint(file)

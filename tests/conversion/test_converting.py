@@ -10,11 +10,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from imagenet64_diffusion import ClassConditionalPipeline, ClassConditionalUNet2DModel, EtaDDIMScheduler
-from imagenet64_diffusion.conversion.original import map_original_weights
-from imagenet64_diffusion.conversion.original_pipelines import original_scheduler, write_original
-from imagenet64_diffusion.conversion.sources import class_names
+from imagenet64_diffusion.conversion.original import map_original_weights, original_scheduler, write_original
 from imagenet64_diffusion.convert_checkpoints import convert_checkpoint
-from imagenet64_diffusion.data.class_names import imagenet64_names
+from imagenet64_diffusion.data.class_names import class_names, imagenet64_names
 from imagenet64_diffusion.schedulers.original_schedule import original_timesteps
 from imagenet64_diffusion.tests.components import FIXTURES, seeded
 from imagenet64_diffusion.tests.conversion import originals

@@ -183,6 +183,7 @@ NAN = torch.tensor(torch.nan)
         ({"options": {"dropout": float("nan")}}, "net.pkl"),
         ({"options": {"label_dim": -1}}, "net.pkl"),
         ({"options": {"sigma_data": float("nan")}}, "net.pkl: sigma_data is nan"),
+        ({"options": {"sigma_data": 0}}, "net.pkl: sigma_data is 0"),
         ({"options": {"more": 1}}, "more"),
         ({"class_name": "VPPrecond"}, "VPPrecond"),
         ({"class_name": "EDMPrecond", "options": {"model_type": "SongUNet"}}, "SongUNet|channels_per_head"),

@@ -18,7 +18,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from imagenet64_diffusion.conversion.pickle_reader import CheckpointError, load_optimizer, load_state_dict
+from imagenet64_diffusion.conversion.pickle_reader import (
+    CheckpointError,
+    load_optimizer,
+    load_tensors,
+    read_checkpoint,
+    read_state_dict,
+)
 from imagenet64_diffusion.tests.conversion.originals import (
     SMALL_PARAMS,
     as_archive,
@@ -35,6 +41,10 @@ from imagenet64_diffusion.tests.conversion.originals import (
 
 SHAPES, WEIGHTS = original_weight_shapes(SMALL_PARAMS), small_weights()
 BROKEN = "download or copy it again"
+
+
+def load_state_dict(file: Path, shapes: dict, whose: str) -> dict[str, torch.Tensor]:
+    return load_tensors(file.name, read_state_dict(file.name, read_checkpoint(file)), shapes, whose)
 
 
 def refused(folder: Path, content: bytes, message: str, load=load_state_dict) -> None:
