@@ -116,8 +116,7 @@ def convert_checkpoint(
         published = {"published sampler": program.sampler} if program.sampler else {}
         facts = {"converted from": f"{name} of {program.name}", **source.card_facts, **published}
         write_model_card(pipeline, writing, training_facts=facts, license=program.license)
-    print(f"converted {checkpoint} to {output_dir}")
-    _print_report(source, program, labels)
+    _print_report(f"converted {checkpoint} to {output_dir}", source, program, labels)
     del pipeline, source
     # a pipeline of which nothing lies in the checkpoint's file
     converted = ClassConditionalPipeline.from_pretrained(output_dir, variant=variant, dtype=DTYPES[dtype])
@@ -134,7 +133,7 @@ def _refuse(program: Program, **options: Any) -> None:
         require(value is None, f"{option} is {value}, but does not go with {whose}: leave it out")
 
 
-def _print_report(source: Source, program: Program, labels: dict[int, str] | None) -> None:
+def _print_report(title: str, source: Source, program: Program, labels: dict[int, str] | None) -> None:
     report = {
         **source.report,
         "published": f"sampled with {program.sampler}" if program.sampler else "",
@@ -142,7 +141,7 @@ def _print_report(source: Source, program: Program, labels: dict[int, str] | Non
         "licence": program.license,
         "checked": f"all {source.num_weights} weights accounted for, shapes right, one forward pass finite",
     }
-    print("\n".join(f"  {name:10} {words}" for name, words in report.items() if words), flush=True)
+    print(title, *(f"  {name:10} {words}" for name, words in report.items() if words), sep="\n", flush=True)
 
 
 def _check_replaceable(output_dir: Path) -> None:
