@@ -13,13 +13,12 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from ..utils.atomic_write import atomic_folder, only_writer
+from ..utils.progress import progress_bar
 from .sources import DataError, ImageSource
 
 
@@ -151,13 +150,11 @@ def _write_images(folder: pathlib.Path, source: ImageSource, scratch: pathlib.Pa
         contextlib.closing(stream.blocks) as blocks,
         (folder / _ARROW_NAME).open("wb") as file,
         pyarrow.ipc.new_stream(file, schema) as writer,
-        tqdm.tqdm(
+        progress_bar(
             desc="preparing",
             total=min(max_images or stream.num_images, stream.num_images),
             unit=" images",
             dynamic_ncols=True,
-            # a log file gets a line now and then, a terminal a moving bar
-            mininterval=0.5 if sys.stderr.isatty() else 10,
         ) as progress,
     ):
         for pixels, labels in blocks:

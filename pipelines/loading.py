@@ -24,7 +24,7 @@ from ..schedulers.scheduling_ddim_eta import EtaDDIMScheduler
 from ..schedulers.scheduling_ddpm_learned import LearnedVarianceDDPMScheduler
 from ..schedulers.scheduling_edm_heun import EDMHeunScheduler
 from ..utils.nearest_names import perhaps
-from .noise_kinds import NoiseKind, VariancePreserving, noise_kind
+from .noise_kinds import NoiseKind, VariancePreserving, check_scheduler
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 
@@ -59,7 +59,7 @@ def scheduler_names(kind: type[NoiseKind] = VariancePreserving) -> list[str]:
         *sorted(entry for entry in dir(diffusers.schedulers) if entry.endswith("Scheduler")),
     ):
         with contextlib.suppress(ValueError):
-            noise_kind(scheduler_class(name), kind)
+            check_scheduler(scheduler_class(name), kind)
             names.append(name)
     return names
 
@@ -122,7 +122,7 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str | None = None, 
         ValueError: If there is none of that name, it cannot generate with such a network, or has no such option.
     """
     new_class = type(pipeline.scheduler) if name is None else scheduler_class(name)
-    kind = noise_kind(new_class, pipeline.noise_kind)
+    check_scheduler(new_class, pipeline.noise_kind)
     old = pipeline.scheduler
     # from_config leaves out what was not named when the scheduler was made: saving and loading would change a pipeline
     options = {key: value for key, value in old.config.items() if key != "_use_default_values"}
@@ -132,7 +132,7 @@ def swap_scheduler(pipeline: ClassConditionalPipeline, name: str | None = None, 
         if option not in accepted:
             raise ValueError(f"{new_class.__name__} has no option {option!r}{perhaps(option, accepted)}")
     overrides: dict[str, Any] = {}
-    if kind is VariancePreserving and (name is not None or hasattr(old, "_before_swap")):
+    if pipeline.noise_kind is VariancePreserving and (name is not None or hasattr(old, "_before_swap")):
         overrides = _solvable(new_class, accepted, options, alphas_cumprod)
     # what it has no use for it keeps all the same, for a swap back; from_config would warn of it each time
     foreign = {key: options[key] for key in options.keys() - accepted.keys() if not key.startswith("_")}

@@ -5,7 +5,8 @@ name it in `NOISE_KINDS`.
 """
 
 import inspect
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -26,7 +27,7 @@ _NEED_DIFFERENT_NOISE_LEVELS = {
 _MAX_FIRST_STEP_GAIN = 1000.0
 
 
-class NoiseKind:
+class NoiseKind(ABC):
     """One way to describe noise levels; methods take a scheduler whose timesteps are set, or say otherwise."""
 
     name: ClassVar[str]  # in messages: "a network trained with ..."
@@ -34,23 +35,23 @@ class NoiseKind:
     unsuitable: ClassVar[dict[str, str]] = {}  # schedulers that have such levels and fail all the same, and why
 
     @classmethod
+    @abstractmethod
     def knows(cls, scheduler: SchedulerMixin | type[SchedulerMixin]) -> bool:
         """Whether a scheduler, or a class of them, describes noise in this way."""
-        raise NotImplementedError
 
     @classmethod
     def takes_learned_variance(cls, scheduler: SchedulerMixin) -> bool:
         """Whether its step takes 2 * channels: the prediction, and the interpolation of the variance."""
         return False
 
-    @classmethod
+    @classmethod  # noqa: B027 (most have nothing to check)
     def check_steps(cls, scheduler: SchedulerMixin) -> None:
         """Raises ValueError where the scheduler cannot step over its timesteps."""
 
     @classmethod
+    @abstractmethod
     def sigmas(cls, scheduler: SchedulerMixin) -> torch.Tensor:
         """Standard deviation of the noise over that of the image, at each timestep, (timesteps,) on the CPU."""
-        raise NotImplementedError
 
     @classmethod
     def shift_by_score(
@@ -176,24 +177,19 @@ def known_kind(scheduler: SchedulerMixin | type[SchedulerMixin]) -> type[NoiseKi
     return next((kind for kind in NOISE_KINDS if kind.knows(scheduler)), None)
 
 
-def noise_kind(
-    scheduler: SchedulerMixin | type[SchedulerMixin], trained: type[NoiseKind] | None = None
-) -> type[NoiseKind]:
-    """The kind of a scheduler, or of a class of them; ``trained`` is that of the network, where it is known.
-
-    Raises:
-        ValueError: If such a scheduler cannot generate with the network, or with any.
-    """
-    kind_of_class = scheduler if isinstance(scheduler, type) else type(scheduler)
-    kind: Any = known_kind(scheduler)
-    example = (trained or kind or VariancePreserving).example
-    names = {base.__name__ for base in kind_of_class.__mro__}
-    reason = next((why for name, why in (kind.unsuitable if kind else {}).items() if name in names), None)
+def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin], trained: type[NoiseKind]) -> None:
+    """Raises ValueError if a scheduler, or a class of them, cannot generate with a network trained on that kind."""
+    scheduler_class = scheduler if isinstance(scheduler, type) else type(scheduler)
+    kind = known_kind(scheduler)
+    reason: str | None
     if kind is None:
-        known = " nor ".join(kind.name for kind in NOISE_KINDS)
+        known = " nor ".join(each.name for each in NOISE_KINDS)
         reason = f"it knows neither {known}, as flow matching does not"
-    elif trained not in (None, kind):
+    elif kind is not trained:
         reason = f"it has {kind.name}, but the network was trained with {trained.name}"
+    else:
+        names = (base.__name__ for base in scheduler_class.__mro__)
+        reason = next((kind.unsuitable[name] for name in names if name in kind.unsuitable), None)
     if reason is not None:
-        raise ValueError(f"{kind_of_class.__name__} cannot generate with this network: {reason}; take {example}")
-    return kind
+        told = f"{scheduler_class.__name__} cannot generate with this network: {reason}"
+        raise ValueError(f"{told}; take {trained.example}")

@@ -29,7 +29,7 @@ from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
 
 from .cached_weights import cached_weights
-from .noise_kinds import VariancePreserving, known_kind, noise_kind
+from .noise_kinds import VariancePreserving, check_scheduler, known_kind
 
 
 logger = logging.get_logger(__name__)
@@ -275,8 +275,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         # 2. Timesteps, and which of them are guided; 0.29 * 100 is a little less than 29.
         scheduler = self.prepare_scheduler(num_inference_steps, timesteps, clip_sample)
-        kind, step_arguments = noise_kind(scheduler, self.noise_kind), _step_arguments(scheduler, eta, generator)
+        kind, step_arguments = self.noise_kind, _step_arguments(scheduler, eta, generator)
         takes_variance = kind.takes_learned_variance(scheduler)
+        takes_gradient = "score_gradient" in inspect.signature(scheduler.step).parameters
         guided_steps = {*range(*(math.floor(end * self.num_timesteps + 1e-6) for end in interval))}
         if sigmas is not None:
             levels = kind.sigmas(scheduler).tolist()
@@ -302,7 +303,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 model_output = self._predict(model_input, timestep, labels, scale)
                 if classifier_scale:
                     gradient = classifier_scale * self._class_gradient(model_input, timestep, class_ids)
-                    if "score_gradient" in inspect.signature(scheduler.step).parameters:
+                    if takes_gradient:
                         step_arguments["score_gradient"] = gradient
                     else:
                         model_output = kind.shift_by_score(model_output, gradient, timestep, scheduler)
@@ -373,7 +374,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> SchedulerMixin:
         """The scheduler that a call with these arguments steps with, its timesteps set; they are `timesteps` then."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
-        kind = noise_kind(scheduler, self.noise_kind)
+        check_scheduler(scheduler, self.noise_kind)
         if clip_sample is not None:
             # not by the config, into which from_config carries the options of other schedulers
             if "clip_sample" not in inspect.signature(type(scheduler).__init__).parameters:
@@ -385,7 +386,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 raise ValueError(f"timesteps were given, but {name} chooses its own: give num_inference_steps instead")
             steps = {"timesteps": list(timesteps)}
         scheduler.set_timesteps(**steps, device=self._execution_device)
-        kind.check_steps(scheduler)
+        self.noise_kind.check_steps(scheduler)
         self.timesteps, self.num_timesteps = scheduler.timesteps, len(scheduler.timesteps)
         return scheduler
 

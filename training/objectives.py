@@ -42,8 +42,7 @@ class TrainedNetwork(nn.Module):
         model_output = self.unet(sample, timestep, class_labels, return_dict=False)[0]
         if not hasattr(self.unet, "log_variance"):
             return model_output, None
-        with torch.autocast(sample.device.type, enabled=False):
-            return model_output, self.unet.log_variance(timestep)
+        return model_output, self.unet.log_variance(timestep)
 
 
 class TrainingObjective(ABC):
