@@ -141,10 +141,16 @@ class Sampler(CheckedOptions):
 
 def _parse_options(settings: list[str]) -> dict[str, Any]:
     """What ``NAME=VALUE`` settings say; values are YAML, so that numbers are numbers."""
+    options = {}
     for setting in settings:
-        if not setting.partition("=")[2]:
+        name, _, value = setting.partition("=")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            value = ""
+        if not value:
             raise ValueError(f"scheduler_options has {setting!r}, but must be made of NAME=VALUE, such as S_churn=40")
-    return {name: yaml.safe_load(value) for name, _, value in (setting.partition("=") for setting in settings)}
+    return options
 
 
 def check_class_labels(labels: list[str], special: tuple[str, ...]) -> None:

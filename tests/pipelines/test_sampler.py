@@ -25,7 +25,8 @@ def test_what_the_pipeline_is_called_with():
     Sampler(scheduler_options=["solver_order=3", "solver_type=bh1"]).prepare(pipeline)
     assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
     assert (pipeline.scheduler.config.solver_order, pipeline.scheduler.config.solver_type) == (3, "bh1")
-    for option, message in (("solver_ordr=3", "no option 'solver_ordr'; perhaps solver_order"), ("x", "NAME=VALUE")):
+    misspelt = ("solver_ordr=3", "no option 'solver_ordr'; perhaps solver_order")
+    for option, message in (misspelt, ("x", "NAME=VALUE"), ("solver_order=[", "NAME=VALUE")):
         with pytest.raises(ValueError, match=message):
             Sampler(scheduler_options=[option]).prepare(pipeline)
 
